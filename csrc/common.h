@@ -1,0 +1,119 @@
+// What every CPU kernel shares: checks, tensor shorthands, the instruction set, row-parallel loops.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace sukhops {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Isa { base, avx2, avx512 };
+
+inline Isa cpu_isa() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  static const Isa best =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+          ? Isa::avx512
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
+                                                                        : Isa::base;
+  return best;
+#else
+  return Isa::base;
+#endif
+}
+
+// whether the library multiplies bfloat16 matrices at full speed here
+inline bool fast_bfloat16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool fast = __builtin_cpu_supports("avx512bf16");
+  return fast;
+#else
+  return false;
+#endif
+}
+
+// calls f(T{}) with the C++ type of a floating dtype
+template <class F>
+void with_type(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default: STD_TORCH_CHECK(false, "expected a floating dtype");
+  }
+}
+
+// the type that sums of T are kept in: float, or double for double
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType acc_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+}
+
+inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_zeros(like, std::vector<int64_t>(sizes), dtype);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// the first rows x cols elements of a buffer as a contiguous matrix
+inline Tensor matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
+  const std::array<int64_t, 2> sizes{rows, cols}, strides{cols, 1};
+  return torch::stable::from_blob(
+      buffer.data_ptr(), {sizes.data(), 2}, {strides.data(), 2}, buffer.device(), buffer.scalar_type());
+}
+
+// out = a @ b; through the dispatcher, so that a profiler sees it
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out += a @ b, inside the product
+inline void addmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// f(i) for i in [0, n), threads taking runs of at least `grain`
+template <class F>
+void parallel_rows(int64_t n, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, grain), [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) f(i);
+  });
+}
+
+}  // namespace sukhops

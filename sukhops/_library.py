@@ -1,0 +1,60 @@
+"""Loads the compiled operators and holds what registering an operator in Python takes."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+BUILD = "pip install --no-build-isolation -e . (in a checkout, with torch >= 2.11 installed)"
+
+
+def _load(name: str) -> bool:
+    path = _HERE / f"{name}.so"
+    if not path.exists():
+        return False
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"{path.name} does not load with torch {torch.__version__}: {error}. Rebuild it: {BUILD}"
+        ) from error
+    return True
+
+
+if not _load("_C"):
+    raise ImportError(f"sukhops is not built: {_HERE / '_C.so'} is missing. Build it: {BUILD}")
+has_cuda_library = _load("_C_cuda")
+
+
+def cuda_launcher(op: str, launcher: str) -> None:
+    """Registers the function `launcher` ("module:function") as the CUDA kernel of `op`.
+
+    Its module, and Triton with it, is imported on the first call.
+    """
+    module, function = launcher.split(":")
+
+    def launch(*args):
+        return getattr(importlib.import_module(module), function)(*args)
+
+    torch.library.impl(f"sukhops::{op}", "CUDA", launch)
+
+
+def not_differentiable_twice(op: str) -> None:
+    """Makes a gradient of the backward operator `op` raise, instead of being silently absent."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"sukhops::{op}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"sukhops::{op}", backward)
+
+
+def not_vmappable(op: str) -> None:
+    """Makes `torch.vmap` over `op` raise with what to do instead."""
+
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(
+            f"sukhops::{op} does not support torch.vmap: its leading axes are a batch already"
+        )
+
+    torch.library.register_vmap(f"sukhops::{op}", vmap)

@@ -1,0 +1,1 @@
+"""Losses on log-probs: the functional twins of the modules in `sukhops.nn`."""

@@ -1,0 +1,1 @@
+"""Modules: options and parameters; forward is one call."""

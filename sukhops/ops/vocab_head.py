@@ -1,0 +1,228 @@
+"""A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sukhops import _checks, _library
+
+_head = torch.ops.sukhops.vocab_head.default
+_backward = torch.ops.sukhops.vocab_head_backward.default
+_LAUNCHERS = "sukhops.triton_kernels.vocab_head"
+
+
+class LogpAndLse(NamedTuple):
+    logp: Tensor
+    lse: Tensor
+
+
+class TopK(NamedTuple):
+    values: Tensor
+    indices: Tensor
+    lse: Tensor
+
+
+class Head(NamedTuple):
+    """What one pass over the vocabulary returns. Rows whose targets are all ignored are 0."""
+
+    lse: Tensor  # [N]
+    target_logit: Tensor  # [N, K]
+    topk_value: Tensor  # [N, k], descending
+    topk_index: Tensor  # [N, k]
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    return_lse: bool = False,
+) -> Tensor | LogpAndLse:
+    """Log-probabilities of chosen vocabulary entries under a linear head, without its logits.
+
+        logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)
+        logp   = logits[target] - logsumexp(logits)
+
+    Rows whose targets are all ignored are dropped before any product. The gradient is exact for
+    any upstream gradient; what needs none is not computed, and a weight that needs none takes two
+    products in all instead of four. First derivatives only.
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64.
+        weight: [V, D], of the same dtype.
+        target: [...] (one per row) or [..., K] (K per row), int64 or int32, each in [0, V) or
+            `ignore_index`.
+        bias: [V], or None.
+        softcap: bound of the logits, > 0, or None for no bound.
+        scale: factor of the logits before the bound (a division by a temperature, say).
+        ignore_index: a target that does not count: its log-prob is exactly 0, without gradient.
+        return_lse: whether to return the log-sum-exp of each row too.
+
+    Returns:
+        Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with
+        `return_lse` the named tuple (logp, lse [...]), both differentiable. A row whose targets
+        are all ignored has lse 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: a target outside [0, V), on the CPU; on CUDA its row is NaN instead.
+
+    Source: the cross-entropy identities of section 0 of the seven losses' papers built on it; see
+    Rafailov et al. 2023 (DPO) and Grave et al. 2019 (several targets per row).
+    """
+    hidden, weight, bias = _checks.autocast(hidden, weight, bias)
+    _check_head(hidden, weight, bias, softcap, scale)
+    _checks.check_integers("target", target)
+    _checks.check_device("hidden", hidden, "target", target)
+    single = target.dim() == hidden.dim() - 1
+    rows = hidden.shape[:-1]
+    if target.shape[: len(rows)] != rows or target.dim() not in (len(rows), len(rows) + 1):
+        raise ValueError(
+            f"target: expected shape {[*rows]} (one per row of hidden) or {[*rows, 'K']} (K per row), "
+            f"got {list(target.shape)}"
+        )
+    targets = target.reshape(hidden.shape[:-1].numel(), 1 if single else target.shape[-1]).long()
+    head = vocab_head(
+        hidden, weight, targets, bias, softcap=softcap, scale=scale, ignore_index=ignore_index
+    )
+    logp = (head.target_logit - head.lse.unsqueeze(-1)).masked_fill(targets == ignore_index, 0.0)
+    logp = logp.reshape(target.shape)
+    return LogpAndLse(logp, head.lse.reshape(rows)) if return_lse else logp
+
+
+def linear_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> TopK:
+    """The k largest logits of a linear head and its log-sum-exp, without the other logits.
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64.
+        weight: [V, D], of the same dtype.
+        k: how many, 1 <= k <= V.
+        bias, softcap, scale: as in `linear_logp`.
+
+    Returns:
+        The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order
+        (their log-probs are `values - lse[..., None]`), the lower index first among equals; float32
+        (float64 for float64 inputs). Differentiable in values and lse.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; k out of range.
+
+    Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
+    """
+    hidden, weight, bias = _checks.autocast(hidden, weight, bias)
+    _check_head(hidden, weight, bias, softcap, scale)
+    if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
+    rows = hidden.shape[:-1]
+    none = torch.empty(rows.numel(), 0, dtype=torch.int64, device=hidden.device)
+    head = vocab_head(hidden, weight, none, bias, k=k, softcap=softcap, scale=scale)
+    shape = (*rows, k)
+    return TopK(
+        head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse.reshape(rows)
+    )
+
+
+def vocab_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int = 0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Head:
+    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K].
+
+    lse and target logits come apart, so that slices of a vocabulary can be combined: the lse of the
+    whole is the logsumexp of the slices', a target's logit comes from the slice that holds it.
+    """
+    grad = torch.is_grad_enabled()
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    *outputs, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, *need)
+    return Head(*outputs)
+
+
+def _check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> None:
+    _checks.check_floats(hidden=hidden, weight=weight, bias=bias)
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected shape [..., D], got a scalar")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected last axis D = {weight.shape[1]} as in weight {list(weight.shape)}, "
+            f"got {list(hidden.shape)}"
+        )
+    if bias is not None:
+        _checks.check_shape("bias", bias, (weight.shape[0],), "[V]")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+
+
+@torch.library.register_fake("sukhops::vocab_head")
+def _(hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):
+    acc = _checks.accumulation_dtype(hidden.dtype)
+    n, d = hidden.shape
+    keep_mean = need_hidden and not need_weight and not need_bias
+    return (
+        hidden.new_empty(n, dtype=acc),
+        hidden.new_empty(n, target.shape[1], dtype=acc),
+        hidden.new_empty(n, k, dtype=acc),
+        target.new_empty(n, k),
+        hidden.new_empty((n, d) if keep_mean else (0,), dtype=acc),
+    )
+
+
+@torch.library.register_fake("sukhops::vocab_head_backward")
+def _(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_lse, grad_target, grad_topk,
+      softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty((weight.shape[0],) if need_bias else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, target, bias, _, ctx.softcap, ctx.scale, ctx.ignore_index, *_ = inputs
+    lse, _, _, topk_index, mean_weight = output
+    ctx.save_for_backward(hidden, weight, target, bias, topk_index, lse, mean_weight)
+    ctx.mark_non_differentiable(topk_index, mean_weight)
+    ctx.set_materialize_grads(False)  # an output nobody used costs nothing
+
+
+def _gradient(ctx, grad_lse, grad_target, grad_topk, *_):
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = _backward(
+        *ctx.saved_tensors, grad_lse, grad_target, grad_topk, ctx.softcap, ctx.scale, ctx.ignore_index,
+        *need,
+    )  # fmt: skip
+    hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    return hidden, weight, None, bias, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("sukhops::vocab_head", _gradient, setup_context=_setup_context)
+_library.not_differentiable_twice("vocab_head_backward")
+_library.not_vmappable("vocab_head")
+_library.cuda_launcher("vocab_head", f"{_LAUNCHERS}:forward")
+_library.cuda_launcher("vocab_head_backward", f"{_LAUNCHERS}:backward")

@@ -1,0 +1,5 @@
+"""Plain PyTorch of every operator, with the operator's signature: readable, any device, float64."""
+
+from sukhops.reference.vocab_head import linear_logp, linear_topk
+
+__all__ = ["linear_logp", "linear_topk"]
