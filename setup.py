@@ -8,8 +8,12 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1 takes it from the wheel package
+    from wheel.bdist_wheel import bdist_wheel
 
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # no -ffast-math: it drops NaN semantics and sets flush-to-zero for the user's whole process
