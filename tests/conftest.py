@@ -1,5 +1,7 @@
 """Every test runs with fresh memory filled with NaN (an unwritten output shows) and a fixed seed."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,3 +12,14 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Kernels run either in Triton's interpreter or compiled: a process does one of the two."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if ("interpreter" in item.keywords) != interpreting:
+            item.add_marker(pytest.mark.skip(reason="runs with TRITON_INTERPRET=1" if not interpreting else
+                                             "runs without TRITON_INTERPRET"))
+        elif "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,96 @@
+"""The Triton side of vocab_head without a GPU: numbers in the interpreter, code ahead of time."""
+
+import pytest
+import torch
+
+from gpu_build import SHARED_LIMIT, build
+from sukhops.testing import budget, distance
+from sukhops.triton_kernels import vocab_head as kernels
+
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias, softcap, scale", [(False, None, 1.0), (True, 4.0, 1.3)])
+def test_launchers_match_the_cpu(dtype, frozen, bias, softcap, scale, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 9 * 16 * 3)  # ragged blocks of 48
+    n, d, v, k = 12, 5, 107, 3
+    hidden, weight = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
+    b = torch.randn(v).to(dtype) if bias else None
+    if bias:
+        b[::7] = float("-inf")
+    target = torch.randint(0, v, (n, 2))
+    target[::4] = -100
+    target[1, 0] = -100
+    options = (softcap, scale, -100)
+    need = (True, not frozen, bias and not frozen)
+    ours = kernels.forward(hidden, weight, target, b, k, *options, *need)
+    exact = torch.ops.sukhops.vocab_head(
+        hidden.double(), weight.double(), target, None if b is None else b.double(), k, *options, *need
+    )
+    cpu = torch.ops.sukhops.vocab_head(hidden, weight, target, b, k, *options, *need)
+    check(ours[:4], cpu[:4], exact[:4])  # the last is rounded to the inputs' dtype before its product
+
+    g_lse, g_target, g_top = torch.randn(n), torch.randn(n, 2), torch.randn(n, k)
+    g_lse[5] = 0.0  # a row whose gradient is sparse
+    saved = [cpu[3], cpu[0], cpu[4]]
+    ours = kernels.backward(hidden, weight, target, b, *saved, g_lse, g_target, g_top, *options, *need)
+    cpu = torch.ops.sukhops.vocab_head_backward(
+        hidden, weight, target, b, *saved, g_lse, g_target, g_top, *options, *need
+    )
+    exact = torch.ops.sukhops.vocab_head_backward(
+        hidden.double(), weight.double(), target, None if b is None else b.double(),
+        exact[3], exact[0], exact[4], g_lse.double(), g_target.double(), g_top.double(), *options, *need,
+    )  # fmt: skip
+    check(ours, cpu, exact)
+
+
+def check(ours, cpu, exact):
+    for i, (a, low, b) in enumerate(zip(ours, cpu, exact, strict=True)):
+        assert a.shape == b.shape and a.dtype == low.dtype, i
+        if a.is_floating_point():
+            assert distance(a, b) <= budget(a, low, b), (i, distance(a, b), budget(a, low, b))
+        else:
+            assert torch.equal(a, b), i
+
+
+@pytest.mark.interpreter
+def test_target_out_of_range_is_nan():
+    hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
+    lse, *_ = kernels.forward(
+        hidden, weight, torch.tensor([[1], [7], [-5]]), None, 0, None, 1.0, -100, False, False, False
+    )
+    assert lse.isnan().tolist() == [False, True, True]
+
+
+ROW = {"bias_ptr": "*fp32!", "v0": "i32!", "width": "i32!", "stride": "i32!", "softcap": "fp32", "scale": "fp32"}
+FORWARD = ROW | {
+    "tile_ptr": "*fp32!", "target_ptr": "*i64!", "target_logit_ptr": "*fp32!", "top_value_ptr": "*fp32!",
+    "top_index_ptr": "*i64!", "maximum_ptr": "*fp32!", "sum_ptr": "*fp32!", "decay_ptr": "*fp32!",
+    "targets": "i32",
+}  # fmt: skip
+BACKWARD = ROW | {
+    "tile_ptr": "*fp32!", "lse_ptr": "*fp32!", "grad_lse_ptr": "*fp32!", "pick_ptr": "*i64!",
+    "grad_pick_ptr": "*fp32!", "picks": "i32",
+}  # fmt: skip
+# (name, kernel, dtype of the gradient or mean tile, constants): the shapes training and decoding use
+CASES = [
+    ("logp", kernels.forward_rows, "float32", dict(HAS_BIAS=False, HAS_CAP=False, MEAN=False, TOP=0)),
+    ("frozen", kernels.forward_rows, "bfloat16", dict(HAS_BIAS=False, HAS_CAP=True, MEAN=True, TOP=0)),
+    ("top 5", kernels.forward_rows, "float32", dict(HAS_BIAS=True, HAS_CAP=False, MEAN=False, TOP=5)),
+    ("backward", kernels.backward_rows, "bfloat16", dict(HAS_BIAS=False, HAS_CAP=False)),
+    ("backward fp16", kernels.backward_rows, "float16", dict(HAS_BIAS=True, HAS_CAP=True)),
+]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name, kernel, dtype, constants", CASES, ids=[c[0] for c in CASES])
+def test_compiles_within_the_limits(arch, name, kernel, dtype, constants):
+    signature = (FORWARD if kernel is kernels.forward_rows else BACKWARD) | {"out_ptr": POINTERS[dtype] + "!"}
+    built = build(kernel, arch, signature, constants | {"CHUNK": kernels.CHUNK}, kernels.WARPS)
+    assert built.spills == 0
+    assert built.shared <= SHARED_LIMIT[arch]
+    assert built.wide_loads > 0

@@ -1,0 +1,331 @@
+"""vocab_head on CUDA: library products over blocks of the vocabulary, Triton passes over their rows.
+
+The same plan as csrc/vocab_head.cpp. Products of half precisions come out in float32, so logits are
+never rounded to the inputs' dtype. Rows that cost nothing (every target ignored, or no gradient) are
+dropped first, which takes one look at the device; while a CUDA graph is captured all rows are kept.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_BYTES = 256 << 20  # of float32 logits
+CHUNK = 2048  # columns a program holds at once
+WARPS = 8
+
+
+@triton.jit
+def _tanh(y):
+    """Odd polynomial near 0 in float32, where 1 - 2 / (e + 1) cancels; exponential elsewhere."""
+    a = tl.abs(y)
+    e = tl.exp(-2.0 * a)
+    big = (1.0 - e) / (1.0 + e)
+    big = tl.where(y < 0, -big, big)
+    if y.dtype == tl.float64:
+        return big
+    z = y * y
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    return tl.where(a < 0.625, p * z * y + y, big)
+
+
+@triton.jit
+def _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """softcap * tanh(scale * (product + bias) / softcap) of one row's columns; -inf outside the mask."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    z *= scale
+    if HAS_CAP:
+        z = softcap * _tanh(z / softcap)
+    return tl.where(mask, z, float("-inf"))
+
+
+@triton.jit
+def forward_rows(
+    tile_ptr,  # [rows, stride] products, float32 or float64
+    out_ptr,  # [rows, stride] exp(logit - maximum) * dlogit/draw in the inputs' dtype, if MEAN
+    bias_ptr,  # [width], of this block
+    target_ptr,  # [rows, K]
+    target_logit_ptr,  # [rows, K]
+    top_value_ptr,  # [rows, TOP] of this block alone
+    top_index_ptr,  # [rows, TOP]
+    maximum_ptr,  # [rows]
+    sum_ptr,  # [rows]
+    decay_ptr,  # [rows] what this block's maximum scales older sums by
+    v0,
+    width,
+    stride,
+    targets,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tile_ptr + row * stride
+    old = tl.load(maximum_ptr + row)
+    top = old
+    for start in range(0, width, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        mask = columns < width
+        z = tl.load(tile + columns, mask=mask, other=0.0)
+        z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+        top = tl.maximum(top, tl.max(z, 0))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros_like(shift)
+    for start in range(0, width, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        mask = columns < width
+        z = tl.load(tile + columns, mask=mask, other=0.0)
+        z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+        e = tl.exp(z - shift)
+        total += tl.sum(e, 0)
+        if MEAN:
+            if HAS_CAP:
+                y = z / softcap
+                e *= tl.where(mask, 1.0 - y * y, 0.0)
+            tl.store(out_ptr + row * stride + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
+    decay = tl.exp(old - shift)
+    tl.store(maximum_ptr + row, top)
+    tl.store(sum_ptr + row, tl.load(sum_ptr + row) * decay + total)
+    tl.store(decay_ptr + row, decay)
+
+    for k in range(targets):
+        t = tl.load(target_ptr + row * targets + k) - v0
+        inside = (t >= 0) & (t < width)
+        z = tl.load(tile + t, mask=inside, other=0.0)
+        z = _logit(z, bias_ptr, t, inside, softcap, scale, HAS_BIAS, HAS_CAP)
+        tl.store(target_logit_ptr + row * targets + k, z, mask=inside)
+
+    # the largest logit after the last one found, by value and then by the lower index, TOP times
+    last = tl.full([], float("inf"), tile_ptr.dtype.element_ty)
+    last_at = tl.full([], -1, tl.int64)
+    for k in range(TOP):
+        best = tl.full([], float("-inf"), tile_ptr.dtype.element_ty)
+        best_at = tl.full([], 0, tl.int64) + width
+        for start in range(0, width, CHUNK):
+            columns = start + tl.arange(0, CHUNK).to(tl.int64)
+            mask = columns < width
+            z = tl.load(tile + columns, mask=mask, other=0.0)
+            z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+            after = mask & ((z < last) | ((z == last) & (columns > last_at)))
+            here = tl.max(tl.where(after, z, float("-inf")), 0)
+            here_at = tl.min(tl.where(after & (z == here), columns, width), 0)
+            better = (here_at < width) & ((best_at == width) | (here > best))
+            best_at = tl.where(better, here_at, best_at)
+            best = tl.where(better, here, best)
+        last = best
+        last_at = best_at
+        tl.store(top_value_ptr + row * TOP + k, best)
+        tl.store(top_index_ptr + row * TOP + k, best_at + v0)
+
+
+@triton.jit
+def backward_rows(
+    tile_ptr,  # [rows, stride] products, float32 or float64
+    out_ptr,  # [rows, stride] dloss/dproduct in the inputs' dtype
+    bias_ptr,  # [width], of this block
+    lse_ptr,  # [rows]
+    grad_lse_ptr,  # [rows]
+    pick_ptr,  # [rows, picks]
+    grad_pick_ptr,  # [rows, picks]
+    v0,
+    width,
+    stride,
+    picks,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    mask = columns < width
+    z = tl.load(tile_ptr + row * stride + columns, mask=mask, other=0.0)
+    z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+    g = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(grad_lse_ptr + row)
+    for p in range(picks):
+        at = tl.load(pick_ptr + row * picks + p) - v0
+        g += tl.where(columns == at, tl.load(grad_pick_ptr + row * picks + p), 0.0)
+    g *= scale
+    if HAS_CAP:
+        y = z / softcap
+        g *= tl.where(mask, 1.0 - y * y, 0.0)
+    tl.store(out_ptr + row * stride + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):
+    """The CUDA kernel of sukhops::vocab_head."""
+    n, (v, d), targets = hidden.shape[0], weight.shape, target.shape[1]
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    keep_mean = need_hidden and not need_weight and not need_bias
+    counts = target != ignore_index  # [N, K]
+    rows = _kept(counts.any(1)) if targets else None
+    h = _select(hidden, rows)  # [R, D]
+    t = _select(target, rows).contiguous()  # [R, K]
+    r = h.shape[0]
+    b = None if bias is None else bias.to(acc)
+    maximum = h.new_full((r,), float("-inf"), dtype=acc)
+    total = h.new_zeros(r, dtype=acc)
+    decay = h.new_empty(r, dtype=acc)
+    logit = h.new_zeros(r, targets, dtype=acc)
+    top_value, top_index = h.new_empty(r, 0, dtype=acc), t.new_empty(r, 0)
+    mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
+    width = _width(r, v)
+    tile = h.new_empty(r, width, dtype=acc)
+    out = h.new_empty(r, width) if keep_mean else tile
+    for v0 in range(0, v if r else 0, width):
+        w = min(width, v - v0)
+        block = weight[v0 : v0 + w]
+        _mm(h, block.T, tile[:, :w])
+        top = min(k, w)
+        value, index = h.new_empty(r, top, dtype=acc), t.new_empty(r, top)
+        forward_rows[(r,)](
+            tile, out, tile if b is None else b[v0:], t, logit, value, index, maximum, total, decay,
+            v0, w, width, targets, softcap or 0.0, scale,
+            HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MEAN=keep_mean, TOP=top,
+            CHUNK=CHUNK, num_warps=WARPS,
+        )  # fmt: skip
+        if k:  # older entries come first, so a stable sort keeps the lower index first
+            value, index = torch.cat([top_value, value], 1), torch.cat([top_index, index], 1)
+            top_value, order = value.sort(dim=1, descending=True, stable=True)
+            top_value, top_index = top_value[:, :k], index.gather(1, order)[:, :k]
+        if keep_mean:
+            mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out[:, :w], block))
+    lse = maximum + total.log()
+    if targets:  # no look at the values: a target out of range shows as NaN
+        wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
+        lse = lse.masked_fill(wrong.any(1), float("nan"))
+        if rows is None:
+            lse = lse.masked_fill(~counts.any(1), 0.0)
+    top_value = top_value.masked_fill(lse.isnan().unsqueeze(1), float("nan"))
+    mean = h.new_zeros(0, dtype=acc) if mean is None else mean / total.unsqueeze(1)
+    return (
+        _spread(lse, rows, n), _spread(logit, rows, n), _spread(top_value, rows, n),
+        _spread(top_index, rows, n), _spread(mean, rows, n) if keep_mean else mean,
+    )  # fmt: skip
+
+
+def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_lse, grad_target, grad_topk,
+             softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
+    """The CUDA kernel of sukhops::vocab_head_backward."""
+    v, d = weight.shape
+    acc = lse.dtype
+    dropped = (target == ignore_index).all(1) & (target.shape[1] > 0)  # [N]
+    pick, grad_pick = _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc)  # [N, P]
+    grad_pick = grad_pick.masked_fill(dropped.unsqueeze(1), 0.0)
+    grad_lse = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse.masked_fill(dropped, 0.0)
+    empty = hidden.new_empty(0)
+    b = None if bias is None else bias.to(acc)
+    if mean_weight.dim() == 2 and not need_weight and not need_bias:
+        if not need_hidden:
+            return empty, empty, empty
+        coefficient = _through_cap(hidden, weight, b, pick, grad_pick, softcap, scale)
+        dh = mean_weight * (grad_lse * scale).unsqueeze(1)
+        for p in range(pick.shape[1]):
+            dh.addcmul_(coefficient[:, p, None], weight[pick[:, p].clamp(min=0)].to(acc))
+        return dh.to(hidden.dtype), empty, empty
+
+    whole = grad_lse != 0  # True for NaN: these rows need their whole softmax
+    rows = _kept(whole)
+    h = _select(hidden, rows)  # [R, D]
+    r = h.shape[0]
+    row_lse, row_grad = _select(lse, rows), _select(grad_lse, rows)
+    row_pick, row_grad_pick = _select(pick, rows).contiguous(), _select(grad_pick, rows).contiguous()
+    dh = h.new_zeros(r, d, dtype=acc) if need_hidden else None
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
+    db = weight.new_zeros(v, dtype=acc) if need_bias else empty
+    width = _width(r, v)
+    tile, out = h.new_empty(r, width, dtype=acc), h.new_empty(r, width)
+    for v0 in range(0, v if r else 0, width):
+        w = min(width, v - v0)
+        block = weight[v0 : v0 + w]
+        _mm(h, block.T, tile[:, :w])
+        backward_rows[(r, triton.cdiv(w, CHUNK))](
+            tile, out, tile if b is None else b[v0:], row_lse, row_grad, row_pick, row_grad_pick,
+            v0, w, width, row_pick.shape[1], softcap or 0.0, scale,
+            HAS_BIAS=b is not None, HAS_CAP=softcap is not None, CHUNK=CHUNK, num_warps=WARPS,
+        )  # fmt: skip
+        g = out[:, :w]
+        if need_hidden:
+            dh.add_(_mm(g, block))
+        if need_weight:
+            torch.mm(g.T, h, out=dw[v0 : v0 + w])
+        if need_bias:
+            db[v0 : v0 + w] = g.sum(0, dtype=acc)
+    dh = _spread(dh, rows, hidden.shape[0]) if need_hidden else None
+    if rows is not None and (others := _kept(~whole & (grad_pick != 0).any(1))).numel():
+        h, pick, grad_pick = hidden[others], pick[others], grad_pick[others]
+        coefficient = _through_cap(h, weight, b, pick, grad_pick, softcap, scale)
+        entries = pick.clamp(min=0).flatten()
+        if need_hidden:
+            dh[others] += (coefficient.unsqueeze(-1) * weight[entries].view(*pick.shape, d)).sum(1)
+        if need_weight:  # index_put_ sorts its indices on CUDA, so that repeats are deterministic
+            parts = (coefficient.unsqueeze(-1) * h.unsqueeze(1)).reshape(-1, d)
+            dw.index_put_((entries,), parts.to(dw.dtype), accumulate=True)
+        if need_bias:
+            db.index_put_((entries,), coefficient.flatten(), accumulate=True)
+    return dh.to(hidden.dtype) if need_hidden else empty, dw, db.to(weight.dtype) if need_bias else empty
+
+
+def _kept(mask: Tensor) -> Tensor | None:
+    """Indices of the rows to keep, or None for all of them."""
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return mask.nonzero().squeeze(1)
+
+
+def _select(t: Tensor, rows: Tensor | None) -> Tensor:
+    return t if rows is None else t[rows]
+
+
+def _spread(t: Tensor, rows: Tensor | None, n: int) -> Tensor:
+    return t if rows is None else t.new_zeros(n, *t.shape[1:]).index_copy_(0, rows, t)
+
+
+def _width(rows: int, v: int) -> int:
+    """Columns of a tile: within the budget, whole chunks, at least two."""
+    return max(2, TILE_BYTES // (4 * max(rows, 1) * CHUNK)) * CHUNK if v > 2 * CHUNK else v
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in the accumulation dtype."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        z = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        z = torch.mm(a.float(), b.float())
+    return z if out is None else out.copy_(z)
+
+
+def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):
+    """Targets and top k side by side [N, P], -1 where nothing counts, and their upstream gradients."""
+    if grad_target is None:
+        grad_target = torch.zeros_like(target, dtype=acc)
+    if grad_topk is None:
+        grad_topk = torch.zeros_like(topk_index, dtype=acc)
+    ignored = target == ignore_index
+    pick = torch.cat([target.masked_fill(ignored, -1), topk_index], 1)
+    return pick, torch.cat([grad_target.masked_fill(ignored, 0.0), grad_topk], 1)
+
+
+def _through_cap(h, weight, bias, pick, grad_pick, softcap, scale):
+    """The gradients of picked logits as gradients of the products h . weight[pick], [N, P]."""
+    if softcap is None:
+        return grad_pick * scale
+    entries = pick.clamp(min=0)
+    acc = grad_pick.dtype
+    raw = torch.stack(
+        [(h.to(acc) * weight[entries[:, p]].to(acc)).sum(1) for p in range(pick.shape[1])], 1
+    )
+    if bias is not None:
+        raw = raw + bias[entries]
+    return grad_pick * scale * (1 - torch.tanh(scale * raw / softcap).square())
