@@ -1,7 +1,11 @@
 """Fused CPU, CUDA and Triton operators for training and decoding language models."""
 
-from sukhops import _library  # noqa: F401  (loads the compiled operators before they are named)
-from sukhops import losses, nn, reference
+from sukhops import (
+    _library,  # noqa: F401  (loads the compiled operators before they are named)
+    losses,
+    nn,
+    reference,
+)
 from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"

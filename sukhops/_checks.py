@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
@@ -15,27 +16,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def check_floats(**tensors: Tensor | None) -> None:
-    """All floating, of one dtype, on one supported device. None is skipped."""
-    first = None
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        check_tensor(name, t)
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device.type not in DEVICES:
-            raise NotImplementedError(f"{name}: sukhops runs on cpu and cuda tensors, got {t.device}")
-        if first is None:
-            first = name, t
-        elif t.dtype != first[1].dtype:
-            raise TypeError(
-                f"{name}: expected {first[1].dtype} like {first[0]}, got {t.dtype}; "
-                "cast one of them, or run under torch.autocast"
-            )
-        check_device(first[0], first[1], name, t)
 
 
 def check_device(like: str, first: Tensor, name: str, t: Tensor) -> None:
@@ -54,13 +34,32 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {list(t.shape)}")
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on; float64 is left alone, as torch does."""
-    device = next(t for t in tensors if t is not None).device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
-    ]
+def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, cast where autocast is on, checked: floating, one dtype, one supported device.
+
+    Autocast leaves float64 alone, as torch does. None passes through.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        check_tensor(name, t)
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device.type not in DEVICES:
+            raise NotImplementedError(f"{name}: sukhops runs on cpu and cuda tensors, got {t.device}")
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            if forward_ad.unpack_dual(t).tangent is not None:  # torch would give a tangent of 0 in silence
+                raise NotImplementedError(f"{name}: forward-mode AD is not implemented, reverse mode is")
+    (like, first), *others = given.items()
+    for name, t in others:
+        check_device(like, first, name, t)
+    device = first.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        given = {name: t if t.dtype == torch.float64 else t.to(dtype) for name, t in given.items()}
+    for name, t in given.items():
+        if t.dtype != given[like].dtype:
+            raise TypeError(
+                f"{name}: expected {given[like].dtype} like {like}, got {t.dtype}; "
+                "cast one of them, or run under torch.autocast"
+            )
+    return [given.get(name) for name in tensors]

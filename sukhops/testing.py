@@ -82,9 +82,7 @@ def compare(
         return {n: t.detach() for n, t in named.items()}
 
     ours, low, exact = run(op, dtype), run(reference, dtype), run(reference, torch.float64)
-    return [
-        Comparison(n, distance(ours[n], exact[n]), budget(ours[n], low[n], exact[n])) for n in ours
-    ]
+    return [Comparison(n, distance(ours[n], exact[n]), budget(ours[n], low[n], exact[n])) for n in ours]
 
 
 def assert_close(

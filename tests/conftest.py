@@ -19,7 +19,12 @@ def pytest_collection_modifyitems(items):
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if ("interpreter" in item.keywords) != interpreting:
-            item.add_marker(pytest.mark.skip(reason="runs with TRITON_INTERPRET=1" if not interpreting else
-                                             "runs without TRITON_INTERPRET"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="runs with TRITON_INTERPRET=1"
+                    if not interpreting
+                    else "runs without TRITON_INTERPRET"
+                )
+            )
         elif "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

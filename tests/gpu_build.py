@@ -42,9 +42,7 @@ def build(kernel, arch: int, signature: dict, constants: dict, warps: int, stage
         kernel,
         signature={n: types[n] for n in names},
         constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs={
-            (names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.endswith("!")
-        },
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.endswith("!")},
     )
     compiled = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}

@@ -1,29 +1,410 @@
-import torch
+"""vocab_head: linear_logp and linear_topk against the reference, float64, and facts that need neither."""
+
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.profiler import ProfilerActivity, profile
+
+import sukhops
 from sukhops import linear_logp, linear_topk, reference
 from sukhops.testing import assert_close
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = [{}, {"softcap": 5.0, "scale": 1.7}]
 
 
-def make(n=37, d=19, v=5003, k=None, bias=False, frozen=False):
+def make(n=37, d=19, v=5003, k=None, bias=False, frozen=False, dtype=torch.float32):
+    """Inputs of linear_logp; V spans two tiles. A quarter of the rows is ignored, and single targets."""
     target = torch.randint(0, v, (n,) if k is None else (n, k))
     target[::4] = -100
+    if k and k > 1:
+        target[1, 0] = -100
     inputs = {
-        "hidden": torch.randn(n, d).requires_grad_(),
-        "weight": (0.3 * torch.randn(v, d)).requires_grad_(not frozen),
+        "hidden": torch.randn(n, d, dtype=dtype).requires_grad_(),
+        "weight": (0.3 * torch.randn(v, d, dtype=dtype)).requires_grad_(not frozen),
         "target": target,
-        "return_lse": True,
     }
     if bias:
-        inputs["bias"] = torch.randn(v).requires_grad_(not frozen)
+        inputs["bias"] = torch.randn(v, dtype=dtype).requires_grad_(not frozen)
     return inputs
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def separated(n=21, d=11, v=300, k=4, dtype=torch.float64):
+    """Inputs of linear_topk whose top k stay in order under a small change."""
+    bias = 0.01 * torch.randn(v, dtype=dtype)
+    bias[torch.randperm(v)[:k]] = 20 + 10 * torch.arange(k, dtype=dtype)
+    return {
+        "hidden": torch.randn(n, d, dtype=dtype).requires_grad_(),
+        "weight": (0.3 * torch.randn(v, d, dtype=dtype)).requires_grad_(),
+        "k": k,
+        "bias": bias.requires_grad_(),
+    }
+
+
+def products(call):
+    """How many matrix products the profiler sees in a call, and the call's result."""
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        result = call()
+    return sum(e.name == "aten::mm" for e in p.events()), result
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("k, bias, options", [
-    (None, False, {}), (3, True, {"softcap": 5.0, "scale": 1.7}), (1, True, {}),
-])  # fmt: skip
-def test_logp_within_budget(dtype, frozen, k, bias, options):
-    assert_close(linear_logp, reference.linear_logp, make(k=k, bias=bias, frozen=frozen) | options, dtype)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("k, bias", [(None, False), (3, True), (1, True)])
+def test_logp_within_budget(dtype, frozen, options, k, bias):
+    inputs = make(k=k, bias=bias, frozen=frozen) | options | {"return_lse": True}
+    assert_close(linear_logp, reference.linear_logp, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_topk_within_budget(dtype):
+    assert_close(linear_topk, reference.linear_topk, separated(), dtype)
+    ours, theirs = (f(**separated(dtype=torch.float64)) for f in (linear_topk, reference.linear_topk))
+    assert ours.values.shape == theirs.values.shape == (21, 4)
+
+
+def test_topk_of_every_entry_is_a_sort():
+    given = make(n=5, v=70, dtype=torch.float64)
+    top = linear_topk(given["hidden"], given["weight"], 70)
+    values, indices = (given["hidden"] @ given["weight"].T).sort(descending=True)
+    torch.testing.assert_close(top.values, values)
+    assert torch.equal(top.indices, indices)
+
+
+def test_topk_ties_take_the_lower_index_and_minus_infinity_fills_up():
+    bias = torch.tensor([1.0, 3.0, 3.0, -torch.inf, -torch.inf])
+    top = linear_topk(torch.zeros(1, 2), torch.zeros(5, 2), 5, bias)
+    assert top.indices.tolist() == [[1, 2, 0, 3, 4]]
+    assert top.values.tolist() == [[3.0, 3.0, 1.0, -torch.inf, -torch.inf]]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("k, bias", [(None, False), (3, True)])
+def test_logp_gradcheck(options, frozen, k, bias):
+    given = make(n=5, d=4, v=9, k=k, bias=bias, frozen=frozen, dtype=torch.float64)
+    target = given.pop("target")
+    names = list(given)
+
+    def f(*tensors):
+        arguments = dict(zip(names, tensors, strict=True))
+        return tuple(linear_logp(target=target, return_lse=True, **arguments, **options))
+
+    assert gradcheck(f, tuple(given.values()))
+
+
+def test_topk_gradcheck():
+    given = separated(n=3, d=4, v=12, k=3)
+
+    def f(hidden, weight, bias):
+        top = linear_topk(hidden, weight, 3, bias, softcap=60.0)
+        return top.values, top.lse
+
+    assert gradcheck(f, (given["hidden"], given["weight"], given["bias"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_take_several_row_tiles(dtype):
+    inputs = make(n=70_001, d=4, v=300, bias=True)
+    assert_close(linear_logp, reference.linear_logp, inputs, dtype)
+
+
+def test_more_than_two_to_the_31_logits():
+    n, v = 70_000, 32_768
+    hidden = torch.randn(n, 2).requires_grad_()
+    weight = torch.randn(v, 2).requires_grad_()
+    target = torch.full((n,), -100)
+    target[-3:] = torch.tensor([0, 5, v - 1])
+    target[:-3] = torch.randint(0, v, (n - 3,))
+    logp = linear_logp(hidden, weight, target)
+    logp.sum().backward()
+    rows = hidden.detach()[-3:].clone().requires_grad_()
+    expected = reference.linear_logp(rows, weight.detach(), target[-3:])
+    expected.sum().backward()
+    torch.testing.assert_close(logp[-3:], expected)
+    torch.testing.assert_close(hidden.grad[-3:], rows.grad)
+
+
+def test_slices_of_a_vocabulary_combine():
+    """lse and target logits are enough to join ranks that hold a part of the vocabulary each."""
+    given = make(v=101, dtype=torch.float64)
+    hidden, weight, target = given["hidden"], given["weight"], given["target"].clamp(min=0)
+    lse, logit = [], 0.0
+    for lo, hi in [(0, 40), (40, 101)]:
+        inside = (target >= lo) & (target < hi)
+        local = torch.where(inside, target - lo, 0)
+        part = sukhops.ops.vocab_head.vocab_head(hidden, weight[lo:hi], local.unsqueeze(1))
+        lse.append(part.lse)
+        logit = logit + torch.where(inside, part.target_logit.squeeze(1), 0.0)
+    joined = logit - torch.stack(lse).logsumexp(0)
+    whole = linear_logp(hidden, weight, target)
+    torch.testing.assert_close(joined, whole)
+    ours = torch.autograd.grad(joined.sum(), (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad(whole.sum(), (hidden, weight)))
+
+
+# ------------------------------------------------------------------ work that nobody asked for
+
+
+def test_products_by_what_needs_a_gradient():
+    """Tiles of one block: every product of the plan is one call; accumulation is inside of it."""
+    given = make(v=700)
+    hidden, weight, target = given.values()
+    frozen = weight.detach()
+
+    def count(h, w):
+        forward, logp = products(lambda: linear_logp(h, w, target))
+        return forward, products(lambda: logp.sum().backward())[0] if logp.requires_grad else 0
+
+    assert count(hidden, weight) == (1, 3)
+    assert count(hidden, frozen) == (2, 0)
+    assert count(hidden.detach(), weight) == (1, 2)
+    assert count(hidden.detach(), frozen) == (1, 0)
+    with torch.no_grad():
+        assert count(hidden, weight) == (1, 0)
+
+
+def test_gradients_of_picked_logits_alone_take_no_product():
+    given = separated()
+    top = linear_topk(**given)
+    assert products(lambda: top.values.sum().backward())[0] == 0
+    assert given["weight"].grad.abs().sum(1).count_nonzero() <= 21 * 4
+
+
+def test_ignored_rows_are_dropped():
+    given = make(v=700)
+    given["target"][:] = -100
+    count, (logp, lse) = products(lambda: linear_logp(**given, return_lse=True))
+    assert count == 0
+    assert not logp.any() and not lse.any()
+    (logp.sum() + lse.sum()).backward()
+    assert not given["hidden"].grad.any() and not given["weight"].grad.any()
+
+
+# ------------------------------------------------------------------ edges
+
+
+def test_no_rows_one_row_one_entry():
+    weight = torch.randn(7, 3).requires_grad_()
+    logp, lse = linear_logp(torch.zeros(0, 3), weight, torch.zeros(0, dtype=torch.int64), return_lse=True)
+    assert logp.shape == lse.shape == (0,)
+    logp.sum().backward()
+    assert not weight.grad.any()
+    one = linear_logp(torch.randn(3), weight, torch.tensor(2))
+    assert one.shape == () and one < 0
+    assert (
+        linear_logp(torch.randn(4, 3), torch.randn(1, 3), torch.zeros(4, dtype=torch.int32)).abs().max() == 0
+    )
+    assert linear_logp(torch.randn(2, 3), weight, torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0)
+
+
+def test_other_ignore_index_and_int32():
+    given = make(v=50)
+    target = given.pop("target").int()
+    moved = torch.where(target == -100, 7, target)
+    torch.testing.assert_close(
+        linear_logp(**given, target=moved, ignore_index=7),
+        linear_logp(**given, target=torch.where(target == 7, -100, target)),
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+def test_nan_and_infinity_show(value, dtype):
+    given = make(v=300, dtype=dtype)
+    hidden = given["hidden"].detach()
+    hidden[5, 0] = value
+    logp, lse = linear_logp(hidden, given["weight"], given["target"], return_lse=True)
+    assert not torch.isfinite(logp[5]) and not torch.isfinite(lse[5])
+    others = torch.arange(len(hidden)) != 5
+    assert torch.isfinite(logp[others]).all()
+    top = linear_topk(hidden, given["weight"], 3)
+    assert not torch.isfinite(top.lse[5]) and torch.isfinite(top.values[others]).all()
+    if value != value:
+        assert top.values[5].isnan().all()
+    (grad,) = torch.autograd.grad(logp.sum(), given["weight"])
+    assert grad.isnan().any()
+
+
+def test_masked_vocabulary():
+    """A bias of -inf removes entries, with zero gradient and no NaN; a row without any entry is NaN."""
+    given = make(v=300, bias=True, dtype=torch.float64)
+    given["bias"].data[:200] = -torch.inf
+    given["target"] = given["target"].clamp(min=200)
+    linear_logp(**given).sum().backward()
+    assert not given["weight"].grad[:200].any() and not given["bias"].grad[:200].any()
+    kept = linear_logp(given["hidden"], given["weight"][200:], given["target"] - 200, given["bias"][200:])
+    torch.testing.assert_close(linear_logp(**given), kept)
+    given["bias"].data[:] = -torch.inf
+    assert linear_logp(**given).isnan().all()
+
+
+def test_huge_logits():
+    hidden = torch.full((2, 1), 1e4)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    logp = linear_logp(hidden, weight, torch.tensor([0, 1]))
+    assert logp.tolist() == [0.0, -2e4]
+
+
+# ------------------------------------------------------------------ as a module of torch
+
+
+def test_repeats_bitwise_and_agrees_between_thread_counts():
+    inputs = make(n=300, v=5003)
+
+    def run():
+        logp = linear_logp(**inputs)
+        return logp, *torch.autograd.grad(logp.sum(), (inputs["hidden"], inputs["weight"]))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_close(linear_logp, reference.linear_logp, inputs, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_backward_twice_accumulates():
+    given = make(v=300)
+    logp = linear_logp(**given)
+    logp.sum().backward(retain_graph=True)
+    once = given["weight"].grad.clone()
+    logp.sum().backward()
+    torch.testing.assert_close(given["weight"].grad, 2 * once)
+
+
+def test_tied_embedding_and_strided_hidden():
+    weight = torch.randn(50, 8, dtype=torch.float64).requires_grad_()
+    tokens = torch.randint(0, 50, (3, 10))
+
+    def loss(f):
+        hidden = torch.tanh(F.embedding(tokens, weight))
+        return f(hidden[:, :-1], weight, tokens[:, 1:]).sum()
+
+    ours, theirs = (torch.autograd.grad(loss(f), weight) for f in (linear_logp, reference.linear_logp))
+    torch.testing.assert_close(ours, theirs)
+    hidden = torch.randn(8, 30, dtype=torch.float64).T
+    target = torch.randint(0, 50, (30,))
+    torch.testing.assert_close(
+        linear_logp(hidden, weight.T.contiguous().T, target), reference.linear_logp(hidden, weight, target)
+    )
+
+
+def test_autocast():
+    given = make(v=300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logp(**given)
+        mixed = linear_logp(given["hidden"].bfloat16(), given["weight"], given["target"])
+    assert logp.dtype == torch.float32
+    low = linear_logp(given["hidden"].bfloat16(), given["weight"].bfloat16(), given["target"])
+    assert torch.equal(logp, low) and torch.equal(mixed, low)
+    logp.sum().backward()
+    assert given["weight"].grad.dtype == torch.float32
+
+
+def test_compiles_to_a_full_graph():
+    given = make(v=300, bias=True)
+
+    def f(hidden, weight, target, bias):
+        logp, lse = linear_logp(hidden, weight, target, bias, softcap=9.0, return_lse=True)
+        top = linear_topk(hidden, weight, 2)
+        return (logp * 2 + 0.1 * lse + top.values.sum(-1)).sum()
+
+    arguments = tuple(given.values())
+    leaves = (given["hidden"], given["weight"], given["bias"])
+    arguments = (given["hidden"], given["weight"], given["target"], given["bias"])
+    eager, compiled = f(*arguments), torch.compile(f, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(eager, compiled)
+    torch.testing.assert_close(torch.autograd.grad(eager, leaves), torch.autograd.grad(compiled, leaves))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close(f(*arguments), compiled)
+
+
+def test_activation_checkpointing():
+    given = make(v=300)
+    plain = torch.autograd.grad(linear_logp(**given).sum(), given["hidden"])
+    again = torch.utils.checkpoint.checkpoint(lambda h: linear_logp(**(given | {"hidden": h})), given["hidden"],
+                                              use_reentrant=False)  # fmt: skip
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), given["hidden"]), plain)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_opcheck(frozen):
+    given = make(n=6, d=5, v=11, k=2, bias=True, frozen=frozen)
+    need = (True, not frozen, not frozen)
+    arguments = (
+        given["hidden"], given["weight"], given["target"], given["bias"], 3, 4.0, 0.5, -100, *need,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.sukhops.vocab_head.default, arguments)
+    lse, target_logit, value, index, mean = torch.ops.sukhops.vocab_head(*arguments)
+    detached = [t.detach() for t in arguments[:4]]
+    torch.library.opcheck(
+        torch.ops.sukhops.vocab_head_backward.default,
+        (*detached, index, lse.detach(), mean, torch.ones_like(lse), None, torch.ones_like(value),
+         4.0, 0.5, -100, *need),
+    )  # fmt: skip
+
+
+def test_what_is_not_offered_says_so():
+    given = make(v=30)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda h, t: linear_logp(h, given["weight"], t))(
+            given["hidden"].reshape(37, 1, 19), given["target"].reshape(37, 1)
+        )
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(
+            lambda h: linear_logp(h, given["weight"].detach(), given["target"]),
+            (given["hidden"].detach(),), (torch.ones(37, 19),),
+        )  # fmt: skip
+    (grad,) = torch.autograd.grad(linear_logp(**given).sum(), given["hidden"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+# ------------------------------------------------------------------ bad input
+
+H, W, T = torch.randn(6, 4), torch.randn(9, 4), torch.zeros(6, dtype=torch.int64)
+BAD = {
+    "hidden: expected a torch.Tensor": dict(hidden=[1.0]),
+    "hidden: expected float32": dict(hidden=H.int()),
+    "hidden: expected last axis D = 4": dict(hidden=torch.randn(6, 5)),
+    "hidden: expected shape": dict(hidden=torch.tensor(1.0)),
+    "weight: expected torch.float32 like hidden": dict(weight=W.bfloat16()),
+    "weight: expected shape \\[V, D\\]": dict(weight=torch.randn(9)),
+    "weight: expected shape \\[V, D\\] with V >= 1": dict(weight=torch.randn(0, 4)),
+    "weight: expected on cpu": dict(weight=W.to("meta")),
+    "bias: expected shape \\[9\\]": dict(bias=torch.randn(8)),
+    "bias: expected torch.float32": dict(bias=torch.randn(9).double()),
+    "target: expected int64": dict(target=T.float()),
+    "target: expected shape \\[6\\]": dict(target=T[:5]),
+    "target: expected shape \\[6\\] .* got \\[5, 6\\]": dict(target=torch.zeros(5, 6, dtype=torch.int64)),
+    "target: expected values in \\[0, 9\\).* got 9 at row 2": dict(target=torch.tensor([0, 1, 9, 2, 3, 4])),
+    "target: expected values in \\[0, 9\\).* got -1 at row 0": dict(target=torch.tensor([-1, 1, 0, 2, 3, 4])),
+    "softcap: expected a number > 0": dict(softcap=0.0),
+    "softcap: expected a number > 0 or None, got nan": dict(softcap=float("nan")),
+    "scale: expected a finite number": dict(scale=float("inf")),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        linear_logp(**({"hidden": H, "weight": W, "target": T} | BAD[message]))
+
+
+@pytest.mark.parametrize("k", [0, 10, 2.0])
+def test_bad_k(k):
+    with pytest.raises(ValueError, match=r"k: expected an int in \[1, V = 9\]"):
+        linear_topk(H, W, k)
+
+
+def test_other_devices_raise():
+    with pytest.raises((NotImplementedError, ValueError)):
+        linear_logp(H.to("meta"), W, T)

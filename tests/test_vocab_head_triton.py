@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
 from gpu_build import SHARED_LIMIT, build
-from sukhops.testing import budget, distance
 from sukhops.triton_kernels import vocab_head as kernels
+
+from sukhops.testing import budget, distance
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
 
@@ -66,7 +66,14 @@ def test_target_out_of_range_is_nan():
     assert lse.isnan().tolist() == [False, True, True]
 
 
-ROW = {"bias_ptr": "*fp32!", "v0": "i32!", "width": "i32!", "stride": "i32!", "softcap": "fp32", "scale": "fp32"}
+ROW = {
+    "bias_ptr": "*fp32!",
+    "v0": "i32!",
+    "width": "i32!",
+    "stride": "i32!",
+    "softcap": "fp32",
+    "scale": "fp32",
+}
 FORWARD = ROW | {
     "tile_ptr": "*fp32!", "target_ptr": "*i64!", "target_logit_ptr": "*fp32!", "top_value_ptr": "*fp32!",
     "top_index_ptr": "*i64!", "maximum_ptr": "*fp32!", "sum_ptr": "*fp32!", "decay_ptr": "*fp32!",

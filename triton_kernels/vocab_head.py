@@ -161,7 +161,9 @@ def backward_rows(
     tl.store(out_ptr + row * stride + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):
+def forward(
+    hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias
+):
     """The CUDA kernel of sukhops::vocab_head."""
     n, (v, d), targets = hidden.shape[0], weight.shape, target.shape[1]
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -323,9 +325,7 @@ def _through_cap(h, weight, bias, pick, grad_pick, softcap, scale):
         return grad_pick * scale
     entries = pick.clamp(min=0)
     acc = grad_pick.dtype
-    raw = torch.stack(
-        [(h.to(acc) * weight[entries[:, p]].to(acc)).sum(1) for p in range(pick.shape[1])], 1
-    )
+    raw = torch.stack([(h.to(acc) * weight[entries[:, p]].to(acc)).sum(1) for p in range(pick.shape[1])], 1)
     if bias is not None:
         raw = raw + bias[entries]
     return grad_pick * scale * (1 - torch.tanh(scale * raw / softcap).square())

@@ -72,10 +72,10 @@ def linear_logp(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         RuntimeError: a target outside [0, V), on the CPU; on CUDA its row is NaN instead.
 
-    Source: the cross-entropy identities of section 0 of the seven losses' papers built on it; see
-    Rafailov et al. 2023 (DPO) and Grave et al. 2019 (several targets per row).
+    Source: the log-probabilities under every loss here; one target per row as in Rafailov et al. 2023
+    (DPO), several as in Grave et al. 2019 (hybrid language models).
     """
-    hidden, weight, bias = _checks.autocast(hidden, weight, bias)
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _check_head(hidden, weight, bias, softcap, scale)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
@@ -87,9 +87,7 @@ def linear_logp(
             f"got {list(target.shape)}"
         )
     targets = target.reshape(hidden.shape[:-1].numel(), 1 if single else target.shape[-1]).long()
-    head = vocab_head(
-        hidden, weight, targets, bias, softcap=softcap, scale=scale, ignore_index=ignore_index
-    )
+    head = vocab_head(hidden, weight, targets, bias, softcap=softcap, scale=scale, ignore_index=ignore_index)
     logp = (head.target_logit - head.lse.unsqueeze(-1)).masked_fill(targets == ignore_index, 0.0)
     logp = logp.reshape(target.shape)
     return LogpAndLse(logp, head.lse.reshape(rows)) if return_lse else logp
@@ -122,7 +120,7 @@ def linear_topk(
 
     Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
     """
-    hidden, weight, bias = _checks.autocast(hidden, weight, bias)
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _check_head(hidden, weight, bias, softcap, scale)
     if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
@@ -130,9 +128,7 @@ def linear_topk(
     none = torch.empty(rows.numel(), 0, dtype=torch.int64, device=hidden.device)
     head = vocab_head(hidden, weight, none, bias, k=k, softcap=softcap, scale=scale)
     shape = (*rows, k)
-    return TopK(
-        head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse.reshape(rows)
-    )
+    return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse.reshape(rows))
 
 
 def vocab_head(
@@ -161,7 +157,6 @@ def vocab_head(
 def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> None:
-    _checks.check_floats(hidden=hidden, weight=weight, bias=bias)
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape [..., D], got a scalar")
     if weight.dim() != 2 or weight.shape[0] == 0:

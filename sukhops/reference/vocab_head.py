@@ -1,7 +1,7 @@
 """Reference of `linear_logp` and `linear_topk`: plain PyTorch that writes every logit.
 
-    logits = softcap * tanh(raw / softcap),  raw = scale * (hidden @ weight.T + bias)
-    lse    = log sum_v exp(logits[v]),       logp = logits[target] - lse
+logits = softcap * tanh(raw / softcap),  raw = scale * (hidden @ weight.T + bias)
+lse    = log sum_v exp(logits[v]),       logp = logits[target] - lse
 """
 
 import torch

@@ -1,0 +1,47 @@
+# Every target first makes .venv with the pinned tools and builds the extension in place.
+PYTHON ?= python3
+PY := .venv/bin/python
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+.PHONY: setup bench test test-all gpu lint docs clean
+.DEFAULT_GOAL := test
+
+setup: .venv/built
+
+.venv/tools: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q $$(grep '^torch==' requirements-dev.txt)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/built: .venv/tools setup.py pyproject.toml $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+bench: setup  ## checks and times every op; rows in bench/results, tables in the README
+	set -e; for f in bench/bench_*.py; do $(PY) $$f; done
+	$(PY) bench/train_step.py
+	$(PY) bench/report.py
+
+test: setup lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
+	$(PY) -m pytest -q -m "not full"
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "interpreter and not full"
+
+test-all: setup lint  ## the long matrix too
+	$(PY) -m pytest -q
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+docs: setup  ## the README's tables from bench/results
+	$(PY) bench/report.py
+
+gpu:  ## on a machine with a CUDA device and its own torch: build, test, measure
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -q
+	set -e; for f in bench/bench_*.py; do $(PYTHON) $$f; done
+
+clean:
+	rm -rf .venv build .cache *.egg-info sukhops/*.so

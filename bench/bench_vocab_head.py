@@ -1,0 +1,199 @@
+"""vocab_head: DPO with a reference model, log-probs in four modes, a frozen head, and growth with V.
+
+`python bench/bench_vocab_head.py` writes bench/results/vocab_head.jsonl; `--sweep` takes longer sweeps;
+`pytest bench` runs the same cases under pytest-benchmark.
+"""
+
+import argparse
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Inputs, Provider
+
+import sukhops
+from sukhops import reference
+
+BETA = 0.1
+
+
+def make(
+    rows: int, d: int, v: int, dtype: torch.dtype, *, pairs: bool = False, frozen: bool = False
+) -> Inputs:
+    """`rows` in sequences of up to 512, of which the first quarter (the prompt) is ignored."""
+    g = torch.Generator().manual_seed(0)
+    t = min(512, rows)
+    shape = (rows // t, t)
+    target = torch.randint(0, v, shape, generator=g)
+    target[:, : t // 4] = -100
+    inputs = {
+        "hidden": torch.randn(*shape, d, generator=g).to(dtype).requires_grad_(),
+        "weight": (torch.randn(v, d, generator=g) * d**-0.5).to(dtype).requires_grad_(not frozen),
+        "target": target,
+    }
+    if pairs:
+        inputs["ref_hidden"] = torch.randn(*shape, d, generator=g).to(dtype)
+        inputs["ref_weight"] = (torch.randn(v, d, generator=g) * d**-0.5).to(dtype)
+    return inputs
+
+
+def products(inputs: Inputs, count: int):
+    """`count` bare products on the kept rows, each into a touched buffer: forwards, dhidden, dweight."""
+    kept = inputs["target"] != -100
+    h, w = inputs["hidden"].detach()[kept], inputs["weight"].detach()
+    z = torch.ones(h.shape[0], w.shape[0], dtype=h.dtype)
+    dh, dw = torch.ones_like(h), torch.ones_like(w)
+
+    def call():
+        for _ in range(count - 2):
+            torch.mm(h, w.T, out=z)
+        torch.mm(z, w, out=dh)
+        torch.mm(z.T, h, out=dw)
+
+    return call
+
+
+def dpo(logp):
+    """DPO through a log-prob function: the sum of each sequence, policy against reference."""
+
+    def provider(i: Inputs):
+        def call():
+            policy = logp(i["hidden"], i["weight"], i["target"]).sum(-1)
+            with torch.no_grad():
+                base = logp(i["ref_hidden"], i["ref_weight"], i["target"]).sum(-1)
+            chosen, rejected = (policy - base).chunk(2)
+            return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+        return call
+
+    return provider
+
+
+def weighted(logp):
+    """Log-probs under a random upstream gradient."""
+
+    def provider(i: Inputs):
+        upstream = torch.randn(i["target"].shape, generator=torch.Generator().manual_seed(1))
+        return lambda: (logp(i["hidden"], i["weight"], i["target"]) * upstream).sum()
+
+    return provider
+
+
+def linear_cross_entropy(hidden, weight, target):
+    loss = F.linear_cross_entropy(
+        hidden.flatten(0, 1), weight, target.flatten(), reduction="none", ignore_index=-100,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )  # fmt: skip
+    return -loss.reshape(target.shape).float()
+
+
+def compiled(provider):
+    def make_compiled(i: Inputs):
+        return torch.compile(provider(i))
+
+    return make_compiled
+
+
+def liger_dpo(i: Inputs):
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA)
+    return lambda: loss(
+        i["weight"], i["hidden"], i["target"], ref_input=i["ref_hidden"], ref_weight=i["ref_weight"]
+    )[0]
+
+
+def sukhops_dpo(i: Inputs):
+    loss = sukhops.nn.DPOLoss(beta=BETA)
+    return lambda: (
+        loss(
+            i["hidden"], i["weight"], i["target"], ref_hidden=i["ref_hidden"], ref_weight=i["ref_weight"]
+        ).loss
+    )
+
+
+def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768) -> Case:
+    logits = 4.0 * rows * v
+    return Case(
+        "vocab_head", "DPO with a reference model", {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make(rows, d, v, dtype, pairs=True),
+        lambda: make(256, d, v // 4, dtype, pairs=True),
+        dpo(reference.linear_logp),
+        {
+            "sukhops": Provider(sukhops_dpo, ours=True),
+            "eager": Provider(dpo(reference.linear_logp), 5 * logits, "torch"),
+            "torch.compile": Provider(compiled(dpo(reference.linear_logp)), 3 * logits, "torch"),
+            "F.linear_cross_entropy": Provider(dpo(linear_cross_entropy), logits, "torch"),
+            "Liger": Provider(liger_dpo, logits, "liger-kernel"),
+        },
+        lambda i: products(i, 5),
+    )  # fmt: skip
+
+
+def logp_case(
+    name: str, dtype: torch.dtype, rows: int, d: int, v: int, modes: tuple[str, ...], *, rounds: int = 7,
+    frozen: bool = False, peers: bool = True,
+) -> Case:  # fmt: skip
+    logits = 4.0 * rows * v
+    providers = {"sukhops": Provider(weighted(sukhops.linear_logp), ours=True)}
+    if peers:
+        providers |= {
+            "eager": Provider(weighted(reference.linear_logp), 5 * logits, "torch"),
+            "F.linear_cross_entropy": Provider(weighted(linear_cross_entropy), logits, "torch"),
+        }
+    return Case(
+        "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make(rows, d, v, dtype, frozen=frozen),
+        lambda: make(256, d, v // 4, dtype, frozen=frozen),
+        weighted(reference.linear_logp), providers, lambda i: products(i, 4), rounds, modes,
+    )  # fmt: skip
+
+
+def cases(sweep: bool = False) -> list[Case]:
+    all_modes, both = harness.MODES, ("fwd_bwd",)
+    listed = [
+        dpo_case(torch.float32),
+        dpo_case(torch.bfloat16),
+        *(
+            logp_case("log-probs", dtype, 4096, 512, 32768, both, peers=False)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        *(
+            logp_case("log-probs, frozen weight", dtype, 4096, 512, 32768, both, peers=False, frozen=True)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        logp_case("log-probs in four modes", torch.float32, 1024, 512, 32768, all_modes, rounds=3),
+        *(
+            logp_case("growth with V", torch.float32, 512, 512, v, both, rounds=3)
+            for v in (8192, 32768, 131072)
+        ),
+    ]
+    if sweep:
+        listed += [
+            logp_case("growth with V", dtype, 2048, 1024, v, both, rounds=3)
+            for dtype in (torch.float32, torch.bfloat16)
+            for v in (32768, 65536, 131072, 262144)
+        ]
+    return listed
+
+
+def test_provider(benchmark, case_and_provider):
+    case, provider = case_and_provider
+    inputs = case.make()
+    call = harness.step(provider.make(inputs), harness.parameters(inputs), "fwd_bwd")
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+
+
+def pytest_generate_tests(metafunc):
+    pairs = [
+        (f"{c.name}, {c.dtype}, V={c.shape['V']}, {n}", (c, p))
+        for c in cases()
+        for n, p in c.providers.items()
+    ]
+    metafunc.parametrize("case_and_provider", [p for _, p in pairs], ids=[i for i, _ in pairs])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="longer sweeps over the vocabulary")
+    harness.run(cases(parser.parse_args().sweep), harness.RESULTS / "vocab_head.jsonl")

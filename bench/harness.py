@@ -1,0 +1,271 @@
+"""Times providers of one operation against each other and against the products they cannot avoid.
+
+A provider is checked against float64 before it is timed. Providers are interleaved call by call; a ratio
+is the median, over rounds, of a provider's time over the bare products' time in the same round. Peak
+memory is what a fresh process adds to its resident set for one call, less the gradients it leaves.
+"""
+
+import ctypes
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes and seconds: a provider predicted above is not run
+PEER_SECONDS = 12.0  # after which a peer that has two rounds is timed no more
+MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
+
+Inputs = dict[str, Tensor]
+
+
+class Provider(NamedTuple):
+    """`make(inputs)` returns a call without arguments that gives a scalar or a tensor to differentiate."""
+
+    make: Callable[[Inputs], Callable[[], Tensor]]
+    memory: float = 0.0  # predicted bytes above the inputs
+    package: str = "sukhops"  # whose version the row names
+    ours: bool = False
+
+
+class Case(NamedTuple):
+    op: str
+    name: str
+    shape: dict[str, int | str]
+    dtype: torch.dtype
+    make: Callable[[], Inputs]  # leaf tensors; those that require a gradient get one
+    small: Callable[[], Inputs]  # the same at a size float64 can check
+    exact: Callable[[Inputs], Callable[[], Tensor]]  # the reference
+    providers: dict[str, Provider]
+    products: Callable[[Inputs], Callable[[], None]] | None = None  # the bare products
+    rounds: int = 7
+    modes: tuple[str, ...] = ("fwd_bwd",)
+
+
+def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict]:
+    """Runs the cases in order, prints a table of each, and writes the rows to `path`.
+
+    Memory comes first: its processes are forks, and OpenMP does not survive a fork once it has run.
+    """
+    memory: list[dict] = [{} for _ in cases]
+    for case, measured in zip(cases, memory, strict=True):
+        for name, p in case.providers.items() if measure_memory else ():
+            if p.memory <= MEMORY_LIMIT:
+                measured[name] = peak_memory(case, p)
+    rows = []
+    for case, measured in zip(cases, memory, strict=True):
+        rows += run_case(case, measured)
+    RESULTS.mkdir(exist_ok=True)
+    with path.open("w") as f:
+        for row in rows:
+            f.write(json.dumps(row) + "\n")
+    return rows
+
+
+def run_case(case: Case, memory: dict[str, float | None]) -> list[dict]:
+    dtype = str(case.dtype).removeprefix("torch.")
+    print(f"\n{case.op} · {case.name} · {dtype} · " + " ".join(f"{k}={v}" for k, v in case.shape.items()))
+    base = {"op": case.op, "case": case.name, "dtype": dtype, "shape": case.shape, **machine()}
+    gates = {}
+    for name, p in case.providers.items():
+        if p.memory > MEMORY_LIMIT:
+            gates[name] = {"skipped": f"predicted memory {p.memory / 2**30:.1f} GiB is above 8 GiB"}
+            continue
+        try:
+            gates[name] = check(case, p)
+        except Exception as error:  # a peer that breaks is a row that says so
+            if p.ours:
+                raise
+            gates[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    rows = []
+    for mode in case.modes:
+        ready = {n: p for n, p in case.providers.items() if gates[n].get("gate")}
+        timed = time_providers(case, mode, ready)
+        for name, p in case.providers.items():
+            row = base | {"provider": name, "version": version(p.package), "mode": mode}
+            row |= gates[name] | timed.get(name, {})
+            if mode == "fwd_bwd" and memory.get(name):
+                row["memory_mib"] = round(memory[name] / 2**20, 1)
+            rows.append(row)
+            print_row(row)
+    return rows
+
+
+def check(case: Case, provider: Provider) -> dict:
+    """The provider's and the reference's distance from float64, over results and gradients."""
+    inputs = case.small()
+
+    def outcome(make, cast=None):
+        given = {n: leaf(t, cast) for n, t in inputs.items()}
+        result = make(given)()
+        grads = torch.autograd.grad(result.sum(), parameters(given)) if parameters(given) else ()
+        return [result.detach().double()] + [g.double() for g in grads]
+
+    exact = outcome(case.exact, torch.float64)
+    low, ours = outcome(case.exact), outcome(provider.make)
+    error, allowed = 0.0, 0.0
+    for e, lo, o in zip(exact, low, ours, strict=True):
+        size = e.abs().max().item() or 1.0
+        error = max(error, (o - e).abs().max().item() / size)
+        allowed = max(allowed, (lo - e).abs().max().item() / size)
+    eps = torch.finfo(case.dtype).eps
+    return {
+        "error": error,
+        "error_reference": allowed,
+        "gate": error <= 2 * allowed + 4 * eps,
+        **({} if error <= 2 * allowed + 4 * eps else {"skipped": f"wrong: error {error:.2g}"}),
+    }
+
+
+def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, dict]:
+    inputs = case.make()
+    calls = {n: step(p.make(inputs), parameters(inputs), mode) for n, p in providers.items()}
+    bare = case.products(inputs) if case.products and mode == "fwd_bwd" else None
+    times: dict[str, list[float]] = {n: [] for n in calls}
+    ratios: dict[str, list[float]] = {n: [] for n in calls}
+    for call in calls.values():
+        call()  # warm: compiles, touches buffers
+    if bare:
+        bare()
+    for turn in range(case.rounds):
+        reference = clock(bare) if bare else None
+        for name, call in calls.items():
+            if not providers[name].ours and turn >= 2 and sum(times[name]) > PEER_SECONDS:
+                continue
+            times[name].append(call())
+            if reference:
+                ratios[name].append(times[name][-1] / reference)
+    out = {}
+    for name, t in times.items():
+        out[name] = {f"p{q}_ms": round(1e3 * quantile(t, q), 3) for q in (20, 50, 80)} | {"rounds": len(t)}
+        if ratios[name]:
+            out[name] |= {f"ratio_p{q}": round(quantile(ratios[name], q), 3) for q in (20, 50, 80)}
+    return out
+
+
+def step(call: Callable[[], Tensor], params: list[Tensor], mode: str) -> Callable[[], float]:
+    """A call that returns the seconds its mode took; gradients are freed outside of them."""
+
+    def timed() -> float:
+        if mode == "fwd_nograd":
+            with torch.no_grad():
+                return clock(call)
+        if mode == "fwd":
+            return clock(call)
+        if mode == "bwd":
+            result = call().sum()
+            return clock(lambda: torch.autograd.grad(result, params))
+        return clock(lambda: torch.autograd.grad(call().sum(), params))
+
+    return timed
+
+
+def clock(f: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = f()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+def peak_memory(case: Case, provider: Provider) -> float | None:
+    """Bytes that one forward and backward adds in a forked process, less the gradients; None if it fails."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            inputs = case.make()
+            call = step(provider.make(inputs), parameters(inputs), "fwd_bwd")
+            if provider.package == "torch":
+                call()  # what compiling takes is not what running takes
+            ctypes.CDLL(None).malloc_trim(0)
+            before = resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            call()
+            grads = sum(t.numel() * t.element_size() for t in parameters(inputs))
+            os.write(write, str(resident("VmHWM") - before - grads).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as f:
+        text = f.read()
+    os.waitpid(child, 0)
+    return float(text) if text else None
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def leaf(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    if not t.is_floating_point():
+        return t
+    return t.detach().to(dtype or t.dtype, copy=True).requires_grad_(t.requires_grad)
+
+
+def parameters(inputs: Inputs) -> list[Tensor]:
+    return [t for t in inputs.values() if t.requires_grad]
+
+
+def quantile(values: list[float], q: int) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(q / 100).item()
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), platform.processor(),
+    )  # fmt: skip
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout
+
+    return {
+        "machine": cpu,
+        "isa": torch.ops.sukhops.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": git("rev-parse", "--short", "HEAD").strip(),
+        "dirty": bool(git("status", "--porcelain", "-uno", ":!results").strip()),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def print_row(row: dict) -> None:
+    name = f"  {row['provider']:<24} {row['mode']:<10}"
+    if row.get("skipped"):
+        print(f"{name} {row['skipped']}")
+        return
+    text = f"{name} {row['p50_ms']:>9.1f} ms  (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})"
+    if "ratio_p50" in row:
+        text += f"  {row['ratio_p50']:.2f}x bare ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+    if "memory_mib" in row:
+        text += f"  {row['memory_mib']:.0f} MiB"
+    print(f"{text}  error {row['error']:.1e} (reference {row['error_reference']:.1e})", flush=True)

@@ -1,0 +1,104 @@
+"""`python -m sukhops info`: what was built and what runs where. `check`: every op against its reference."""
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata, util
+
+import torch
+
+import sukhops
+from sukhops import _library, reference, testing
+
+DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.float32, torch.bfloat16]}
+
+
+def vocab_head_inputs() -> dict:
+    target = torch.randint(0, 1000, (65,))
+    target[::4] = -100
+    return {
+        "hidden": torch.randn(65, 48).requires_grad_(),
+        "weight": (0.2 * torch.randn(1000, 48)).requires_grad_(),
+        "target": target,
+        "bias": torch.randn(1000).requires_grad_(),
+    }
+
+
+def topk_inputs() -> dict:
+    given = vocab_head_inputs()
+    del given["target"]
+    bias = torch.zeros(1000)
+    bias[::200] = 20.0 + 10.0 * torch.arange(5)  # far apart: rounding must not change their order
+    return given | {"k": 5, "bias": bias.requires_grad_()}
+
+
+# name, operators behind it, op, reference, inputs
+OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
+    ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
+     vocab_head_inputs),
+    ("linear_topk", ["vocab_head", "vocab_head_backward"], sukhops.linear_topk, reference.linear_topk,
+     topk_inputs),
+]  # fmt: skip
+
+
+def backend(operator: str, device: str) -> str:
+    """What runs `operator` on `device` in this installation."""
+    if device == "cpu":
+        return "C++" if torch._C._dispatch_has_kernel_for_dispatch_key(f"sukhops::{operator}", "CPU") else "-"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sukhops::{operator}", "CUDA"):
+        return "-"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "Triton" if util.find_spec("triton") else "Triton is not installed"
+
+
+def info() -> int:
+    print(f"sukhops   {sukhops.__version__} in {sukhops.__path__[0]}")
+    print(f"python    {platform.python_version()} on {platform.machine()}")
+    print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
+    for package in ("triton", "numpy"):
+        try:
+            print(f"{package:<9} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:<9} not installed")
+    print(f"cuda      {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
+    print(f"_C        built, CPU kernels for {torch.ops.sukhops.cpu_capability()}")
+    print(f"_C_cuda   {'built' if _library.has_cuda_library else 'not built'}")
+    print(f"\n{'op':<28}{'cpu':<10}cuda")
+    for operator in sorted({o for _, operators, *_ in OPS for o in operators}):
+        print(f"{operator:<28}{backend(operator, 'cpu'):<10}{backend(operator, 'cuda')}")
+    return 0
+
+
+def check() -> int:
+    """Compares each op and its gradients with the reference; the exit status is 1 if any is over budget."""
+    failed = False
+    print(f"{'op':<26}{'device':<8}{'dtype':<10}{'result':<18}{'max error':>12}{'budget':>12}")
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for name, _, op, ref, make in OPS:
+            for dtype in DTYPES[device]:
+                torch.manual_seed(0)
+                inputs = {
+                    n: t.detach().to(device).requires_grad_(t.requires_grad)
+                    if isinstance(t, torch.Tensor)
+                    else t
+                    for n, t in make().items()
+                }
+                for row in testing.compare(op, ref, inputs, dtype):
+                    failed |= not row.ok
+                    print(
+                        f"{name:<26}{device:<8}{str(dtype).removeprefix('torch.'):<10}{row.name:<18}"
+                        f"{row.error:>12.2e}{row.budget:>12.2e}  {'pass' if row.ok else 'FAIL'}"
+                    )
+    return int(failed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sukhops", description=__doc__)
+    parser.add_argument("command", choices=["info", "check"])
+    return {"info": info, "check": check}[parser.parse_args().command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
