@@ -18,7 +18,7 @@ except ImportError:  # setuptools before 70.1 takes it from the wheel package
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # no -ffast-math: it drops NaN semantics and sets flush-to-zero for the user's whole process
 CXX = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-       "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function", "-Wno-unknown-pragmas"]  # fmt: skip
+       "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function"]  # fmt: skip
 HEADERS = [str(p) for p in Path("csrc").glob("*.h")]
 
 

@@ -29,8 +29,11 @@ using torch::stable::Tensor;
 
 enum class Isa { base, avx2, avx512 };
 
+// the best set this CPU has, or the one that a build for tests names with -DSUKHOPS_ISA=avx2 or base
 inline Isa cpu_isa() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SUKHOPS_ISA
+  return Isa::SUKHOPS_ISA;
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   static const Isa best =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
@@ -46,7 +49,7 @@ inline Isa cpu_isa() {
 // whether the library multiplies bfloat16 matrices at full speed here
 inline bool fast_bfloat16() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const bool fast = __builtin_cpu_supports("avx512bf16");
+  static const bool fast = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
   return fast;
 #else
   return false;

@@ -1,0 +1,148 @@
+"""The house keeps its own rules: names, files, documents, packaging, the two commands of the module."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import sukhops
+
+ROOT = Path(__file__).parent.parent
+TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+OPERATORS = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text())
+
+
+def module(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_in_documents_exist(name):
+    text = (ROOT / name).read_text()
+    paths = re.findall(
+        r"(?<![\w/.<])((?:bench|examples|tests|csrc|sukhops|triton_kernels)/[\w./]+\.\w+)", text
+    )
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_public_names_in_documents_exist(name):
+    for dotted in re.findall(r"sukhops((?:\.[A-Za-z_]\w*)+)", (ROOT / name).read_text()):
+        if dotted.split(".")[1] in ("_C", "_C_cuda", "py", "triton_kernels"):
+            continue
+        value = sukhops
+        for part in dotted[1:].split("."):
+            assert hasattr(value, part), f"{name} names sukhops{dotted}"
+            value = getattr(value, part)
+
+
+def test_readme_tables_are_made_from_the_results():
+    assert module("bench/report.py", "--check").returncode == 0, "run make docs"
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    namespace: dict = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert blocks and torch.isfinite(namespace["hidden"].grad).all()
+
+
+def test_files_are_short():
+    for name in TRACKED:
+        path = ROOT / name
+        if path.suffix in (".py", ".cpp", ".h", ".cu") and path.exists():
+            limit = 600 if name.startswith(("csrc/", "triton_kernels/")) else 400
+            assert len(path.read_text().splitlines()) <= limit * 1.1, name
+
+
+def test_triton_kernels_are_never_imported_bare():
+    for name in TRACKED:
+        if name.endswith(".py") and (ROOT / name).exists():
+            text = (ROOT / name).read_text()
+            assert not re.search(r"^\s*(?:from|import) triton_kernels\b", text, re.M), name
+
+
+def test_every_operator_has_a_cpu_kernel_and_a_fake():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for operator in OPERATORS:
+        if operator == "cpu_capability":
+            continue
+        assert has(f"sukhops::{operator}", "CPU"), operator
+        assert torch._library.simple_registry.singleton.find(f"sukhops::{operator}").fake_impl.kernel, (
+            operator
+        )
+
+
+@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "sukhops" / "ops").glob("[a-z]*.py")])
+def test_one_name_one_file_per_folder(name):
+    for path in (f"sukhops/reference/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+        assert (ROOT / path).exists(), path
+
+
+def test_info_and_check():
+    info = module("-m", "sukhops", "info")
+    assert info.returncode == 0 and "vocab_head" in info.stdout
+    check = module("-m", "sukhops", "check")
+    assert check.returncode == 0, check.stdout
+    assert "linear_logp" in check.stdout and "FAIL" not in check.stdout
+
+
+def test_missing_library_says_how_to_build(tmp_path):
+    package = tmp_path / "sukhops"
+    package.mkdir()
+    for name in ("__init__.py", "_library.py"):
+        (package / name).write_text((ROOT / "sukhops" / name).read_text())
+    run = subprocess.run(
+        [sys.executable, "-c", "import sukhops"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "sukhops is not built" in run.stderr and "pip install --no-build-isolation" in run.stderr
+
+
+@pytest.mark.full
+def test_wheel_holds_only_the_package(tmp_path):
+    run = module("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("sukhops-*-py3-none-*.whl")
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert all(n.startswith("sukhops/") for n in names)
+    assert {"sukhops/_C.so", "sukhops/py.typed", "sukhops/triton_kernels/vocab_head.py"} <= set(names)
+    installed = tmp_path / "installed"
+    target = ["--no-deps", "--no-index", "--target", str(installed), str(wheel)]
+    assert module("-m", "pip", "install", "-q", *target).returncode == 0
+    run = subprocess.run(
+        [sys.executable, "-c", "import sukhops; print(sukhops.__file__)"],
+        capture_output=True, text=True, cwd=installed,
+    )  # fmt: skip
+    assert run.stdout.startswith(str(installed)), run.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ["avx2", "base"])
+def test_other_instruction_sets(tmp_path, isa):
+    """The kernels as a CPU without AVX-512 runs them, within the same budgets."""
+    environment = os.environ | {"CFLAGS": f"-DSUKHOPS_ISA={isa}", "PYTHONPATH": str(tmp_path / "lib")}
+    build = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "-b",
+        str(tmp_path),
+        "--build-lib",
+        str(tmp_path / "lib"),
+    ]
+    assert subprocess.run(build, cwd=ROOT, env=environment).returncode == 0
+    check = "import sukhops, torch; print(torch.ops.sukhops.cpu_capability(), sukhops.__file__)"
+    elsewhere = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    run = subprocess.run([sys.executable, "-c", check], **elsewhere)
+    assert {"avx2": "avx2", "base": "portable"}[isa] in run.stdout and str(tmp_path) in run.stdout
+    suite = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
+    run = subprocess.run([*suite, "-k", "not house", "-m", "not full"], **elsewhere)
+    assert run.returncode == 0, run.stdout[-3000:]
