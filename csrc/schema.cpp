@@ -4,6 +4,7 @@
 
 STABLE_TORCH_LIBRARY(sukhops, m) {
   m.def("cpu_capability() -> str");
+  m.def("product_count() -> int");  // matrix products that CPU kernels have taken so far, for tests
 
   // lse [N], target_logit [N, K], topk_value [N, k], topk_index [N, k], and, when only `hidden` needs
   // a gradient, mean_weight [N, D] = sum_v p_v dlogit_v/draw_v weight_v (else [0])
