@@ -58,25 +58,49 @@ void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t s
   }
 }
 
-// packs a [count, depth] matrix by depth, `width` rows side by side, the last ones filled up with zeros
+// the transpose of sixteen vectors, halving the blocks that trade places
+void transpose(vf (&r)[kLanes]) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (int s = 8; s > 0; s /= 2) {
+    const vi low = (lane & s) == 0;
+    const vi first = low ? lane : lane + 16 - s, second = low ? lane + s : lane + 16;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const vf x = r[i], y = r[i + s];
+      r[i] = __builtin_shuffle(x, y, first);
+      r[i + s] = __builtin_shuffle(x, y, second);
+    }
+  }
+}
+
+// packs a [count, depth] matrix by depth, `width` rows side by side, the last ones filled up with
+// zeros; may write up to kLanes floats past the end
 template <int64_t width>
 void pack(const Strided& from, int64_t count, int64_t depth, float* out) {
   for (int64_t i0 = 0; i0 < count; i0 += width, out += width * depth) {
     const int64_t n = count - i0 < width ? count - i0 : width;
     const float* src = from.data + i0 * from.row;
-    if (from.row == 1) {
+    if (from.col != 1) {
       for (int64_t p = 0; p < depth; ++p) {
-        for (int64_t i = 0; i < n; ++i) out[p * width + i] = src[p * from.col + i];
+        for (int64_t i = 0; i < n; ++i) out[p * width + i] = src[i * from.row + p * from.col];
         for (int64_t i = n; i < width; ++i) out[p * width + i] = 0.0f;
       }
       continue;
     }
-    for (int64_t p0 = 0; p0 < depth; p0 += kLanes) {  // a transpose, a cache line of each row at a time
-      const int64_t p1 = p0 + kLanes < depth ? p0 + kLanes : depth;
-      for (int64_t i = 0; i < width; ++i)
-        for (int64_t p = p0; p < p1; ++p)
-          out[p * width + i] = i < n ? src[i * from.row + p * from.col] : 0.0f;
+    int64_t p = 0;
+    for (; p + kLanes <= depth; p += kLanes) {
+      for (int64_t i = 0; i < width; i += kLanes) {
+        vf row[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r)
+          row[r] = i + r < n ? load(src + (i + r) * from.row + p) : vf{};
+        transpose(row);
+        for (int64_t q = 0; q < kLanes; ++q) store(out + (p + q) * width + i, row[q]);
+      }
     }
+    for (; p < depth; ++p)
+      for (int64_t i = 0; i < width; ++i) out[p * width + i] = i < n ? src[i * from.row + p] : 0.0f;
   }
 }
 
@@ -104,7 +128,7 @@ bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) 
   const Strided left = strided(a), right = flipped(strided(b));
   float* const c = data<float>(out);
   const int64_t stride = out.stride(0), depths = std::min(k, kDepth);
-  const Tensor panels = empty({padded(n, kCols) * depths}, ScalarType::Float, a);
+  const Tensor panels = empty({padded(n, kCols) * depths + 16}, ScalarType::Float, a);
   float* const packed = data<float>(panels);
   for (int64_t p = 0; p < k; p += kDepth) {
     const int64_t depth = std::min(kDepth, k - p);
@@ -114,7 +138,7 @@ bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) 
       avx512::pack<kCols>(at(right, lo * kCols, p), count, depth, packed + lo * kCols * depth);
     });
     torch::stable::parallel_for(0, padded(m, kBlock) / kBlock, 1, [&](int64_t lo, int64_t hi) {
-      std::vector<float> block(kBlock * depth);
+      std::vector<float> block(kBlock * depth + 16);
       float edge[kRows * kCols];
       for (int64_t i0 = lo * kBlock; i0 < std::min(m, hi * kBlock); i0 += kBlock) {
         const int64_t rows = std::min(kBlock, m - i0);

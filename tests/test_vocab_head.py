@@ -107,6 +107,12 @@ def test_topk_gradcheck():
     assert gradcheck(f, (given["hidden"], given["weight"], given["bias"]))
 
 
+@pytest.mark.parametrize("n, d, v", [(64, 705, 97), (203, 33, 5003), (1500, 16, 33), (127, 1409, 64)])
+def test_products_of_ragged_shapes(n, d, v):
+    """Edges of the register tile, the packed depth and the row blocks."""
+    assert_close(linear_logp, reference.linear_logp, make(n=n, d=d, v=v), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_take_several_row_tiles(dtype):
     inputs = make(n=70_001, d=4, v=300, bias=True)
