@@ -103,9 +103,8 @@ def main() -> None:
             **harness.machine(),
         }  # fmt: skip
         rows.append(row)
-        print(
-            f"{head:>9}: {rate:,.0f} tokens/s, peak {peak / 2**20:,.0f} MiB, loss {loss[0]:.4f} to {loss[-1]:.4f}"
-        )
+        print(f"{head:>9}: {rate:,.0f} tokens/s, peak {peak / 2**20:,.0f} MiB, ", end="")
+        print(f"loss {loss[0]:.4f} to {loss[-1]:.4f}")
     print(f"largest relative difference: loss {worst:.1e}, gradient norms {gap:.1e}")
     if worst > 1e-4 or gap > 1e-3:
         raise SystemExit("the two heads disagree")

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kRows = 14, kCols = 32;   // of the sums in registers
 constexpr int64_t kDepth = 704;             // of a packed panel: kCols * kDepth floats stay in the L2 cache
+constexpr int64_t kRun = 128;               // products summed in a register before they join the result
 constexpr int64_t kBlock = 8 * kRows;       // rows of a that are packed at once
 
 struct Strided {
@@ -33,28 +34,30 @@ namespace avx512 {
 
 // c [kRows, kCols] (+)= a [kRows, depth] @ b [depth, kCols], both packed by depth
 void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add) {
-  vf sum[kRows][2];
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = vf{};
-  for (int64_t p = 0; p < depth; ++p) {
-    const vf b0 = load(b), b1 = load(b + kLanes);
+  for (; depth > 0; depth -= kRun, add = true) {
+    vf sum[kRows][2];
+    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = vf{};
+    for (int64_t p = depth < kRun ? depth : kRun; p > 0; --p) {
+      const vf b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) {
+        const vf x = splat(a[i]);
+        sum[i][0] += x * b0;
+        sum[i][1] += x * b1;
+      }
+      a += kRows;
+      b += kCols;
+    }
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
-      const vf x = splat(a[i]);
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
+      float* row = c + i * stride;
+      if (add) {
+        sum[i][0] += load(row);
+        sum[i][1] += load(row + kLanes);
+      }
+      store(row, sum[i][0]);
+      store(row + kLanes, sum[i][1]);
     }
-    a += kRows;
-    b += kCols;
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    float* row = c + i * stride;
-    if (add) {
-      sum[i][0] += load(row);
-      sum[i][1] += load(row + kLanes);
-    }
-    store(row, sum[i][0]);
-    store(row + kLanes, sum[i][1]);
   }
 }
 
