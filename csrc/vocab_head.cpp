@@ -147,13 +147,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // ---------------------------------------------------------------- backward
 
-// one upstream gradient of one logit: of row `row` (in hidden) and vocabulary entry `entry`
-template <class A>
-struct Pick {
-  int64_t entry, row;
-  A grad;  // of the product hidden[row] . weight[entry]
-};
-
 // The upstream gradients, sorted by what they cost. A row whose lse has a gradient needs its whole
 // softmax (dense); any other row only the few weight rows it picked (sparse).
 template <class A>
@@ -210,29 +203,6 @@ void through_cap(
     for (int64_t j = 0; j < d; ++j) raw += static_cast<A>(h[j * hc]) * static_cast<A>(w[j * wc]);
     const A y = std::tanh(scale * raw / softcap);
     p.grad *= 1 - y * y;
-  });
-}
-
-// adds, for each run of picks with the same `key`, sum grad * from[other] to row `key` of `to`
-template <class A, class S, class Key, class Other>
-void add_runs(
-    const std::vector<Pick<A>>& picks, const Tensor& from, const Tensor& to, Key key, Other other) {
-  std::vector<int64_t> starts;
-  for (size_t i = 0; i < picks.size(); ++i)
-    if (i == 0 || key(picks[i]) != key(picks[i - 1])) starts.push_back(i);
-  starts.push_back(picks.size());
-  const int64_t d = from.size(1), fs = from.stride(0), fc = from.stride(1);
-  torch::stable::parallel_for(0, starts.size() - 1, grain(d), [&](int64_t lo, int64_t hi) {
-    std::vector<A> sum(d);
-    for (int64_t run = lo; run < hi; ++run) {
-      S* out = data<S>(to) + key(picks[starts[run]]) * d;
-      for (int64_t j = 0; j < d; ++j) sum[j] = static_cast<A>(out[j]);
-      for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
-        const S* row = data<S>(from) + other(picks[i]) * fs;
-        for (int64_t j = 0; j < d; ++j) sum[j] += picks[i].grad * static_cast<A>(row[j * fc]);
-      }
-      for (int64_t j = 0; j < d; ++j) out[j] = static_cast<S>(sum[j]);
-    }
   });
 }
 

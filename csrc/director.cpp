@@ -1,0 +1,754 @@
+// director on the CPU: log-softmax of lm + sum_a gamma_a * logsigmoid(cls_a), its largest entries and its
+// gradients; and what training asks of the classifier: one logit per row, and the norm of the others.
+//
+// Decoding is a read of the weights: up to a number of rows of hidden, every weight row is read once,
+// straight from memory, and multiplied with all of them. Pieces of the vocabulary are handed to threads as
+// they come free, and joined in their order, so a result does not depend on who did what. More rows, and
+// gradients, take library products in blocks, as vocab_head does.
+#include "blocks.h"
+
+#include <atomic>
+#include <cstring>
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#endif
+
+namespace sukhops {
+
+constexpr int64_t kWiden = 24;   // weight rows that are widened to float32 at once
+constexpr int64_t kStream = 64;  // weight rows of each head that are multiplied before they are gated
+constexpr int64_t kFewRows = 12;     // rows of hidden up to which the lanes run along the depth
+constexpr int64_t kStreamRows = 512;  // up to which the weights are streamed
+
+struct HalfBits {
+  uint16_t bits;
+};
+
+struct Dots {
+  const void* hidden;  // float32 or bfloat16: rows padded with zeros, or packed panels of 64 rows
+  bool packed;
+  int64_t hidden_stride;         // of rows
+  int64_t count, depth, stride;  // rows of hidden, depth, and the stride of the weight's rows
+};
+
+template <class A>
+struct GateRows {
+  const void* const* tile;  // per head [count, stride]: the LM head, then the classifiers
+  const A* const* bias;     // per head, of the whole vocabulary, or null
+  int64_t heads, rows, row0, v0, width, stride, vocab, k;
+  const A* gamma;    // [heads - 1, rows], or [1, rows] for a shared head
+  const A* affine;   // of a shared head, or null
+  A* out;            // [rows, vocab] or null
+  A* top_value;      // [rows, k]
+  int64_t* top_index;
+  A* maximum;        // [rows]
+  double* sum;       // [rows]
+};
+
+template <class A>
+struct GateBackwardRows {
+  void* const* tile;
+  const A* const* bias;
+  int64_t heads, rows, row0, v0, width, stride, vocab;
+  const A *gamma, *affine;
+  const A *grad, *logp;  // [rows, vocab]
+  const A* total;        // [rows] the sum of a row of grad
+  double* grad_gamma;    // like gamma
+  double* grad_affine;   // [rows, 2]
+};
+
+template <class A>
+struct NormRows {
+  void* tile;  // [count, width]
+  int64_t row0, v0, width;
+  const A *bias, *affine;
+  const int64_t* target;
+  const A* grad;        // [rows], or null in the forward
+  double* sum;          // [rows]
+  double* grad_affine;  // [rows, 2]
+};
+
+}  // namespace sukhops
+
+#define SUKHOPS_BODY "director_rows.h"
+#include "isa.h"
+
+#ifdef SUKHOPS_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+namespace sukhops::avx512bf16 {
+#include "vec.h"
+
+#include "director_bf16.h"
+}  // namespace sukhops::avx512bf16
+#pragma GCC pop_options
+#endif
+
+namespace sukhops {
+namespace {
+
+// the arguments that both heads share, in the accumulation type
+template <class A>
+struct Heads {
+  std::vector<Tensor> weight;     // the LM head, then the classifiers
+  std::vector<Tensor> bias_kept;  // owners of `bias`
+  std::vector<const A*> bias;
+  std::vector<A> gamma;  // [gates, n]
+  std::vector<A> affine_kept;
+  const A* affine = nullptr;
+  int64_t n, v, d;
+
+  Heads(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& g,
+        const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
+        const std::optional<Tensor>& cls_affine)
+      : n(hidden.size(0)), v(lm_weight.size(0)), d(lm_weight.size(1)) {
+    const ScalarType acc = acc_dtype(hidden.scalar_type());
+    weight.push_back(torch::stable::contiguous(lm_weight));
+    for (const Tensor& w : cls_weight) weight.push_back(torch::stable::contiguous(w));
+    for (size_t h = 0; h < weight.size(); ++h) {
+      const bool has = h == 0 ? lm_bias.has_value() : cls_bias[h - 1].numel() > 0;
+      bias_kept.push_back(as_acc(has ? std::optional(h == 0 ? *lm_bias : cls_bias[h - 1]) : std::nullopt, acc, hidden));
+      bias.push_back(has ? data<A>(bias_kept.back()) : nullptr);
+    }
+    const int64_t gates = g.size(0), s0 = g.stride(0), s1 = g.stride(1);
+    gamma.resize(gates * n);
+    for (int64_t i = 0; i < gates * n; ++i) {
+      gamma[i] = data<A>(g)[i / n * s0 + i % n * s1];
+      STD_TORCH_CHECK(gamma[i] >= 0 && gamma[i] < INFINITY, "gamma: expected finite numbers >= 0, got ", gamma[i],
+                      " at row ", i % n);
+    }
+    if (cls_affine) {
+      affine_kept = {data<A>(*cls_affine)[0], data<A>(*cls_affine)[cls_affine->stride(0)]};
+      affine = affine_kept.data();
+    }
+  }
+  int64_t count() const { return weight.size(); }
+};
+
+// the log-sum-exp of each row over a part of the vocabulary
+template <class A>
+struct Sums {
+  std::vector<A> maximum;
+  std::vector<double> sum;
+  explicit Sums(int64_t n) : maximum(n, -INFINITY), sum(n) {}
+  void join(const Sums& later) {
+    for (size_t i = 0; i < maximum.size(); ++i) {
+      const A top = later.maximum[i] > maximum[i] ? later.maximum[i] : maximum[i];
+      const A shift = top == -INFINITY ? A(0) : top;
+      sum[i] = sum[i] * std::exp(maximum[i] - shift) + later.sum[i] * std::exp(later.maximum[i] - shift);
+      maximum[i] = top;
+    }
+  }
+};
+
+// the k largest scores of each row, descending, the lower index first among equals
+template <class A>
+struct Top {
+  int64_t k;
+  std::vector<A> value;
+  std::vector<int64_t> index;
+  Top(int64_t n, int64_t k) : k(k), value(n * k, -INFINITY), index(n * k, -1) {}
+  void join(const Top& other) {
+    for (size_t at = 0; k > 0 && at < value.size(); at += k)
+      for (int64_t j = 0; j < k && other.index[at + j] >= 0; ++j) {
+        const A x = other.value[at + j];
+        const int64_t entry = other.index[at + j];
+        const auto before = [&](int64_t p) {  // whether (x, entry) comes before what is at p
+          return x > value[at + p] || index[at + p] < 0 || (x == value[at + p] && entry < index[at + p]);
+        };
+        if (!before(k - 1)) break;
+        int64_t p = k - 1;
+        for (; p > 0 && before(p - 1); --p) {
+          value[at + p] = value[at + p - 1];
+          index[at + p] = index[at + p - 1];
+        }
+        value[at + p] = x;
+        index[at + p] = entry;
+      }
+  }
+};
+
+template <class A>
+struct Found {
+  Sums<A> sums;
+  Top<A> top;
+  Found(int64_t n, int64_t k) : sums(n), top(n, k) {}
+  A lse(int64_t i) const { return static_cast<A>(sums.maximum[i] + std::log(sums.sum[i])); }
+};
+
+template <class A>
+GateRows<A> gate(const Heads<A>& heads, Sums<A>& sums, Top<A>& top, A* out) {
+  return {nullptr, heads.bias.data(), heads.count(), heads.n, 0, 0, 0, 0, heads.v, top.k,
+          heads.gamma.data(), heads.affine, out, top.value.data(), top.index.data(),
+          sums.maximum.data(), sums.sum.data()};
+}
+
+template <class A, class Rows>
+void run_gate(const Rows& g, bool bfloat16, int64_t lo, int64_t hi) {
+  constexpr bool backward = std::is_same_v<Rows, GateBackwardRows<A>>;
+  if constexpr (std::is_same_v<A, float>) {
+    if (bfloat16) {
+      if constexpr (backward) {
+        static const auto half = SUKHOPS_BEST(gate_backward_rows<uint16_t, float>);
+        return half(g, lo, hi);
+      } else {
+        static const auto half = SUKHOPS_BEST(gate_rows<uint16_t, float>);
+        return half(g, lo, hi);
+      }
+    }
+  }
+  if constexpr (backward) {
+    static const auto plain = SUKHOPS_BEST(gate_backward_rows<A, A>);
+    plain(g, lo, hi);
+  } else {
+    static const auto plain = SUKHOPS_BEST(gate_rows<A, A>);
+    plain(g, lo, hi);
+  }
+}
+
+// ---------------------------------------------------------------- few rows: the weights are streamed
+
+using DotsFn = void (*)(const Dots&, const void*, int64_t, float*, int64_t, float*);
+
+DotsFn pick_dots(ScalarType dtype, bool pairs) {
+#ifdef SUKHOPS_X86
+  if (pairs) return &avx512bf16::dots_bfloat16;
+#endif
+  if (dtype == ScalarType::BFloat16) return SUKHOPS_BEST(dots<uint16_t>);
+  if (dtype == ScalarType::Half) return SUKHOPS_BEST(dots<HalfBits>);
+  return SUKHOPS_BEST(dots<float>);
+}
+
+// rows that are read together must not all begin in the same cache set: one vector more than whole ones
+template <class E>
+int64_t padded(int64_t d) {
+  const int64_t lanes = 64 / sizeof(E);
+  return (d + lanes - 1) / lanes * lanes + lanes;
+}
+
+// rows of hidden in the layout of Dots; E is float, or uint16_t for pairs of bfloat16
+template <class E>
+Tensor layout(const Tensor& hidden, bool packed) {
+  constexpr int64_t group = sizeof(E) == 2 ? 2 : 1;  // neighbours of the depth that stay together
+  const int64_t n = hidden.size(0), d = hidden.size(1);
+  const int64_t whole = padded<E>(d);
+  const int64_t deep = (d + group - 1) / group * group;
+  const Tensor buffer = zeros({packed ? (n + 15) / 16 * 16 * deep : n * whole},
+                              group == 2 ? ScalarType::BFloat16 : ScalarType::Float, hidden);  // aligned
+  E* out = static_cast<E*>(buffer.data_ptr());
+  with_type(hidden.scalar_type(), [&](auto s) {
+    using S = decltype(s);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t first = i / 64 * 64, width = std::min<int64_t>(64, (n - first + 15) / 16 * 16);
+      for (int64_t j = 0; j < d; ++j) {
+        const S* from = data<S>(hidden) + i * hidden.stride(0) + j * hidden.stride(1);
+        const int64_t at = packed ? first * deep + (j / group * width + i - first) * group + j % group : i * whole + j;
+        if constexpr (sizeof(E) == 2) {
+          if constexpr (sizeof(S) == 2) std::memcpy(&out[at], from, 2);
+        } else {
+          out[at] = static_cast<float>(*from);
+        }
+      }
+    }
+  });
+  return buffer;
+}
+
+void stream(const Tensor& hidden, const Heads<float>& heads, Found<float>& found, float* out, bool packed) {
+  const int64_t n = heads.n, v = heads.v, d = heads.d, count = heads.count();
+  const ScalarType dtype = hidden.scalar_type();
+  const bool pairs = dtype == ScalarType::BFloat16 && fast_bfloat16();
+  const Tensor h = pairs ? layout<uint16_t>(hidden, packed) : layout<float>(hidden, packed);
+  const Dots dots{h.data_ptr(), packed,
+                  pairs ? padded<uint16_t>(d) : padded<float>(d), n, d, d};
+  const DotsFn run = pick_dots(dtype, pairs);
+  const int64_t size = item_size(dtype), whole = (d + 15) / 16 * 16;
+
+  // a piece is about a megabyte of weights; its size does not depend on the threads
+  int64_t piece = (1 << 20) / (count * size * std::max<int64_t>(1, d));
+  piece = std::max(piece / kStream * kStream, kStream);
+  const int64_t pieces = (v + piece - 1) / piece;
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<Sums<float>> sums(pieces, Sums<float>(n));           // joined in the order of the pieces
+  std::vector<Top<float>> top(threads, Top<float>(n, found.top.k));  // has one answer in any order
+  std::atomic<int64_t> next{0};
+  const Tensor tile_of = empty({threads, count * n * kStream}, ScalarType::Float, hidden);
+  const Tensor wide_of = empty({threads, size == 4 ? 0 : kWiden * whole}, ScalarType::Float, hidden);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    float *tile = data<float>(tile_of) + thread * tile_of.size(1), *wide = data<float>(wide_of) + thread * wide_of.size(1);
+    std::vector<const void*> tiles(count);
+    for (int64_t i = 0; i < count; ++i) tiles[i] = tile + i * n * kStream;
+    for (int64_t p; (p = next++) < pieces;) {
+      GateRows<float> g = gate(heads, sums[p], top[thread], out);
+      g.tile = tiles.data();
+      g.stride = kStream;
+      const int64_t end = std::min(v, (p + 1) * piece);
+      for (g.v0 = p * piece; g.v0 < end; g.v0 += kStream) {
+        g.width = std::min(kStream, end - g.v0);
+        for (int64_t i = 0; i < count; ++i)
+          run(dots, static_cast<const char*>(heads.weight[i].data_ptr()) + g.v0 * d * size, g.width,
+              tile + i * n * kStream, kStream, wide);
+        run_gate<float>(g, false, 0, n);
+      }
+    }
+  });
+  for (const Sums<float>& part : sums) found.sums.join(part);
+  for (const Top<float>& part : top) found.top.join(part);
+}
+
+// ---------------------------------------------------------------- many rows: products in blocks
+
+// tiles of all heads together stay within kTileBytes
+struct Tiles {
+  Tiling tiling;
+  std::vector<Tensor> owner;
+  std::vector<void*> at;
+  Tiles(int64_t count, int64_t n, int64_t v, int64_t d, ScalarType product, const Tensor& like)
+      : tiling(n, v, d, count * item_size(product)) {
+    for (int64_t i = 0; i < count; ++i) {
+      owner.push_back(empty({tiling.rows * tiling.width}, product, like));
+      at.push_back(owner.back().data_ptr());
+    }
+  }
+};
+
+template <class A>
+void in_blocks(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* out) {
+  const int64_t n = heads.n, v = heads.v, count = heads.count();
+  const ScalarType product = product_dtype(hidden.scalar_type());
+  const Tensor h = torch::stable::contiguous(torch::stable::to(hidden, product));
+  Tiles tiles(count, n, v, heads.d, product, hidden);
+  std::vector<WeightBlocks> blocks;
+  for (const Tensor& w : heads.weight) blocks.emplace_back(w, product, tiles.tiling.width);
+  GateRows<A> g = gate(heads, found.sums, found.top, out);
+  g.tile = tiles.at.data();
+  for (g.v0 = 0; g.v0 < v; g.v0 += tiles.tiling.width) {
+    g.width = g.stride = std::min(tiles.tiling.width, v - g.v0);
+    std::vector<Tensor> block;
+    for (WeightBlocks& b : blocks) block.push_back(b.rows(g.v0, g.width));
+    for (g.row0 = 0; g.row0 < n; g.row0 += tiles.tiling.rows) {
+      const int64_t rows = std::min(tiles.tiling.rows, n - g.row0);
+      for (int64_t i = 0; i < count; ++i)
+        mm_out(matrix(tiles.owner[i], rows, g.width), rows_of(h, g.row0, rows), transposed(block[i]));
+      torch::stable::parallel_for(0, rows, grain(g.width), [&](int64_t lo, int64_t hi) {
+        run_gate<A>(g, product == ScalarType::BFloat16, lo, hi);
+      });
+    }
+  }
+}
+
+// up to how many rows streaming was measured to be faster than library products (bench/bench_director.py)
+template <class A>
+void pass(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* out) {
+  if (heads.n == 0) return;
+  if constexpr (std::is_same_v<A, float>) {
+    const int64_t n = heads.n;
+    if (n <= kStreamRows) return stream(hidden, heads, found, out, n > kFewRows);
+  }
+  in_blocks(hidden, heads, found, out);
+}
+
+template <class A>
+Tensor logp(const Tensor& hidden, const Heads<A>& heads) {
+  const Tensor out = empty({heads.n, heads.v}, acc_dtype(hidden.scalar_type()), hidden);
+  Found<A> found(heads.n, 0);
+  pass<A>(hidden, heads, found, data<A>(out));
+  static const auto normalise = SUKHOPS_BEST(subtract<A>);
+  const int64_t width = 16384, per_row = (heads.v + width - 1) / width;
+  parallel_rows(heads.n * per_row, 1, [&](int64_t i) {
+    const int64_t row = i / per_row, v0 = i % per_row * width;
+    const A lse = found.lse(row);
+    normalise(data<A>(out) + row * heads.v + v0, std::min(width, heads.v - v0), lse);
+  });
+  return out;
+}
+
+template <class A>
+std::tuple<Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int64_t k) {
+  const int64_t n = heads.n, v = heads.v;
+  const Tensor values = empty({n, k}, acc_dtype(hidden.scalar_type()), hidden);
+  const Tensor indices = empty({n, k}, ScalarType::Long, hidden);
+  A* value = data<A>(values);
+  int64_t* index = data<int64_t>(indices);
+  if (k > 1024 && 16 * k > v) {  // close to a sort: keeping a short list is no longer cheap
+    const Tensor all = logp<A>(hidden, heads);
+    parallel_rows(n, 1, [&](int64_t i) {
+      const A* row = data<A>(all) + i * v;
+      std::vector<int64_t> order(v);
+      for (int64_t j = 0; j < v; ++j) order[j] = j;
+      const bool nan = row[0] != row[0];  // the log-sum-exp is in every entry
+      if (!nan)
+        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t a, int64_t b) {
+          return row[a] > row[b] || (row[a] == row[b] && a < b);
+        });
+      for (int64_t j = 0; j < k; ++j) {
+        index[i * k + j] = order[j];
+        value[i * k + j] = nan ? A(NAN) : row[order[j]];
+      }
+    });
+    return {values, indices};
+  }
+  Found<A> found(n, k);
+  pass<A>(hidden, heads, found, nullptr);
+  parallel_rows(n, 64, [&](int64_t i) {
+    const A lse = found.lse(i);
+    finish_top(&found.top.value[i * k], &found.top.index[i * k], k, lse != lse);
+    for (int64_t j = 0; j < k; ++j) {
+      value[i * k + j] = found.top.value[i * k + j] - lse;
+      index[i * k + j] = found.top.index[i * k + j];
+    }
+  });
+  return {values, indices};
+}
+
+// ---------------------------------------------------------------- gradients of logp
+
+// A gradient [V, D] that is finished block by block, in the product's or in a wider type.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& out, ScalarType product, ScalarType acc, int64_t width, bool one_tile)
+      : out_(out), direct_(out.defined() && out.scalar_type() == product), one_tile_(one_tile) {
+    if (!out.defined()) return;
+    in_place_ = direct_ && (product == acc || one_tile);
+    if (!in_place_) block_ = empty({width, out.size(1)}, acc, out);
+  }
+  void add(const Tensor& tile, const Tensor& rows, int64_t v0, bool first) {
+    if (!out_.defined()) return;
+    const int64_t width = tile.size(1);
+    Tensor to = in_place_ ? rows_of(out_, v0, width) : matrix(block_, width, out_.size(1));
+    if (in_place_ && one_tile_) return mm_out(to, transposed(tile), rows);
+    accumulate(to, transposed(tile), rows, first, scratch_);
+  }
+  void finish(int64_t v0, int64_t width) {
+    if (!out_.defined() || in_place_) return;
+    Tensor to = rows_of(out_, v0, width);
+    torch::stable::copy_(to, matrix(block_, width, out_.size(1)));
+  }
+
+ private:
+  Tensor out_, block_, scratch_;
+  bool direct_, one_tile_, in_place_ = false;
+};
+
+struct Gradients {
+  Tensor hidden, lm_weight;
+  std::vector<Tensor> cls_weight;
+  Tensor gamma, lm_bias;
+  std::vector<Tensor> cls_bias;
+  Tensor affine;
+};
+
+Tensor sum_of_rows(const std::vector<double>& rows, int64_t n, ScalarType dtype, const Tensor& like) {
+  const Tensor out = empty({2}, dtype, like);
+  for (int j = 0; j < 2; ++j) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += rows[2 * i + j];
+    with_type(dtype, [&](auto t) { data<decltype(t)>(out)[j] = static_cast<decltype(t)>(total); });
+  }
+  return out;
+}
+
+template <class A>
+Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hidden, const Heads<A>& heads,
+                        bool need_hidden, bool need_lm, bool need_cls, bool need_bias) {
+  const int64_t n = heads.n, v = heads.v, d = heads.d, count = heads.count();
+  const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype), product = product_dtype(dtype);
+  const Tensor h = torch::stable::contiguous(torch::stable::to(hidden, product));
+  Tiles tiles(count, n, v, d, product, hidden);
+  const bool one_tile = tiles.tiling.rows >= n;
+  std::vector<WeightBlocks> blocks;
+  std::vector<WeightGradient> dw;
+  std::vector<Tensor> weight_grad, bias_grad;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool need = i == 0 ? need_lm : need_cls;
+    blocks.emplace_back(heads.weight[i], product, tiles.tiling.width);
+    weight_grad.push_back(need ? zeros({v, d}, dtype, hidden) : Tensor());
+    dw.emplace_back(weight_grad[i], product, acc, tiles.tiling.width, one_tile);
+    bias_grad.push_back(zeros({need_bias && heads.bias[i] ? v : 0}, acc, hidden));
+  }
+  Tensor dh = zeros({need_hidden ? n : 0, d}, acc, hidden), scratch;
+  std::vector<A> total(n);
+  parallel_rows(n, grain(v), [&](int64_t i) {
+    double sum = 0;
+    for (int64_t j = 0; j < v; ++j) sum += data<A>(grad)[i * v + j];
+    total[i] = static_cast<A>(sum);
+  });
+  std::vector<double> grad_gamma(heads.gamma.size()), grad_affine(heads.affine ? 2 * n : 0);
+  GateBackwardRows<A> g{tiles.at.data(), heads.bias.data(), count, n, 0, 0, 0, 0, v, heads.gamma.data(),
+                        heads.affine, data<A>(grad), data<A>(logp), total.data(), grad_gamma.data(),
+                        grad_affine.data()};
+  for (g.v0 = 0; g.v0 < v && n > 0; g.v0 += tiles.tiling.width) {
+    g.width = g.stride = std::min(tiles.tiling.width, v - g.v0);
+    std::vector<Tensor> block;
+    for (WeightBlocks& b : blocks) block.push_back(b.rows(g.v0, g.width));
+    for (g.row0 = 0; g.row0 < n; g.row0 += tiles.tiling.rows) {
+      const int64_t count_rows = std::min(tiles.tiling.rows, n - g.row0);
+      const Tensor rows = rows_of(h, g.row0, count_rows);
+      for (int64_t i = heads.affine ? 0 : 1; i < count; ++i)
+        mm_out(matrix(tiles.owner[i], count_rows, g.width), rows, transposed(block[i]));
+      torch::stable::parallel_for(0, count_rows, grain(g.width), [&](int64_t lo, int64_t hi) {
+        run_gate<A>(g, product == ScalarType::BFloat16, lo, hi);
+      });
+      for (int64_t i = 0; i < count; ++i) {
+        const Tensor z = matrix(tiles.owner[i], count_rows, g.width);
+        if (need_hidden)
+          accumulate(rows_of(dh, g.row0, count_rows), z, block[i], g.v0 == 0 && i == 0, scratch);
+        dw[i].add(z, rows, g.v0, g.row0 == 0);
+        if (bias_grad[i].numel())
+          with_type(product, [&](auto t) {
+            add_columns(data<A>(bias_grad[i]) + g.v0, data<decltype(t)>(tiles.owner[i]), count_rows, g.width);
+          });
+      }
+    }
+    for (WeightGradient& w : dw) w.finish(g.v0, g.width);
+  }
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };
+  Gradients out{need_hidden ? torch::stable::to(dh, dtype) : or_none(Tensor()), or_none(weight_grad[0]), {},
+                empty({int64_t(heads.gamma.size()) / std::max<int64_t>(1, n), n}, acc, hidden),
+                torch::stable::to(bias_grad[0], dtype), {}, empty({0}, acc, hidden)};
+  for (int64_t i = 1; i < count; ++i) {
+    out.cls_weight.push_back(or_none(weight_grad[i]));
+    out.cls_bias.push_back(torch::stable::to(bias_grad[i], dtype));
+  }
+  for (size_t i = 0; i < grad_gamma.size(); ++i) data<A>(out.gamma)[i] = static_cast<A>(grad_gamma[i]);
+  if (heads.affine) out.affine = sum_of_rows(grad_affine, n, acc, hidden);
+  return out;
+}
+
+// ---------------------------------------------------------------- training: one logit per row
+
+// checks targets and labels, and lists the rows that train the classifier
+std::vector<int64_t> classifier_rows(const Tensor& target, const Tensor& label, int64_t v) {
+  const int64_t *t = data<int64_t>(target), *l = data<int64_t>(label);
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < target.size(0); ++i) {
+    if (t[i] == -100) continue;
+    STD_TORCH_CHECK(t[i] >= 0 && t[i] < v, "target: expected values in [0, ", v, ") or -100, got ", t[i], " at row ", i);
+    STD_TORCH_CHECK(l[i] >= -1 && l[i] <= 1, "label: expected 1, 0 or -1, got ", l[i], " at row ", i);
+    if (l[i] >= 0) rows.push_back(i);
+  }
+  return rows;
+}
+
+template <class A>
+Tensor dot(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+           const std::optional<Tensor>& bias) {
+  const int64_t d = weight.size(1);
+  const std::vector<int64_t> rows = classifier_rows(target, label, weight.size(0));
+  const Tensor out = zeros({hidden.size(0)}, acc_dtype(hidden.scalar_type()), hidden);
+  with_type(hidden.scalar_type(), [&](auto s) {
+    using S = decltype(s);
+    const int64_t hs = hidden.stride(0), hc = hidden.stride(1), ws = weight.stride(0), wc = weight.stride(1);
+    parallel_rows(rows.size(), grain(d), [&](int64_t i) {
+      const int64_t r = rows[i], entry = data<int64_t>(target)[r];
+      const S *h = data<S>(hidden) + r * hs, *w = data<S>(weight) + entry * ws;
+      A part[8] = {};
+      for (int64_t j = 0; j < d; ++j) part[j % 8] += static_cast<A>(h[j * hc]) * static_cast<A>(w[j * wc]);
+      A sum = bias ? static_cast<A>(data<S>(*bias)[entry * bias->stride(0)]) : A(0);
+      for (const A p : part) sum += p;
+      data<A>(out)[r] = sum;
+    });
+  });
+  return out;
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> dot_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  const int64_t n = hidden.size(0), v = weight.size(0), d = weight.size(1);
+  const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
+  std::vector<Pick<A>> picks;
+  for (const int64_t r : classifier_rows(target, label, v)) {
+    const A g = data<A>(grad)[r];
+    if (g != 0) picks.push_back({data<int64_t>(target)[r], r, g});
+  }
+  const Tensor dh = need_hidden ? zeros({n, d}, dtype, hidden) : empty({0}, dtype, hidden);
+  const Tensor dw = need_weight ? zeros({v, d}, dtype, hidden) : empty({0}, dtype, hidden);
+  Tensor db = zeros({need_bias ? v : 0}, acc, hidden);
+  const auto row = [](const Pick<A>& p) { return p.row; };
+  const auto entry = [](const Pick<A>& p) { return p.entry; };
+  with_type(dtype, [&](auto s) {
+    using S = decltype(s);
+    if (need_hidden) add_runs<A, S>(picks, weight, dh, row, entry);
+    std::stable_sort(picks.begin(), picks.end(),
+                     [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
+    if (need_weight) add_runs<A, S>(picks, hidden, dw, entry, row);
+    for (const Pick<A>& p : picks)
+      if (need_bias) data<A>(db)[p.entry] += p.grad;
+  });
+  return {dh, dw, torch::stable::to(db, dtype)};
+}
+
+// ---------------------------------------------------------------- training: the norm of the other logits
+
+template <class A>
+void run_norm(const NormRows<A>& g, bool bfloat16, int64_t lo, int64_t hi) {
+  if constexpr (std::is_same_v<A, float>) {
+    static const auto half = SUKHOPS_BEST(norm_rows<uint16_t, float>);
+    if (bfloat16) return half(g, lo, hi);
+  }
+  static const auto plain = SUKHOPS_BEST(norm_rows<A, A>);
+  plain(g, lo, hi);
+}
+
+// the forward when `grad` is not given: [N]; else the gradients of hidden, weight, bias and affine
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(
+    const std::optional<Tensor>& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target,
+    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
+  const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype), product = product_dtype(dtype);
+  const A others = static_cast<A>(std::max<int64_t>(1, v - 1));
+  std::vector<int64_t> rows;
+  std::vector<A> upstream;
+  for (const int64_t r : classifier_rows(target, label, v)) {
+    if (grad && data<A>(*grad)[r] == 0) continue;
+    rows.push_back(r);
+    if (grad) upstream.push_back(data<A>(*grad)[r] / others);
+  }
+  const int64_t n = rows.size();
+  std::vector<int64_t> picked(n);
+  for (int64_t i = 0; i < n; ++i) picked[i] = data<int64_t>(target)[rows[i]];
+  const Tensor h = gather_rows(hidden, rows, product), b = as_acc(bias, acc, hidden);
+  std::vector<double> sum(n), grad_affine(grad ? 2 * n : 0);
+  std::vector<A> shared;
+  if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
+
+  const Tiling tiling(n, v, d, item_size(product));
+  const Tensor tile = empty({tiling.rows * tiling.width}, product, hidden);
+  WeightBlocks blocks(weight, product, tiling.width);
+  Tensor dw_all = need_weight ? zeros({v, d}, dtype, hidden) : Tensor();
+  WeightGradient dw(dw_all, product, acc, tiling.width, tiling.rows >= n);
+  const Tensor dh = zeros({need_hidden ? n : 0, d}, acc, hidden), db = zeros({need_bias ? v : 0}, acc, hidden);
+  Tensor scratch;
+  NormRows<A> g{tile.data_ptr(), 0, 0, 0, nullptr, affine ? shared.data() : nullptr, picked.data(),
+                grad ? upstream.data() : nullptr, sum.data(), grad_affine.data()};
+  for (g.v0 = 0; g.v0 < v && n > 0; g.v0 += tiling.width) {
+    g.width = std::min(tiling.width, v - g.v0);
+    g.bias = bias ? data<A>(b) + g.v0 : nullptr;
+    const Tensor block = blocks.rows(g.v0, g.width);
+    for (g.row0 = 0; g.row0 < n; g.row0 += tiling.rows) {
+      const int64_t count = std::min(tiling.rows, n - g.row0);
+      const Tensor z = matrix(tile, count, g.width), part = rows_of(h, g.row0, count);
+      mm_out(z, part, transposed(block));
+      NormRows<A> at = g;
+      at.tile = tile.data_ptr();
+      torch::stable::parallel_for(0, count, grain(g.width), [&](int64_t lo, int64_t hi) {
+        run_norm(at, product == ScalarType::BFloat16, lo, hi);
+      });
+      if (need_hidden) accumulate(rows_of(dh, g.row0, count), z, block, g.v0 == 0, scratch);
+      if (need_weight) dw.add(z, part, g.v0, g.row0 == 0);
+      if (need_bias)
+        with_type(product, [&](auto t) {
+          add_columns(data<A>(db) + g.v0, data<decltype(t)>(tile), count, g.width);
+        });
+    }
+    if (need_weight) dw.finish(g.v0, g.width);
+  }
+
+  const Tensor value = zeros({grad ? 0 : all}, acc, hidden);
+  const Tensor dh_all = zeros({need_hidden ? all : 0, d}, dtype, hidden);
+  with_type(dtype, [&](auto s) {
+    using S = decltype(s);
+    parallel_rows(n, grain(d), [&](int64_t i) {
+      if (!grad) data<A>(value)[rows[i]] = static_cast<A>(sum[i] / others);
+      for (int64_t j = 0; need_hidden && j < d; ++j)
+        data<S>(dh_all)[rows[i] * d + j] = static_cast<S>(data<A>(dh)[i * d + j]);
+    });
+  });
+  return {value, need_hidden ? dh_all : empty({0}, dtype, hidden),
+          need_weight ? dw_all : empty({0}, dtype, hidden), torch::stable::to(db, dtype),
+          grad && affine ? sum_of_rows(grad_affine, n, acc, hidden) : empty({0}, acc, hidden)};
+}
+
+// ---------------------------------------------------------------- registration
+
+template <class F>
+auto in_acc(const Tensor& hidden, F&& f) {
+  return hidden.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+Tensor director(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight,
+                const Tensor& gamma, const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
+                const std::optional<Tensor>& cls_affine) {
+  return in_acc(hidden, [&](auto a) {
+    using A = decltype(a);
+    return logp<A>(hidden, Heads<A>(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine));
+  });
+}
+
+std::tuple<Tensor, Tensor> director_topk(
+    const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
+    const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
+    const std::optional<Tensor>& cls_affine, int64_t k) {
+  return in_acc(hidden, [&](auto a) {
+    using A = decltype(a);
+    return topk<A>(hidden, Heads<A>(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine), k);
+  });
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> director_backward(
+    const Tensor& grad, const Tensor& logp, const Tensor& hidden, const Tensor& lm_weight,
+    const std::vector<Tensor>& cls_weight, const Tensor& gamma, const std::optional<Tensor>& lm_bias,
+    const std::vector<Tensor>& cls_bias, const std::optional<Tensor>& cls_affine, bool need_hidden, bool need_lm,
+    bool need_cls, bool need_bias) {
+  return in_acc(hidden, [&](auto a) {
+    using A = decltype(a);
+    const Heads<A> heads(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine);
+    Gradients g = logp_backward<A>(torch::stable::contiguous(grad), torch::stable::contiguous(logp), hidden, heads,
+                                   need_hidden, need_lm, need_cls, need_bias);
+    return std::tuple(g.hidden, g.lm_weight, g.cls_weight, g.gamma, g.lm_bias, g.cls_bias, g.affine);
+  });
+}
+
+Tensor director_dot(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+                    const std::optional<Tensor>& bias) {
+  const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
+  return in_acc(hidden, [&](auto a) { return dot<decltype(a)>(hidden, weight, t, l, bias); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
+  const Tensor g = torch::stable::contiguous(grad);
+  return in_acc(hidden, [&](auto a) {
+    return dot_backward<decltype(a)>(g, hidden, weight, t, l, need_hidden, need_weight, need_bias);
+  });
+}
+
+Tensor director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
+  const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
+  return in_acc(hidden, [&](auto a) {
+    return std::get<0>(
+        norm<decltype(a)>(std::nullopt, hidden, weight, t, l, bias, affine, false, false, false));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden, bool need_weight,
+    bool need_bias) {
+  const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
+  return in_acc(hidden, [&](auto a) {
+    auto [_, dh, dw, db, da] = norm<decltype(a)>(torch::stable::contiguous(grad), hidden, weight, t, l, bias, affine,
+                                                 need_hidden, need_weight, need_bias);
+    return std::tuple(dh, dw, db, da);
+  });
+}
+
+}  // namespace
+}  // namespace sukhops
+
+STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
+  m.impl("director", TORCH_BOX(&sukhops::director));
+  m.impl("director_topk", TORCH_BOX(&sukhops::director_topk));
+  m.impl("director_backward", TORCH_BOX(&sukhops::director_backward));
+  m.impl("director_dot", TORCH_BOX(&sukhops::director_dot));
+  m.impl("director_dot_backward", TORCH_BOX(&sukhops::director_dot_backward));
+  m.impl("director_norm", TORCH_BOX(&sukhops::director_norm));
+  m.impl("director_norm_backward", TORCH_BOX(&sukhops::director_norm_backward));
+}
