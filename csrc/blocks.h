@@ -159,4 +159,48 @@ void add_runs(
   });
 }
 
+// A gradient [V, D] that is finished block by block, in the product's or in a wider type.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& out, ScalarType product, ScalarType acc, int64_t width, bool one_tile)
+      : out_(out), direct_(out.defined() && out.scalar_type() == product), one_tile_(one_tile) {
+    if (!out.defined()) return;
+    in_place_ = direct_ && (product == acc || one_tile);
+    if (!in_place_) block_ = empty({width, out.size(1)}, acc, out);
+  }
+  void add(const Tensor& tile, const Tensor& rows, int64_t v0, bool first) {
+    if (!out_.defined()) return;
+    const int64_t width = tile.size(1);
+    Tensor to = in_place_ ? rows_of(out_, v0, width) : matrix(block_, width, out_.size(1));
+    if (in_place_ && one_tile_) return mm_out(to, transposed(tile), rows);
+    accumulate(to, transposed(tile), rows, first, scratch_);
+  }
+  void finish(int64_t v0, int64_t width) {
+    if (!out_.defined() || in_place_) return;
+    Tensor to = rows_of(out_, v0, width);
+    torch::stable::copy_(to, matrix(block_, width, out_.size(1)));
+  }
+
+ private:
+  Tensor out_, block_, scratch_;
+  bool direct_, one_tile_, in_place_ = false;
+};
+
+// the sums over n rows of two columns
+inline Tensor sum_of_rows(const std::vector<double>& rows, int64_t n, ScalarType dtype, const Tensor& like) {
+  const Tensor out = empty({2}, dtype, like);
+  for (int j = 0; j < 2; ++j) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += rows[2 * i + j];
+    with_type(dtype, [&](auto t) { data<decltype(t)>(out)[j] = static_cast<decltype(t)>(total); });
+  }
+  return out;
+}
+
+// calls f with a value of the type that sums over hidden are kept in
+template <class F>
+auto in_acc(const Tensor& hidden, F&& f) {
+  return hidden.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
 }  // namespace sukhops

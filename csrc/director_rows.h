@@ -35,25 +35,6 @@ SUKHOPS_INLINE double ssigneg(double c) {
 template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? A(-3.4028234e38) : A(-1.7976931348623157e308);
 
-// x = z + bias, whatever in the padding
-template <class T>
-static inline void load_row(const T* z, float* x, int64_t width, const float* bias) {
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) store(x + j, bias ? load(z + j) + load(bias + j) : load(z + j));
-  if (j < width) store(x + j, vf{});
-  for (; j < width; ++j) x[j] = to_float(z[j]) + (bias ? bias[j] : 0.0f);
-}
-
-static inline void load_row(const double* z, double* x, int64_t width, const double* bias) {
-  for (int64_t j = 0; j < width; ++j) x[j] = z[j] + (bias ? bias[j] : 0.0);
-}
-
-// the classifier's logits of a shared head
-template <class A>
-static inline void shift_row(const A* u, A* c, int64_t width, A scale, A shift) {
-  for (int64_t j = 0; j < width; ++j) c[j] = scale * u[j] + shift;
-}
-
 // x += gamma * logsigmoid(c); 0 times an infinity counts 0
 static inline void add_gate(float* x, const float* c, int64_t width, float gamma) {
   const vf floor = splat(gamma == 0.0f ? kLowest<float> : -__builtin_inff());
@@ -186,50 +167,5 @@ static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t
       g.grad_gamma[m] += gate_gradient(ds, c, g.width, g.gamma[m]);
       store_row(tile, c, g.width);
     }
-  }
-}
-
-// ---------------------------------------------------------------- the norm of the other tokens
-
-// t = tanh(c / 2) = 2 sigmoid(c) - 1
-static inline void half_tanh(const float* c, float* t, int64_t width) {
-  for (int64_t j = 0; j < width; j += kLanes) store(t + j, vtanh(0.5f * load(c + j)));
-}
-
-static inline void half_tanh(const double* c, double* t, int64_t width) {
-  for (int64_t j = 0; j < width; ++j) t[j] = std::tanh(0.5 * c[j]);
-}
-
-// rows [lo, hi) of a tile: adds sum (sigmoid(c) - 1/2)^2 over this block without the target to sum
-template <class T, class A>
-static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
-  alignas(64) A c[kMaxWidth], t[kMaxWidth];
-  for (int64_t i = lo; i < hi; ++i) {
-    T* z = (T*)g.tile + i * g.width;
-    load_row(z, c, g.width, g.bias ? g.bias + g.v0 : nullptr);
-    alignas(64) A u[kMaxWidth];
-    if (g.affine) {
-      for (int64_t j = 0; j < g.width; ++j) u[j] = c[j];
-      shift_row(u, c, g.width, g.affine[0], g.affine[1]);
-    }
-    half_tanh(c, t, g.width);
-    const int64_t n = g.row0 + i, target = g.target[n] - g.v0;
-    if (target >= 0 && target < g.width) t[target] = 0;
-    if (!g.grad) {
-      A sum = 0;
-      for (int64_t j = 0; j < g.width; ++j) sum += t[j] * t[j];
-      g.sum[n] += sum / 4;
-      continue;
-    }
-    const A by = g.grad[n] / 4;
-    for (int64_t j = 0; j < g.width; ++j) c[j] = by * t[j] * (1 - t[j] * t[j]);
-    if (g.affine) {
-      for (int64_t j = 0; j < g.width; ++j) {
-        g.grad_affine[2 * n] += c[j] == 0 ? A(0) : c[j] * u[j];
-        g.grad_affine[2 * n + 1] += c[j];
-        c[j] *= g.affine[0];
-      }
-    }
-    store_row(z, c, g.width);
   }
 }

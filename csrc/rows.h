@@ -61,3 +61,22 @@ static inline void keep_top(
     }
   }
 }
+
+// x = z + bias; the padding of the last vector is 0 or a product's
+template <class T>
+static inline void load_row(const T* z, float* x, int64_t width, const float* bias) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) store(x + j, bias ? load(z + j) + load(bias + j) : load(z + j));
+  if (j < width) store(x + j, vf{});
+  for (; j < width; ++j) x[j] = to_float(z[j]) + (bias ? bias[j] : 0.0f);
+}
+
+static inline void load_row(const double* z, double* x, int64_t width, const double* bias) {
+  for (int64_t j = 0; j < width; ++j) x[j] = z[j] + (bias ? bias[j] : 0.0);
+}
+
+// the classifier's logits of a shared head
+template <class A>
+static inline void shift_row(const A* u, A* c, int64_t width, A scale, A shift) {
+  for (int64_t j = 0; j < width; ++j) c[j] = scale * u[j] + shift;
+}
