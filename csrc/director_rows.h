@@ -35,12 +35,12 @@ SUKHOPS_INLINE double ssigneg(double c) {
 template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? A(-3.4028234e38) : A(-1.7976931348623157e308);
 
-// x += gamma * logsigmoid(c); 0 times an infinity counts 0
+// x += gamma * logsigmoid(c); where gamma is 0 an infinite gate counts 0
 static inline void add_gate(float* x, const float* c, int64_t width, float gamma) {
   const vf floor = splat(gamma == 0.0f ? kLowest<float> : -__builtin_inff());
   for (int64_t j = 0; j < width; j += kLanes) {
     vf t = vlogsig(load(c + j));
-    t = t < floor ? floor : t;
+    t = t < floor ? vf{} : t;
     store(x + j, load(x + j) + gamma * t);
   }
 }
@@ -49,7 +49,7 @@ static inline void add_gate(double* x, const double* c, int64_t width, double ga
   const double floor = gamma == 0 ? kLowest<double> : -__builtin_inf();
   for (int64_t j = 0; j < width; ++j) {
     const double t = slogsig(c[j]);
-    x[j] += gamma * (t < floor ? floor : t);
+    x[j] += gamma * (t < floor ? 0.0 : t);
   }
 }
 
@@ -117,7 +117,7 @@ static inline double gate_gradient(const float* ds, float* c, int64_t width, flo
   for (int64_t j = 0; j < width; j += kLanes) {
     const vf x = load(c + j), d = load(ds + j);
     vf t = vlogsig(x);
-    t = t < floor ? floor : t;
+    t = t < floor ? vf{} : t;
     sum += d == 0.0f ? vf{} : d * t;
     store(c + j, gamma * vsigneg(x) * d);
   }
@@ -129,7 +129,7 @@ static inline double gate_gradient(const double* ds, double* c, int64_t width, d
   for (int64_t j = 0; j < width; ++j) {
     const double floor = gamma == 0 ? kLowest<double> : -__builtin_inf();
     const double t = slogsig(c[j]);
-    if (ds[j] != 0) sum += ds[j] * (t < floor ? floor : t);
+    if (ds[j] != 0) sum += ds[j] * (t < floor ? 0.0 : t);
     c[j] = gamma * ssigneg(c[j]) * ds[j];
   }
   return sum;

@@ -16,7 +16,7 @@ static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A c[kMaxWidth], t[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
     T* z = (T*)g.tile + i * g.width;
-    load_row(z, c, g.width, g.bias ? g.bias + g.v0 : nullptr);
+    load_row(z, c, g.width, g.bias);
     alignas(64) A u[kMaxWidth];
     if (g.affine) {
       for (int64_t j = 0; j < g.width; ++j) u[j] = c[j];

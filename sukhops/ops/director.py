@@ -210,7 +210,9 @@ def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tenso
     """[count, N] in the accumulation dtype."""
     given = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * count
     if len(given) != count:
-        raise ValueError(f"gamma: expected a number, a tensor, or {count}, one per classifier, got {len(given)}")
+        raise ValueError(
+            f"gamma: expected a number, a tensor, or {count}, one per classifier, got {len(given)}"
+        )
     dtype = _checks.accumulation_dtype(hidden.dtype)
     n, out = rows.numel(), []
     for g in given:

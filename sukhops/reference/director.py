@@ -47,11 +47,11 @@ def scores(
     out = lm
     for cls, strength in zip(gates, strengths, strict=True):
         log_gate = F.logsigmoid(cls)  # [..., V]
-        if not isinstance(strength, Tensor):
-            strength = torch.tensor(strength)
-        strength = strength.to(lm).expand(lm.shape[:-1]).unsqueeze(-1)  # [..., 1]
-        finite = log_gate.clamp(min=torch.finfo(lm.dtype).min)
-        out = out + strength * torch.where(strength == 0, finite, log_gate)
+        strength = (
+            torch.as_tensor(strength, dtype=lm.dtype, device=lm.device).expand(lm.shape[:-1]).unsqueeze(-1)
+        )  # [..., 1]
+        off = (strength == 0) & log_gate.isinf()  # [..., V]
+        out = out + strength * log_gate.masked_fill(off, 0.0)
     return out
 
 
