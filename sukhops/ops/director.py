@@ -391,3 +391,13 @@ for _name in ("director_backward", "director_dot_backward", "director_norm_backw
     _library.not_differentiable_twice(_name)
 for _name in ("director", "director_topk", "director_dot", "director_norm"):
     _library.not_vmappable(_name)
+for _name, _launcher in (
+    ("director", "logp"),
+    ("director_topk", "topk"),
+    ("director_backward", "backward"),
+    ("director_dot", "dot"),
+    ("director_dot_backward", "dot_backward"),
+    ("director_norm", "norm"),
+    ("director_norm_backward", "norm_backward"),
+):
+    _library.cuda_launcher(_name, f"{_LAUNCHERS}:{_launcher}")
