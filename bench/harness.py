@@ -130,7 +130,7 @@ def check(case: Case, provider: Provider) -> dict:
 def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, dict]:
     inputs = case.make()
     calls = {n: step(p.make(inputs), parameters(inputs), mode) for n, p in providers.items()}
-    bare = case.products(inputs) if case.products and mode == "fwd_bwd" else None
+    bare = case.products(inputs) if case.products and mode == case.modes[-1] else None
     times: dict[str, list[float]] = {n: [] for n in calls}
     ratios: dict[str, list[float]] = {n: [] for n in calls}
     for call in calls.values():
