@@ -16,8 +16,7 @@
 namespace sukhops {
 
 constexpr int64_t kWiden = 24;   // weight rows that are widened to float32 at once
-constexpr int64_t kStream = 64;  // weight rows of each head that are multiplied before they are gated
-constexpr int64_t kFewRows = 12;     // rows of hidden up to which the lanes run along the depth
+constexpr int64_t kFewRows = 8;       // rows of hidden up to which the lanes run along the depth
 constexpr int64_t kStreamRows = 512;  // up to which the weights are streamed
 
 struct HalfBits {
@@ -25,9 +24,11 @@ struct HalfBits {
 };
 
 struct Dots {
-  const void* hidden;  // float32 or bfloat16: rows padded with zeros, or packed panels of 64 rows
+  // float32 or bfloat16, zeros where there is nothing. At most 8 rows: a vector of each in turn (float32 from
+  // 5 on: 8 rows, two elements of each). Packed: groups of 64 rows (the last a multiple of 16), one element
+  // (bfloat16: two neighbours) of each
+  const void* hidden;
   bool packed;
-  int64_t hidden_stride;         // of rows
   int64_t count, depth, stride;  // rows of hidden, depth, and the stride of the weight's rows
 };
 
@@ -208,30 +209,26 @@ DotsFn pick_dots(ScalarType dtype, bool pairs) {
   return SUKHOPS_BEST(dots<float>);
 }
 
-// rows that are read together must not all begin in the same cache set: one vector more than whole ones
-template <class E>
-int64_t padded(int64_t d) {
-  const int64_t lanes = 64 / sizeof(E);
-  return (d + lanes - 1) / lanes * lanes + lanes;
-}
-
 // rows of hidden in the layout of Dots; E is float, or uint16_t for pairs of bfloat16
 template <class E>
 Tensor layout(const Tensor& hidden, bool packed) {
-  constexpr int64_t group = sizeof(E) == 2 ? 2 : 1;  // neighbours of the depth that stay together
+  constexpr int64_t pair = sizeof(E) == 2 ? 2 : 1;  // neighbours of the depth that stay together
+  constexpr int64_t lanes = 64 / sizeof(E);
   const int64_t n = hidden.size(0), d = hidden.size(1);
-  const int64_t whole = padded<E>(d);
-  const int64_t deep = (d + group - 1) / group * group;
-  const Tensor buffer = zeros({packed ? (n + 15) / 16 * 16 * deep : n * whole},
-                              group == 2 ? ScalarType::BFloat16 : ScalarType::Float, hidden);  // aligned
+  const int64_t deep = packed ? (d + pair - 1) / pair * pair : (d + lanes - 1) / lanes * lanes;
+  const bool eight = !packed && sizeof(E) == 4 && n > 4;
+  const Tensor buffer = zeros({(packed ? (n + 15) / 16 * 16 : eight ? 8 : n) * deep},
+                              pair == 2 ? ScalarType::BFloat16 : ScalarType::Float, hidden);  // aligned
   E* out = static_cast<E*>(buffer.data_ptr());
   with_type(hidden.scalar_type(), [&](auto s) {
     using S = decltype(s);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t first = i / 64 * 64, width = std::min<int64_t>(64, (n - first + 15) / 16 * 16);
+      const int64_t first = packed ? i / 64 * 64 : 0;
+      const int64_t width = packed ? std::min<int64_t>(64, (n - first + 15) / 16 * 16) : eight ? 8 : n;
+      const int64_t run = packed ? pair : eight ? 2 : lanes;  // of one row's depth
       for (int64_t j = 0; j < d; ++j) {
         const S* from = data<S>(hidden) + i * hidden.stride(0) + j * hidden.stride(1);
-        const int64_t at = packed ? first * deep + (j / group * width + i - first) * group + j % group : i * whole + j;
+        const int64_t at = first * deep + (j / run * width + i - first) * run + j % run;
         if constexpr (sizeof(E) == 2) {
           if constexpr (sizeof(S) == 2) std::memcpy(&out[at], from, 2);
         } else {
@@ -248,35 +245,36 @@ void stream(const Tensor& hidden, const Heads<float>& heads, Found<float>& found
   const ScalarType dtype = hidden.scalar_type();
   const bool pairs = dtype == ScalarType::BFloat16 && fast_bfloat16();
   const Tensor h = pairs ? layout<uint16_t>(hidden, packed) : layout<float>(hidden, packed);
-  const Dots dots{h.data_ptr(), packed,
-                  pairs ? padded<uint16_t>(d) : padded<float>(d), n, d, d};
+  const Dots dots{h.data_ptr(), packed, n, d, d};
   const DotsFn run = pick_dots(dtype, pairs);
   const int64_t size = item_size(dtype), whole = (d + 15) / 16 * 16;
 
-  // a piece is about a megabyte of weights; its size does not depend on the threads
-  int64_t piece = (1 << 20) / (count * size * std::max<int64_t>(1, d));
-  piece = std::max(piece / kStream * kStream, kStream);
+  // weight rows of each head that are multiplied before they are gated: with many rows of hidden they should
+  // stay in the second cache; pieces are some megabytes of weights, whatever the threads
+  const int64_t step = packed ? 64 : 256;
+  int64_t piece = (4 << 20) / (count * size * std::max<int64_t>(1, d));
+  piece = std::max(piece / step * step, step);
   const int64_t pieces = (v + piece - 1) / piece;
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<Sums<float>> sums(pieces, Sums<float>(n));           // joined in the order of the pieces
   std::vector<Top<float>> top(threads, Top<float>(n, found.top.k));  // has one answer in any order
   std::atomic<int64_t> next{0};
-  const Tensor tile_of = empty({threads, count * n * kStream}, ScalarType::Float, hidden);
+  const Tensor tile_of = empty({threads, count * n * step}, ScalarType::Float, hidden);
   const Tensor wide_of = empty({threads, size == 4 ? 0 : kWiden * whole}, ScalarType::Float, hidden);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     float *tile = data<float>(tile_of) + thread * tile_of.size(1), *wide = data<float>(wide_of) + thread * wide_of.size(1);
     std::vector<const void*> tiles(count);
-    for (int64_t i = 0; i < count; ++i) tiles[i] = tile + i * n * kStream;
+    for (int64_t i = 0; i < count; ++i) tiles[i] = tile + i * n * step;
     for (int64_t p; (p = next++) < pieces;) {
       GateRows<float> g = gate(heads, sums[p], top[thread], out);
       g.tile = tiles.data();
-      g.stride = kStream;
+      g.stride = step;
       const int64_t end = std::min(v, (p + 1) * piece);
-      for (g.v0 = p * piece; g.v0 < end; g.v0 += kStream) {
-        g.width = std::min(kStream, end - g.v0);
+      for (g.v0 = p * piece; g.v0 < end; g.v0 += step) {
+        g.width = std::min(step, end - g.v0);
         for (int64_t i = 0; i < count; ++i)
           run(dots, static_cast<const char*>(heads.weight[i].data_ptr()) + g.v0 * d * size, g.width,
-              tile + i * n * kStream, kStream, wide);
+              tile + i * n * step, step, wide);
         run_gate<float>(g, false, 0, n);
       }
     }

@@ -39,15 +39,15 @@ SUKHOPS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int R, int N>
 static inline void few_block(
-    const uint16_t* w, int64_t ws, const uint16_t* h, int64_t hs, int64_t d, float* out, int64_t os) {
+    const uint16_t* w, int64_t ws, const uint16_t* h, int64_t d, float* out, int64_t os) {
   vf acc[R][N] = {};
   int64_t j = 0;
-  for (; j + 32 <= d; j += 32) {
+  for (; j + 32 <= d; j += 32, h += N * 32) {
     pairs x[R];
     for (int r = 0; r < R; ++r) x[r] = load_pairs(w + r * ws + j);
-    for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+    for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
     for (int n = 0; n < N; ++n) {
-      pairs y = load_pairs(h + n * hs + j);
+      pairs y = load_pairs(h + n * 32);
       asm("" : "+v"(y));  // one load, not one per product
       for (int r = 0; r < R; ++r) acc[r][n] = dot_pairs(acc[r][n], x[r], y);
     }
@@ -56,38 +56,31 @@ static inline void few_block(
     for (int r = 0; r < R; ++r) {
       uint16_t last[32] = {};
       for (int64_t i = j; i < d; ++i) last[i - j] = w[r * ws + i];
-      for (int n = 0; n < N; ++n) acc[r][n] = dot_pairs(acc[r][n], load_pairs(last), load_pairs(h + n * hs + j));
+      for (int n = 0; n < N; ++n) acc[r][n] = dot_pairs(acc[r][n], load_pairs(last), load_pairs(h + n * 32));
     }
   }
   for (int r = 0; r < R; ++r) reduce_each<N>(acc[r], out + r, os);
 }
 
 template <int N>
-static inline void few_rows(const uint16_t* w, int64_t ws, int64_t rows, const uint16_t* h, int64_t hs,
-                            int64_t d, float* out, int64_t os) {
+static inline void few_rows(const uint16_t* w, int64_t ws, int64_t rows, const uint16_t* h, int64_t d, float* out, int64_t os) {
   constexpr int R = 24 / N > 8 ? 8 : 24 / N;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, hs, d, out + r, os);
-  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, hs, d, out + r, os);
+  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os);
+  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os);
 }
 
-static inline void few_any(const uint16_t* w, int64_t ws, int64_t rows, const uint16_t* h, int64_t hs, int64_t count,
+static inline void few_any(const uint16_t* w, int64_t ws, int64_t rows, const uint16_t* h, int64_t count,
                            int64_t d, float* out, int64_t os) {
   switch (count) {
-    case 1: return few_rows<1>(w, ws, rows, h, hs, d, out, os);
-    case 2: return few_rows<2>(w, ws, rows, h, hs, d, out, os);
-    case 3: return few_rows<3>(w, ws, rows, h, hs, d, out, os);
-    case 4: return few_rows<4>(w, ws, rows, h, hs, d, out, os);
-    case 5: return few_rows<5>(w, ws, rows, h, hs, d, out, os);
-    case 6: return few_rows<6>(w, ws, rows, h, hs, d, out, os);
-    case 7: return few_rows<7>(w, ws, rows, h, hs, d, out, os);
-    case 8: return few_rows<8>(w, ws, rows, h, hs, d, out, os);
-  }
-  constexpr int64_t step = 6;  // few enough rows to stay in the first cache for the next eight of hidden
-  for (int64_t r = 0; r < rows; r += step) {
-    const int64_t some = rows - r < step ? rows - r : step;
-    for (int64_t n = 0; n < count; n += 8)
-      few_any(w + r * ws, ws, some, h + n * hs, hs, count - n < 8 ? count - n : 8, d, out + n * os + r, os);
+    case 1: return few_rows<1>(w, ws, rows, h, d, out, os);
+    case 2: return few_rows<2>(w, ws, rows, h, d, out, os);
+    case 3: return few_rows<3>(w, ws, rows, h, d, out, os);
+    case 4: return few_rows<4>(w, ws, rows, h, d, out, os);
+    case 5: return few_rows<5>(w, ws, rows, h, d, out, os);
+    case 6: return few_rows<6>(w, ws, rows, h, d, out, os);
+    case 7: return few_rows<7>(w, ws, rows, h, d, out, os);
+    case 8: return few_rows<8>(w, ws, rows, h, d, out, os);
   }
 }
 
@@ -100,7 +93,7 @@ static inline void panel_block(
     pairs y[M];
     for (int m = 0; m < M; ++m) y[m] = load_pairs(h + m * 32);
     if (j % 32 == 0)
-      for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+      for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
     for (int r = 0; r < R; ++r) {
       uint32_t two = w[r * ws + j];
       if (j + 1 < d) __builtin_memcpy(&two, w + r * ws + j, 4);
@@ -126,7 +119,7 @@ static inline void panel_rows(const uint16_t* w, int64_t ws, int64_t rows, const
 
 static void dots_bfloat16(const Dots& p, const void* weight, int64_t rows, float* out, int64_t os, float*) {
   const uint16_t *w = (const uint16_t*)weight, *h = (const uint16_t*)p.hidden;
-  const int64_t ws = p.stride, d = p.depth, hs = p.hidden_stride;
+  const int64_t ws = p.stride, d = p.depth;
   int64_t count = p.count;
   if (p.packed) {
     const int64_t size = (d + 1) / 2 * 2 * 64;
@@ -138,5 +131,5 @@ static void dots_bfloat16(const Dots& p, const void* weight, int64_t rows, float
     }
     return;
   }
-  few_any(w, ws, rows, h, hs, count, d, out, os);
+  few_any(w, ws, rows, h, count, d, out, os);
 }

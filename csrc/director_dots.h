@@ -1,6 +1,6 @@
 // Products of a few rows of hidden with rows of a weight that is read once, straight from memory.
-// Included once per instruction set, after vec.h. Two layouts: for up to kFew rows of hidden the lanes
-// run along the depth; above, along the rows of hidden, packed [depth, 16 * panels].
+// Included once per instruction set, after vec.h. The lanes run along the depth for up to four rows of
+// hidden, along eight rows and two neighbours of the depth up to eight, and along the rows above.
 
 constexpr int64_t kAcc = kRegisters * 3 / 4;  // accumulators of a block of products
 
@@ -58,15 +58,15 @@ SUKHOPS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // out[n][r] = w[r] . h[n] for R rows of the weight and N of hidden
 template <int R, int N>
 static inline void few_block(
-    const float* w, int64_t ws, const float* h, int64_t hs, int64_t d, float* out, int64_t os) {
+    const float* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os) {
   vf acc[R][N] = {};
   int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) {
+  for (; j + kLanes <= d; j += kLanes, h += N * kLanes) {
     vf x[R];
     for (int r = 0; r < R; ++r) x[r] = load(w + r * ws + j);
-    for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+    for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
     for (int n = 0; n < N; ++n) {
-      vf y = load(h + n * hs + j);
+      vf y = load(h + n * 16);
       hold(y);
       for (int r = 0; r < R; ++r) acc[r][n] += x[r] * y;
     }
@@ -75,39 +75,60 @@ static inline void few_block(
     for (int r = 0; r < R; ++r) {
       float last[kLanes] = {};
       for (int64_t i = j; i < d; ++i) last[i - j] = w[r * ws + i];
-      for (int n = 0; n < N; ++n) acc[r][n] += load(last) * load(h + n * hs + j);
+      for (int n = 0; n < N; ++n) acc[r][n] += load(last) * load(h + n * 16);
     }
   }
   for (int r = 0; r < R; ++r) reduce_each<N>(acc[r], out + r, os);
 }
 
-// hidden [count][hs] padded with zeros to whole vectors, count <= 8; out [count][os]
+// h [whole d / 16][N][16]; out [N][os]
 template <int N>
 static inline void few_rows(
-    const float* w, int64_t ws, int64_t rows, const float* h, int64_t hs, int64_t d, float* out, int64_t os) {
+    const float* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os) {
   constexpr int R = kAcc / N < 1 ? 1 : kAcc / N > 8 ? 8 : kAcc / N;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, hs, d, out + r, os);
-  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, hs, d, out + r, os);
+  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os);
+  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os);
 }
 
-static inline void few_any(const float* w, int64_t ws, int64_t rows, const float* h, int64_t hs, int64_t count,
+// lanes are 8 rows of hidden times two neighbours of the depth: h [whole d / 2][8][2]; out[n][r], n < count
+template <int R>
+static inline void eight_block(
+    const float* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os, int64_t count) {
+  typedef double vd __attribute__((vector_size(64)));
+  vf acc[R] = {};
+  int64_t j = 0;
+  for (; j + 2 <= d; j += 2, h += kLanes) {
+    if (j % kLanes == 0)
+      for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+    vf y = load(h);
+    hold(y);
+    for (int r = 0; r < R; ++r) {
+      double two;
+      __builtin_memcpy(&two, w + r * ws + j, 8);
+      acc[r] += (vf)vd{two, two, two, two, two, two, two, two} * y;
+    }
+  }
+  for (int r = 0; r < R && j < d; ++r) acc[r] += splat(w[r * ws + j]) * load(h);
+  for (int r = 0; r < R; ++r)
+    for (int64_t n = 0; n < count; ++n) out[n * os + r] = acc[r][2 * n] + acc[r][2 * n + 1];
+}
+
+static inline void eight_rows(
+    const float* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os, int64_t count) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) eight_block<8>(w + r * ws, ws, h, d, out + r, os, count);
+  for (; r < rows; ++r) eight_block<1>(w + r * ws, ws, h, d, out + r, os, count);
+}
+
+static inline void few_any(const float* w, int64_t ws, int64_t rows, const float* h, int64_t count,
                            int64_t d, float* out, int64_t os) {
   switch (count) {
-    case 1: return few_rows<1>(w, ws, rows, h, hs, d, out, os);
-    case 2: return few_rows<2>(w, ws, rows, h, hs, d, out, os);
-    case 3: return few_rows<3>(w, ws, rows, h, hs, d, out, os);
-    case 4: return few_rows<4>(w, ws, rows, h, hs, d, out, os);
-    case 5: return few_rows<5>(w, ws, rows, h, hs, d, out, os);
-    case 6: return few_rows<6>(w, ws, rows, h, hs, d, out, os);
-    case 7: return few_rows<7>(w, ws, rows, h, hs, d, out, os);
-    case 8: return few_rows<8>(w, ws, rows, h, hs, d, out, os);
-  }
-  constexpr int64_t step = 6;  // few enough rows to stay in the first cache for the next eight of hidden
-  for (int64_t r = 0; r < rows; r += step) {
-    const int64_t some = rows - r < step ? rows - r : step;
-    for (int64_t n = 0; n < count; n += 8)
-      few_any(w + r * ws, ws, some, h + n * hs, hs, count - n < 8 ? count - n : 8, d, out + n * os + r, os);
+    case 1: return few_rows<1>(w, ws, rows, h, d, out, os);
+    case 2: return few_rows<2>(w, ws, rows, h, d, out, os);
+    case 3: return few_rows<3>(w, ws, rows, h, d, out, os);
+    case 4: return few_rows<4>(w, ws, rows, h, d, out, os);
+    default: return eight_rows(w, ws, rows, h, d, out, os, count);
   }
 }
 
@@ -120,7 +141,7 @@ static inline void panel_block(
     vf y[M];
     for (int m = 0; m < M; ++m) y[m] = load(h + m * kLanes);
     if (j % kLanes == 0)
-      for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+      for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
     for (int r = 0; r < R; ++r) {
       const vf x = splat(w[r * ws + j]);
       for (int m = 0; m < M; ++m) acc[r][m] += x * y[m];
@@ -170,7 +191,7 @@ static void dots(const Dots& p, const void* weight, int64_t rows, float* out, in
       ws = whole;
     }
     if (p.packed) panel_any(from, ws, step, (const float*)p.hidden, p.count, p.depth, out + r, os);
-    else few_any(from, ws, step, (const float*)p.hidden, p.hidden_stride, p.count, p.depth, out + r, os);
+    else few_any(from, ws, step, (const float*)p.hidden, p.count, p.depth, out + r, os);
     r += step;
   }
 }

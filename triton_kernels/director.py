@@ -8,9 +8,8 @@ tiles (a split of the vocabulary), and splits are joined in their order, so repe
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sukhops.triton_kernels.vocab_head import _kept, _mm
+from torch import Tensor
 
 TILE_BYTES = 256 << 20  # of a head's float32 logits in the backward
 CHUNK = 1024  # columns a row pass holds at once

@@ -39,8 +39,8 @@ def director_loss(
 ) -> LossOutput:
     """Cross entropy of plain examples plus gamma times the classifier's loss of labelled ones.
 
-        lm  = -lm_logp                                            where label is -1 (or 1: train_lm_on_positive)
-        cls = -w_label * log p(label) + norm_weight * norm        where label is 0 or 1; p(1) = sigmoid(cls_logit)
+        lm  = -lm_logp                                        where label is -1
+        cls = -w_label * log p(label) + norm_weight * norm    where label is 0 or 1; p(1) = sigmoid(cls_logit)
 
     "mean" divides the sum of all token losses by the number of tokens counted; "sum_of_means", the published
     form, divides per example and sums over examples, so it grows with the batch. A token that trains both

@@ -107,7 +107,8 @@ class DirectorLoss(nn.Module):
             raise ValueError("cls_bias: a shared head (cls_affine) has its shift as b, expected None")
         if cls_weight is not None and cls_weight.shape != lm_weight.shape:
             raise ValueError(
-                f"cls_weight: expected shape {list(lm_weight.shape)} as lm_weight, got {list(cls_weight.shape)}"
+                f"cls_weight: expected shape {list(lm_weight.shape)} as lm_weight, "
+                f"got {list(cls_weight.shape)}"
             )
         if label.shape != target.shape:
             if label.shape != target.shape[:1] or target.dim() != 2:
