@@ -59,7 +59,7 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
     """
     memory: list[dict] = [{} for _ in cases]
     for case, measured in zip(cases, memory, strict=True):
-        for name, p in case.providers.items() if measure_memory else ():
+        for name, p in case.providers.items() if measure_memory and "fwd_bwd" in case.modes else ():
             if p.memory <= MEMORY_LIMIT:
                 measured[name] = peak_memory(case, p)
     rows = []
