@@ -4,6 +4,9 @@
 
 constexpr int64_t kAcc = kRegisters * 3 / 4;  // accumulators of a block of products
 
+// terms that one accumulator sums in turn before it is added to the total: as accurate as lanes along the depth
+constexpr int64_t kRun = 128;
+
 // keeps a vector in its register: read from memory in every product, it would cost a load each time
 template <class V>
 SUKHOPS_INLINE void hold(V& x) {
@@ -96,22 +99,26 @@ template <int R>
 static inline void eight_block(
     const float* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os, int64_t count) {
   typedef double vd __attribute__((vector_size(64)));
-  vf acc[R] = {};
+  vf total[R] = {};
   int64_t j = 0;
-  for (; j + 2 <= d; j += 2, h += kLanes) {
-    if (j % kLanes == 0)
-      for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
-    vf y = load(h);
-    hold(y);
-    for (int r = 0; r < R; ++r) {
-      double two;
-      __builtin_memcpy(&two, w + r * ws + j, 8);
-      acc[r] += (vf)vd{two, two, two, two, two, two, two, two} * y;
+  while (j + 2 <= d) {
+    vf acc[R] = {};
+    for (const int64_t end = j + kRun < d ? j + kRun : d; j + 2 <= end; j += 2, h += kLanes) {
+      if (j % kLanes == 0)
+        for (int r = 0; r < R; ++r) fetch(w + (R + r) * ws + j);
+      vf y = load(h);
+      hold(y);
+      for (int r = 0; r < R; ++r) {
+        double two;
+        __builtin_memcpy(&two, w + r * ws + j, 8);
+        acc[r] += (vf)vd{two, two, two, two, two, two, two, two} * y;
+      }
     }
+    for (int r = 0; r < R; ++r) total[r] += acc[r];
   }
-  for (int r = 0; r < R && j < d; ++r) acc[r] += splat(w[r * ws + j]) * load(h);
+  for (int r = 0; r < R && j < d; ++r) total[r] += splat(w[r * ws + j]) * load(h);
   for (int r = 0; r < R; ++r)
-    for (int64_t n = 0; n < count; ++n) out[n * os + r] = acc[r][2 * n] + acc[r][2 * n + 1];
+    for (int64_t n = 0; n < count; ++n) out[n * os + r] = total[r][2 * n] + total[r][2 * n + 1];
 }
 
 static inline void eight_rows(
@@ -136,20 +143,25 @@ static inline void few_any(const float* w, int64_t ws, int64_t rows, const float
 template <int M, int R>
 static inline void panel_block(
     const float* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os, int64_t count) {
-  vf acc[R][M] = {};
-  for (int64_t j = 0; j < d; ++j, h += M * kLanes) {
-    vf y[M];
-    for (int m = 0; m < M; ++m) y[m] = load(h + m * kLanes);
-    if (j % kLanes == 0)
-      for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
-    for (int r = 0; r < R; ++r) {
-      const vf x = splat(w[r * ws + j]);
-      for (int m = 0; m < M; ++m) acc[r][m] += x * y[m];
+  vf total[R][M] = {};
+  for (int64_t j = 0; j < d;) {
+    vf acc[R][M] = {};
+    for (const int64_t end = j + kRun < d ? j + kRun : d; j < end; ++j, h += M * kLanes) {
+      vf y[M];
+      for (int m = 0; m < M; ++m) y[m] = load(h + m * kLanes);
+      if (j % kLanes == 0)
+        for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
+      for (int r = 0; r < R; ++r) {
+        const vf x = splat(w[r * ws + j]);
+        for (int m = 0; m < M; ++m) acc[r][m] += x * y[m];
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) total[r][m] += acc[r][m];
   }
   for (int r = 0; r < R; ++r) {
     alignas(64) float column[M * kLanes];
-    for (int m = 0; m < M; ++m) store(column + m * kLanes, acc[r][m]);
+    for (int m = 0; m < M; ++m) store(column + m * kLanes, total[r][m]);
     for (int64_t n = 0; n < count; ++n) out[n * os + r] = column[n];
   }
 }
