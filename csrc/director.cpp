@@ -17,7 +17,6 @@ namespace sukhops {
 
 constexpr int64_t kWiden = 24;   // weight rows that are widened to float32 at once
 constexpr int64_t kFewRows = 8;       // rows of hidden up to which the lanes run along the depth
-constexpr int64_t kStreamRows = 512;  // up to which the weights are streamed
 
 struct HalfBits {
   uint16_t bits;
@@ -324,13 +323,15 @@ void in_blocks(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* 
   }
 }
 
-// up to how many rows streaming was measured to be faster than library products (bench/bench_director.py)
+// Up to how many rows the weights are streamed, by measurement (bench/bench_director.py). The kernels are made
+// for 32 registers of 16 floats: with fewer, library products win from a few rows on.
+int64_t stream_rows() { return cpu_isa() == Isa::avx512 ? 512 : cpu_isa() == Isa::avx2 ? 4 : 0; }
+
 template <class A>
 void pass(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* out) {
   if (heads.n == 0) return;
   if constexpr (std::is_same_v<A, float>) {
-    const int64_t n = heads.n;
-    if (n <= kStreamRows) return stream(hidden, heads, found, out, n > kFewRows);
+    if (heads.n <= stream_rows()) return stream(hidden, heads, found, out, heads.n > kFewRows);
   }
   in_blocks(hidden, heads, found, out);
 }
