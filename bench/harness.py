@@ -59,7 +59,7 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
     """
     memory: list[dict] = [{} for _ in cases]
     for case, measured in zip(cases, memory, strict=True):
-        for name, p in case.providers.items() if measure_memory else ():
+        for name, p in case.providers.items() if measure_memory and "fwd_bwd" in case.modes else ():
             if p.memory <= MEMORY_LIMIT:
                 measured[name] = peak_memory(case, p)
     rows = []
@@ -130,7 +130,7 @@ def check(case: Case, provider: Provider) -> dict:
 def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, dict]:
     inputs = case.make()
     calls = {n: step(p.make(inputs), parameters(inputs), mode) for n, p in providers.items()}
-    bare = case.products(inputs) if case.products and mode == "fwd_bwd" else None
+    bare = case.products(inputs) if case.products and mode == case.modes[-1] else None
     times: dict[str, list[float]] = {n: [] for n in calls}
     ratios: dict[str, list[float]] = {n: [] for n in calls}
     for call in calls.values():

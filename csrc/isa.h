@@ -9,6 +9,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace sukhops::avx512 {
+constexpr int kRegisters = 32;  // of sixteen floats
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx512
@@ -16,6 +17,7 @@ namespace sukhops::avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace sukhops::avx2 {
+constexpr int kRegisters = 8;  // of sixteen floats
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx2
@@ -23,6 +25,7 @@ namespace sukhops::avx2 {
 #endif
 
 namespace sukhops::base {
+constexpr int kRegisters = 4;  // of sixteen floats
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::base

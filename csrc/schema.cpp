@@ -19,4 +19,34 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "Tensor? grad_topk, float? softcap, float scale, int ignore_index, bool need_hidden, "
       "bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+
+  // log-softmax(lm + sum_a gamma_a * logsigmoid(cls_a)) [N, V]: gamma [A, N] in the accumulation dtype, a
+  // bias of shape [0] is none; a shared head has cls_affine [2], no cls_weight, and gamma [1, N]
+  m.def(
+      "director(Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, Tensor gamma, Tensor? lm_bias, "
+      "Tensor[] cls_bias, Tensor? cls_affine) -> Tensor");
+  m.def(
+      "director_topk(Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, Tensor gamma, Tensor? lm_bias, "
+      "Tensor[] cls_bias, Tensor? cls_affine, int k) -> (Tensor value, Tensor index)");
+  m.def(
+      "director_backward(Tensor grad, Tensor logp, Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, "
+      "Tensor gamma, Tensor? lm_bias, Tensor[] cls_bias, Tensor? cls_affine, bool need_hidden, "
+      "bool need_lm_weight, bool need_cls_weight, bool need_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_lm_weight, Tensor[] grad_cls_weight, Tensor grad_gamma, "
+      "Tensor grad_lm_bias, Tensor[] grad_cls_bias, Tensor grad_cls_affine)");
+  // hidden . weight[target] + bias[target] [N] where label is 0 or 1 and target is not -100, else 0
+  m.def(
+      "director_dot(Tensor hidden, Tensor weight, Tensor target, Tensor label, Tensor? bias) -> Tensor");
+  m.def(
+      "director_dot_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor label, "
+      "bool need_hidden, bool need_weight, bool need_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  // the mean over v != target of (sigmoid(c_v) - 1/2)^2 [N] on the same rows, c = a * (logits) + b with affine
+  m.def(
+      "director_norm(Tensor hidden, Tensor weight, Tensor target, Tensor label, Tensor? bias, "
+      "Tensor? affine) -> Tensor");
+  m.def(
+      "director_norm_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor label, "
+      "Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
 }

@@ -86,10 +86,19 @@ SUKHOPS_INLINE vf vtanh(vf x) {
   return a < 0.625f ? p : (x < 0.0f ? -big : big);
 }
 
+// halves are added until four lanes are left
 SUKHOPS_INLINE float reduce_add(vf x) {
-  float s = 0.0f;
-  for (int i = 0; i < kLanes; ++i) s += x[i];
-  return s;
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  __builtin_memcpy(&a, &x, 32);
+  __builtin_memcpy(&b, (const char*)&x + 32, 32);
+  a += b;
+  v4 c, d;
+  __builtin_memcpy(&c, &a, 16);
+  __builtin_memcpy(&d, (const char*)&a + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 SUKHOPS_INLINE float reduce_max(vf x) {

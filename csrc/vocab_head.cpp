@@ -4,12 +4,9 @@
 // The vocabulary is walked in blocks. Each block is one library product into a reused tile, then one
 // pass per row while the tile is in cache. The backward recomputes the tile, turns it into the
 // gradient in place and finishes that block of grad_weight: one owner per output, so deterministic.
-#include "common.h"
+#include "blocks.h"
 
 namespace sukhops {
-
-constexpr int64_t kMaxWidth = 4096;         // vocabulary entries in a tile
-constexpr int64_t kTileBytes = 16ll << 20;  // bytes in a tile
 
 template <class A>
 struct ForwardRows {
@@ -67,87 +64,6 @@ void run_rows(const BackwardRows<A>& b, bool bfloat16, int64_t lo, int64_t hi) {
   plain(b, lo, hi);
 }
 
-// the dtype products are taken in: float16, and bfloat16 where the CPU has no instruction for it, are
-// many times faster converted block by block
-ScalarType product_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return ScalarType::Float;
-  if (dtype == ScalarType::BFloat16 && !fast_bfloat16()) return ScalarType::Float;
-  return dtype;
-}
-
-int64_t item_size(ScalarType dtype) {
-  int64_t size = 0;
-  with_type(dtype, [&](auto t) { size = sizeof t; });
-  return size;
-}
-
-Tensor rows_of(Tensor t, int64_t start, int64_t length) {
-  return torch::stable::narrow(t, 0, start, length);
-}
-
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
-// rows of a parallel loop worth one thread's while
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
-
-// tiles of at most kTileBytes, as many rows as still leave 256 columns
-struct Tiling {
-  int64_t rows, width;
-  Tiling(int64_t n, int64_t v, int64_t d, int64_t size) {
-    width = kTileBytes / (size * std::max<int64_t>(1, std::max(n, d)));
-    width = std::min(kMaxWidth, std::max<int64_t>(256, width / 64 * 64));
-    width = std::min(width, v);
-    rows = std::min(n, std::max<int64_t>(1, kTileBytes / (size * width)));
-  }
-};
-
-// The weight, a block of rows at a time in the product's dtype.
-class WeightBlocks {
- public:
-  WeightBlocks(const Tensor& weight, ScalarType dtype, int64_t width)
-      : weight_(weight), convert_(weight.scalar_type() != dtype) {
-    if (convert_) buffer_ = empty({width, weight.size(1)}, dtype, weight);
-  }
-  Tensor rows(int64_t v0, int64_t width) {
-    Tensor block = rows_of(weight_, v0, width);
-    if (!convert_) return block;
-    Tensor converted = matrix(buffer_, width, weight_.size(1));
-    torch::stable::copy_(converted, block);
-    return converted;
-  }
-
- private:
-  const Tensor& weight_;
-  bool convert_;
-  Tensor buffer_;
-};
-
-// rows of `from` as a contiguous matrix in `dtype`; `from` itself when that is what it is
-Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows, ScalarType dtype) {
-  const int64_t n = rows.size(), d = from.size(1);
-  if (n == from.size(0) && from.scalar_type() == dtype && from.is_contiguous()) return from;
-  Tensor out = empty({n, d}, dtype, from);
-  with_type(from.scalar_type(), [&](auto s) {
-    using S = decltype(s);
-    with_type(dtype, [&](auto t) {
-      using T = decltype(t);
-      const S* src = data<S>(from);
-      T* dst = data<T>(out);
-      const int64_t row_stride = from.stride(0), stride = from.stride(1);
-      parallel_rows(n, 65536 / (d + 1), [&](int64_t i) {
-        for (int64_t j = 0; j < d; ++j)
-          dst[i * d + j] = static_cast<T>(src[rows[i] * row_stride + j * stride]);
-      });
-    });
-  });
-  return out;
-}
-
-// a converted copy of a vector in the accumulation dtype, or an empty tensor
-Tensor as_acc(const std::optional<Tensor>& t, ScalarType acc, const Tensor& like) {
-  return t ? torch::stable::contiguous(torch::stable::to(*t, acc)) : empty({0}, acc, like);
-}
-
 // checks every target and lists the rows with at least one that is not ignored; all rows if K is 0
 std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_index) {
   const int64_t n = target.size(0), k = target.size(1);
@@ -169,35 +85,7 @@ std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_i
   return rows;
 }
 
-// acc (+)= a @ b, where acc may be wider than the product's dtype: then by way of `scratch`
-void accumulate(const Tensor& acc, const Tensor& a, const Tensor& b, bool first, Tensor& scratch) {
-  if (acc.scalar_type() == a.scalar_type()) return first ? mm_out(acc, a, b) : addmm_out(acc, a, b);
-  const int64_t rows = acc.size(0), cols = acc.size(1);
-  if (!scratch.defined() || scratch.numel() < rows * cols)
-    scratch = empty({rows, cols}, a.scalar_type(), a);
-  mm_out(matrix(scratch, rows, cols), a, b);
-  const BFloat16* src = data<BFloat16>(scratch);
-  float* dst = data<float>(acc);
-  torch::stable::parallel_for(0, rows * cols, 16384, [&](int64_t lo, int64_t hi) {
-    if (first) {
-      for (int64_t i = lo; i < hi; ++i) dst[i] = static_cast<float>(src[i]);
-    } else {
-      for (int64_t i = lo; i < hi; ++i) dst[i] += static_cast<float>(src[i]);
-    }
-  });
-}
-
 // ---------------------------------------------------------------- forward
-
-// -inf entries that never entered the top k get the lowest unused indices; a NaN row shows NaN
-template <class A>
-void finish_top(A* value, int64_t* index, int64_t k, bool nan) {
-  for (int64_t j = 0; j < k; ++j) {
-    for (int64_t free = 0; index[j] < 0; ++free)
-      if (std::find(index, index + k, free) == index + k) index[j] = free;
-    if (nan) value[j] = NAN;
-  }
-}
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -259,13 +147,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // ---------------------------------------------------------------- backward
 
-// one upstream gradient of one logit: of row `row` (in hidden) and vocabulary entry `entry`
-template <class A>
-struct Pick {
-  int64_t entry, row;
-  A grad;  // of the product hidden[row] . weight[entry]
-};
-
 // The upstream gradients, sorted by what they cost. A row whose lse has a gradient needs its whole
 // softmax (dense); any other row only the few weight rows it picked (sparse).
 template <class A>
@@ -322,40 +203,6 @@ void through_cap(
     for (int64_t j = 0; j < d; ++j) raw += static_cast<A>(h[j * hc]) * static_cast<A>(w[j * wc]);
     const A y = std::tanh(scale * raw / softcap);
     p.grad *= 1 - y * y;
-  });
-}
-
-// adds, for each run of picks with the same `key`, sum grad * from[other] to row `key` of `to`
-template <class A, class S, class Key, class Other>
-void add_runs(
-    const std::vector<Pick<A>>& picks, const Tensor& from, const Tensor& to, Key key, Other other) {
-  std::vector<int64_t> starts;
-  for (size_t i = 0; i < picks.size(); ++i)
-    if (i == 0 || key(picks[i]) != key(picks[i - 1])) starts.push_back(i);
-  starts.push_back(picks.size());
-  const int64_t d = from.size(1), fs = from.stride(0), fc = from.stride(1);
-  torch::stable::parallel_for(0, starts.size() - 1, grain(d), [&](int64_t lo, int64_t hi) {
-    std::vector<A> sum(d);
-    for (int64_t run = lo; run < hi; ++run) {
-      S* out = data<S>(to) + key(picks[starts[run]]) * d;
-      for (int64_t j = 0; j < d; ++j) sum[j] = static_cast<A>(out[j]);
-      for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
-        const S* row = data<S>(from) + other(picks[i]) * fs;
-        for (int64_t j = 0; j < d; ++j) sum[j] += picks[i].grad * static_cast<A>(row[j * fc]);
-      }
-      for (int64_t j = 0; j < d; ++j) out[j] = static_cast<S>(sum[j]);
-    }
-  });
-}
-
-// acc[j] += the sum of column j of a tile
-template <class A, class T>
-void add_columns(A* acc, const T* tile, int64_t rows, int64_t width) {
-  torch::stable::parallel_for(0, width, 64, [&](int64_t lo, int64_t hi) {
-    std::vector<double> sum(hi - lo);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = lo; j < hi; ++j) sum[j - lo] += static_cast<A>(tile[i * width + j]);
-    for (int64_t j = lo; j < hi; ++j) acc[j] += static_cast<A>(sum[j - lo]);
   });
 }
 

@@ -1,6 +1,7 @@
 // The row passes of vocab_head over one tile of raw products hidden @ weight.T. Included by isa.h
 // once per instruction set. T is how a product is stored (float, double, or bfloat16 bits), A what it
 // is summed in. A row is read once into `x`, which is padded to whole vectors.
+#include "rows.h"
 
 // logit = softcap * tanh(raw / softcap), raw = scale * (product + bias); -inf in the padding
 template <class T>
@@ -31,67 +32,6 @@ static inline void load_logits(
   for (int64_t j = 0; j < width; ++j) {
     const double raw = scale * (z[j] + (bias ? bias[j] : 0.0));
     x[j] = softcap != 0.0 ? softcap * std::tanh(raw / softcap) : raw;
-  }
-}
-
-static inline float row_max(const float* x, int64_t width) {
-  vf m = load(x);
-  for (int64_t j = kLanes; j < width; j += kLanes) {
-    const vf v = load(x + j);
-    m = v > m ? v : m;
-  }
-  return reduce_max(m);
-}
-
-static inline double row_max(const double* x, int64_t width) {
-  double m = x[0];
-  for (int64_t j = 1; j < width; ++j) m = x[j] > m ? x[j] : m;
-  return m;
-}
-
-// x = exp(x - shift); returns the sum
-static inline float exp_row(float* x, int64_t width, float shift) {
-  vf s = splat(0.0f);
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const vf e = vexp(load(x + j) - shift);
-    store(x + j, e);
-    s += e;
-  }
-  return reduce_add(s);
-}
-
-static inline double exp_row(double* x, int64_t width, double shift) {
-  double s = 0.0;
-  for (int64_t j = 0; j < width; ++j) s += x[j] = std::exp(x[j] - shift);
-  return s;
-}
-
-template <class T, class A>
-static inline void store_row(T* z, const A* x, int64_t width) {
-  int64_t j = 0;
-  if constexpr (sizeof(A) == 4) {
-    for (; j + kLanes <= width; j += kLanes) store(z + j, load(x + j));
-  }
-  for (; j < width; ++j) put(z + j, x[j]);
-}
-
-// keeps the k largest logits of a row, descending, the lower index first among equals
-template <class A>
-static inline void keep_top(
-    const A* x, int64_t width, int64_t v0, A* value, int64_t* index, int64_t k) {
-  for (int64_t j0 = 0; j0 < width; j0 += 64) {
-    const int64_t j1 = j0 + 64 < width ? j0 + 64 : width;
-    if (!(row_max(x + j0, j1 - j0) > value[k - 1])) continue;
-    for (int64_t j = j0; j < j1; ++j) {
-      if (!(x[j] > value[k - 1])) continue;
-      int64_t at = k - 1;
-      for (; at > 0 && x[j] > value[at - 1]; --at) {
-        value[at] = value[at - 1];
-        index[at] = index[at - 1];
-      }
-      value[at] = x[j];
-      index[at] = v0 + j;
-    }
   }
 }
 

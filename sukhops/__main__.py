@@ -10,6 +10,8 @@ import torch
 
 import sukhops
 from sukhops import _library, reference, testing
+from sukhops.ops import director as ops
+from sukhops.reference import director as plain
 
 DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.float32, torch.bfloat16]}
 
@@ -25,6 +27,28 @@ def vocab_head_inputs() -> dict:
     }
 
 
+def director_inputs() -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(*shape, generator=generator)
+
+    return {
+        "hidden": (5 * normal(9, 48)).requires_grad_(),
+        "lm_weight": normal(1000, 48).requires_grad_(),
+        "cls_weight": normal(1000, 48).requires_grad_(),
+        "cls_bias": normal(1000).requires_grad_(),
+        "gamma": normal(9).abs().requires_grad_(),
+    }
+
+
+def director_topk_inputs() -> dict:
+    return {n: t.detach() for n, t in director_inputs().items()} | {
+        "k": 5,
+        "lm_bias": topk_inputs()["bias"].detach(),
+    }
+
+
 def topk_inputs() -> dict:
     given = vocab_head_inputs()
     del given["target"]
@@ -33,12 +57,25 @@ def topk_inputs() -> dict:
     return given | {"k": 5, "bias": bias.requires_grad_()}
 
 
+def classifier_inputs() -> dict:
+    inputs = vocab_head_inputs()
+    return inputs | {"label": torch.arange(65) % 3 - 1}
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
      vocab_head_inputs),
     ("linear_topk", ["vocab_head", "vocab_head_backward"], sukhops.linear_topk, reference.linear_topk,
      topk_inputs),
+    ("director_logp", ["director", "director_backward"],
+     sukhops.director_logp, reference.director_logp, director_inputs),
+    ("director_topk", ["director_topk"],
+     sukhops.director_topk, reference.director_topk, director_topk_inputs),
+    ("classifier_logit", ["director_dot", "director_dot_backward"],
+     ops.classifier_logit, plain.classifier_logit, classifier_inputs),
+    ("classifier_norm", ["director_norm", "director_norm_backward"],
+     ops.classifier_norm, plain.classifier_norm, classifier_inputs),
 ]  # fmt: skip
 
 

@@ -1,0 +1,202 @@
+"""Director: decoding against a read of both weights, training against the products of the LM rows.
+
+`python bench/bench_director.py` writes bench/results/director.jsonl; `--plot` draws decoding time over the
+number of rows from it; `pytest bench` runs the same cases under pytest-benchmark.
+"""
+
+import argparse
+import functools
+import json
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Inputs, Provider
+
+import sukhops
+from sukhops import reference
+
+K = 50
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@functools.lru_cache(maxsize=2)
+def weights(d: int, v: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(v, d, generator=g) * d**-0.5).to(dtype) for _ in range(2)]
+
+
+def make_decoding(rows: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
+    lm, cls = weights(d, v, dtype)
+    hidden = torch.randn(rows, d, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return {"hidden": hidden, "lm_weight": lm, "cls_weight": cls}
+
+
+def decoding(topk):
+    return lambda i: lambda: topk(i["hidden"], i["lm_weight"], i["cls_weight"], K).values
+
+
+def read(inputs: Inputs):
+    """A streaming read of both weights on all threads."""
+    return lambda: (inputs["lm_weight"].sum(), inputs["cls_weight"].sum())
+
+
+def decoding_case(name: str, rows: int, dtype: torch.dtype, *, peers: bool = True, rounds: int = 15) -> Case:
+    d, v = 1024, 50264
+    logits = 4.0 * rows * v
+    providers = {
+        "sukhops": Provider(decoding(sukhops.director_topk), ours=True),
+        "eager": Provider(decoding(reference.director_topk), 6 * logits, "torch"),
+    }
+    if peers:
+        providers["torch.compile"] = Provider(
+            lambda i: torch.compile(decoding(reference.director_topk)(i)), 3 * logits, "torch"
+        )
+    return Case(
+        "director", name, {"rows": rows, "D": d, "V": v, "k": K}, dtype,
+        lambda: make_decoding(rows, d, v, dtype), lambda: make_decoding(rows, d, v // 8, dtype),
+        decoding(reference.director_topk), providers, read, rounds, ("fwd_nograd",),
+    )  # fmt: skip
+
+
+def make_training(rows: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
+    """Sequences of up to 256; the second half of the batch is classifier examples of both labels."""
+    g = torch.Generator().manual_seed(0)
+    t = min(256, rows // 4)
+    b = rows // t
+    label = torch.full((b,), -1)
+    label[b // 2 :] = torch.arange(b - b // 2) % 2
+    weights = {
+        name: (torch.randn(v, d, generator=g) * d**-0.5).to(dtype).requires_grad_()
+        for name in ("lm_weight", "cls_weight")
+    }
+    hidden = torch.randn(b, t, d, generator=g).to(dtype).requires_grad_()
+    return {"hidden": hidden, **weights, "target": torch.randint(0, v, (b, t), generator=g), "label": label}
+
+
+def training(norm_weight: float):
+    loss = sukhops.nn.DirectorLoss(norm_weight=norm_weight)
+    return lambda i: lambda: loss(**i).loss
+
+
+def eager_training(norm_weight: float):
+    """What the published training code does: the logits of both heads for every row, then masks."""
+
+    def provider(i: Inputs):
+        def call():
+            h, target, label = i["hidden"], i["target"], i["label"][:, None].expand(i["target"].shape)
+            lm, cls = (h @ i["lm_weight"].T), (h @ i["cls_weight"].T)
+            if lm.dtype != torch.float64:
+                lm, cls = lm.float(), cls.float()
+            plain = label == -1
+            nll = F.cross_entropy(lm.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+            picked = cls.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+            bce = F.binary_cross_entropy_with_logits(
+                picked, label.clamp(min=0).to(picked.dtype), reduction="none"
+            )
+            if norm_weight:
+                square = (cls.sigmoid() - 0.5).square()
+                others = square.sum(-1) - square.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+                bce = bce + norm_weight * others / (cls.shape[-1] - 1)
+            return (nll.where(plain, 0.0).sum() + 0.5 * bce.where(~plain, 0.0).sum()) / target.numel()
+
+        return call
+
+    return provider
+
+
+def products(norm: bool):
+    """The four bare products of the LM rows, and with the norm those of the classifier rows too."""
+
+    def make(i: Inputs):
+        plain = i["label"] == -1
+        parts = []
+        for rows, name in [(plain, "lm_weight"), (~plain, "cls_weight")][: 1 + norm]:
+            h, w = i["hidden"].detach()[rows].flatten(0, 1), i[name].detach()
+            z = torch.ones(h.shape[0], w.shape[0], dtype=h.dtype)
+            parts.append((h, w, z, torch.ones_like(h), torch.ones_like(w)))
+
+        def call():
+            for h, w, z, dh, dw in parts:
+                torch.mm(h, w.T, out=z)
+                torch.mm(h, w.T, out=z)
+                torch.mm(z, w, out=dh)
+                torch.mm(z.T, h, out=dw)
+
+        return call
+
+    return make
+
+
+def training_case(name: str, dtype: torch.dtype, norm_weight: float = 0.0, rounds: int = 7) -> Case:
+    rows, d, v = 2048, 512, 32768
+    logits = 4.0 * rows * v
+    return Case(
+        "director", name, {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make_training(rows, d, v, dtype), lambda: make_training(128, d, v // 8, dtype),
+        eager_training(norm_weight),
+        {
+            "sukhops": Provider(training(norm_weight), ours=True),
+            "eager": Provider(eager_training(norm_weight), 8 * logits, "torch"),
+        },
+        products(norm_weight > 0), rounds,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    both = (torch.float32, torch.bfloat16)
+    return [
+        *(decoding_case("decoding", 8, dtype) for dtype in both),
+        *(training_case("training", dtype) for dtype in both),
+        training_case("training with the norm", torch.float32, 1.0, rounds=3),
+        *(decoding_case("decoding by rows", n, dtype, peers=False, rounds=7) for dtype in both for n in ROWS),
+    ]
+
+
+def plot() -> None:
+    """Milliseconds over the number of rows, sukhops and eager, to bench/results/director_rows.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (harness.RESULTS / "director.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        for provider in ("sukhops", "eager"):
+            points = [
+                (r["shape"]["rows"], r["p50_ms"])
+                for r in rows
+                if (r["case"], r["dtype"], r["provider"]) == ("decoding by rows", dtype, provider)
+            ]
+            axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+        axis.set(xscale="log", yscale="log", xlabel="rows", title=f"director_topk, {dtype}")
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(harness.RESULTS / "director_rows.png", dpi=120)
+
+
+def test_provider(benchmark, case_and_provider):
+    case, provider = case_and_provider
+    inputs = case.make()
+    call = harness.step(provider.make(inputs), harness.parameters(inputs), case.modes[-1])
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+
+
+def pytest_generate_tests(metafunc):
+    pairs = [
+        (f"{c.name}, {c.dtype}, rows={c.shape['rows']}, {n}", (c, p))
+        for c in cases()
+        for n, p in c.providers.items()
+    ]
+    metafunc.parametrize("case_and_provider", [p for _, p in pairs], ids=[i for i, _ in pairs])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", action="store_true", help="only draw the plot from the results")
+    if parser.parse_args().plot:
+        plot()
+    else:
+        harness.run(cases(), harness.RESULTS / "director.jsonl")

@@ -1,0 +1,45 @@
+// The pass of director_norm over a tile of products. Included by isa.h once per instruction set.
+#include "rows.h"
+
+// t = tanh(c / 2) = 2 sigmoid(c) - 1
+static inline void half_tanh(const float* c, float* t, int64_t width) {
+  for (int64_t j = 0; j < width; j += kLanes) store(t + j, vtanh(0.5f * load(c + j)));
+}
+
+static inline void half_tanh(const double* c, double* t, int64_t width) {
+  for (int64_t j = 0; j < width; ++j) t[j] = std::tanh(0.5 * c[j]);
+}
+
+// rows [lo, hi) of a tile: adds sum (sigmoid(c) - 1/2)^2 over this block without the target to sum
+template <class T, class A>
+static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
+  alignas(64) A c[kMaxWidth], t[kMaxWidth];
+  for (int64_t i = lo; i < hi; ++i) {
+    T* z = (T*)g.tile + i * g.width;
+    load_row(z, c, g.width, g.bias);
+    alignas(64) A u[kMaxWidth];
+    if (g.affine) {
+      for (int64_t j = 0; j < g.width; ++j) u[j] = c[j];
+      shift_row(u, c, g.width, g.affine[0], g.affine[1]);
+    }
+    half_tanh(c, t, g.width);
+    const int64_t n = g.row0 + i, target = g.target[n] - g.v0;
+    if (target >= 0 && target < g.width) t[target] = 0;
+    if (!g.grad) {
+      A sum = 0;
+      for (int64_t j = 0; j < g.width; ++j) sum += t[j] * t[j];
+      g.sum[n] += sum / 4;
+      continue;
+    }
+    const A by = g.grad[n] / 4;
+    for (int64_t j = 0; j < g.width; ++j) c[j] = by * t[j] * (1 - t[j] * t[j]);
+    if (g.affine) {
+      for (int64_t j = 0; j < g.width; ++j) {
+        g.grad_affine[2 * n] += c[j] == 0 ? A(0) : c[j] * u[j];
+        g.grad_affine[2 * n + 1] += c[j];
+        c[j] *= g.affine[0];
+      }
+    }
+    store_row(z, c, g.width);
+  }
+}

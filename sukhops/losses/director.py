@@ -1,0 +1,117 @@
+"""Director's training loss on log-probs and classifier logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sukhops.losses._output import LossOutput
+
+IGNORE = -100
+REDUCTIONS = ("mean", "sum_of_means")
+
+
+def lm_target(target: Tensor, label: Tensor, train_lm_on_positive: bool = False) -> Tensor:
+    """`target` on the rows that train the language model, -100 elsewhere.
+
+    Args:
+        target: [...], integers; -100 does not count.
+        label: [...]: -1 plain example, 1 and 0 classifier examples.
+        train_lm_on_positive: whether positive classifier examples train the language model too.
+    """
+    trains = label == -1
+    if train_lm_on_positive:
+        trains = trains | (label == 1)
+    return target.where(trains, IGNORE)
+
+
+def director_loss(
+    lm_logp: Tensor,
+    cls_logit: Tensor,
+    target: Tensor,
+    label: Tensor,
+    *,
+    gamma: float = 0.5,
+    norm: Tensor | None = None,
+    norm_weight: float = 0.0,
+    class_weight: tuple[float, float] = (1.0, 1.0),
+    reduction: str = "mean",
+    train_lm_on_positive: bool = False,
+) -> LossOutput:
+    """Cross entropy of plain examples plus gamma times the classifier's loss of labelled ones.
+
+        lm  = -lm_logp                                        where label is -1
+        cls = -w_label * log p(label) + norm_weight * norm    where label is 0 or 1; p(1) = sigmoid(cls_logit)
+
+    "mean" divides the sum of all token losses by the number of tokens counted; "sum_of_means", the published
+    form, divides per example and sums over examples, so it grows with the batch. A token that trains both
+    heads counts twice. No token at all gives 0.
+
+    Args:
+        lm_logp: [...] log-probabilities of the targets, 0 where the language model is not trained.
+        cls_logit: [...] the classifier's logit of each target, 0 where there is none.
+        target: [...] integers, -100 does not count; [B, T] for "sum_of_means".
+        label: [...] 1, 0 or -1.
+        gamma: weight of the classifier's loss.
+        norm: [...] of `classifier_norm`, needed when norm_weight is not 0.
+        norm_weight: its factor (kappa).
+        class_weight: (negative, positive) factors of the binary cross entropy.
+        reduction: "mean" or "sum_of_means".
+        train_lm_on_positive: as in `lm_target`.
+
+    Returns:
+        LossOutput. Metrics, detached scalars: lm_loss, cls_loss and (with norm_weight) norm, token means in
+        nats without gamma and norm_weight; accuracy, accuracy_negative, accuracy_positive, f1_negative,
+        f1_positive over classifier tokens (0 where there are none); lm_tokens and cls_tokens, their numbers.
+
+    Raises:
+        ValueError: an unknown reduction, "sum_of_means" without [B, T], norm and norm_weight that
+            contradict each other.
+
+    Source: Arora et al. 2022 (Director); norm and sum_of_means are its public training code's.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if reduction == "sum_of_means" and target.dim() != 2:
+        raise ValueError(f"reduction: sum_of_means needs target [B, T], got {list(target.shape)}")
+    if (norm is None) != (norm_weight == 0):
+        raise ValueError(f"norm: expected exactly when norm_weight is not 0, got norm_weight = {norm_weight}")
+    trains_lm = lm_target(target, label, train_lm_on_positive) != IGNORE  # [...]
+    trains_cls = (target != IGNORE) & (label >= 0)  # [...]
+    positive = label == 1  # [...]
+    nll = (-lm_logp).where(trains_lm, 0.0)  # [...]
+    bce = -F.logsigmoid(torch.where(positive, cls_logit, -cls_logit))  # [...]
+    negative_weight, positive_weight = class_weight
+    weighted = torch.where(positive, positive_weight * bce, negative_weight * bce)
+    if norm is not None:
+        weighted = weighted + norm_weight * norm
+    weighted = weighted.where(trains_cls, 0.0)  # [...]
+    dims = () if reduction == "mean" else (-1,)
+
+    def total(t: Tensor) -> Tensor:
+        return t.sum(dims) if dims else t.sum()
+
+    counted = (total(trains_lm) + total(trains_cls)).clamp(min=1)  # [] or [B]
+    loss = ((total(nll) + gamma * total(weighted)) / counted).sum()
+    with torch.no_grad():
+        metrics = _metrics(nll, bce, norm, cls_logit, positive, trains_lm, trains_cls)
+    return LossOutput(loss, metrics)
+
+
+def _metrics(nll, bce, norm, cls_logit, positive, trains_lm, trains_cls) -> dict[str, Tensor]:
+    lm_tokens, cls_tokens = trains_lm.sum(), trains_cls.sum()
+    guess = cls_logit > 0  # [...]
+    metrics = {
+        "lm_loss": nll.sum() / lm_tokens.clamp(min=1),
+        "cls_loss": bce.where(trains_cls, 0.0).sum() / cls_tokens.clamp(min=1),
+        "lm_tokens": lm_tokens,
+        "cls_tokens": cls_tokens,
+        "accuracy": ((guess == positive) & trains_cls).sum() / cls_tokens.clamp(min=1),
+    }
+    if norm is not None:
+        metrics["norm"] = norm.sum() / cls_tokens.clamp(min=1)
+    for name, is_class, guessed in (("negative", ~positive, ~guess), ("positive", positive, guess)):
+        hits = (is_class & guessed & trains_cls).sum()
+        members, guesses = (is_class & trains_cls).sum(), (guessed & trains_cls).sum()
+        metrics[f"accuracy_{name}"] = hits / members.clamp(min=1)
+        metrics[f"f1_{name}"] = 2 * hits / (members + guesses).clamp(min=1)
+    return {name: value.detach() for name, value in metrics.items()}

@@ -1,0 +1,244 @@
+"""Director as modules: the training loss, and a head that takes the place of a model's `lm_head`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sukhops.losses import director as losses
+from sukhops.losses._output import LossOutput
+from sukhops.ops.director import (
+    DirectorTopK,
+    classifier_logit,
+    classifier_norm,
+    director_logp,
+    director_topk,
+)
+from sukhops.ops.vocab_head import linear_logp
+
+
+class DirectorLoss(nn.Module):
+    """Trains a language-model head and a classifier head on a batch that mixes plain and labelled examples.
+
+    See `sukhops.losses.director_loss` for the formula. The language model's product is taken on its own
+    rows only; the classifier needs no product at all unless norm_weight is set, as only the emitted token
+    has a label, and its gradient touches only the rows of the emitted tokens.
+
+    Args:
+        gamma: weight of the classifier's loss, >= 0.
+        norm_weight: factor of the mean of (sigmoid(cls) - 1/2)**2 over the other tokens; 0 leaves it out.
+        class_weight: (negative, positive) factors of the binary cross entropy, >= 0.
+        reduction: "mean" over all counted tokens, or "sum_of_means", the published per-example form.
+        train_lm_on_positive: whether positive examples train the language model too.
+        detach_hidden: a frozen decoder: no gradient reaches hidden.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Source: Arora et al. 2022 (Director).
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.5,
+        *,
+        norm_weight: float = 0.0,
+        class_weight: tuple[float, float] = (1.0, 1.0),
+        reduction: str = "mean",
+        train_lm_on_positive: bool = False,
+        detach_hidden: bool = False,
+    ):
+        super().__init__()
+        for name, value in (("gamma", gamma), ("norm_weight", norm_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if len(class_weight) != 2 or not all(0 <= w < math.inf for w in class_weight):
+            raise ValueError(f"class_weight: expected (negative, positive), both >= 0, got {class_weight!r}")
+        if reduction not in losses.REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {losses.REDUCTIONS}, got {reduction!r}")
+        self.gamma = gamma
+        self.norm_weight = norm_weight
+        self.class_weight = tuple(class_weight)
+        self.reduction = reduction
+        self.train_lm_on_positive = train_lm_on_positive
+        self.detach_hidden = detach_hidden
+
+    def extra_repr(self) -> str:
+        return (
+            f"gamma={self.gamma}, norm_weight={self.norm_weight}, class_weight={self.class_weight}, "
+            f"reduction={self.reduction!r}, train_lm_on_positive={self.train_lm_on_positive}, "
+            f"detach_hidden={self.detach_hidden}"
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_weight: Tensor,
+        cls_weight: Tensor | None,
+        target: Tensor,
+        label: Tensor,
+        *,
+        lm_bias: Tensor | None = None,
+        cls_bias: Tensor | None = None,
+        cls_affine: tuple | None = None,
+    ) -> LossOutput:
+        """
+        Args:
+            hidden: [..., D], float32, bfloat16, float16 or float64; row i predicts target i.
+            lm_weight: [V, D].
+            cls_weight: [V, D], or None with `cls_affine`.
+            target: [B, T] or [N], integers in [0, V), or -100 for a position that does not count.
+            label: [B], or as target: 1 or 0 for a classifier example, -1 for a plain one.
+            lm_bias, cls_bias: [V], or None.
+            cls_affine: (a, b) of a shared head, whose classifier logit is a * lm + b, or None.
+
+        Returns:
+            LossOutput(loss, metrics), see `sukhops.losses.director_loss`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of
+                cls_weight and cls_affine; cls_bias with cls_affine.
+            RuntimeError: a target outside [0, V) or a label outside {1, 0, -1}, on the CPU; on CUDA NaN.
+        """
+        if (cls_weight is None) == (cls_affine is None):
+            got = "both" if cls_affine is not None else "neither"
+            raise ValueError(f"cls_affine: expected exactly one of cls_weight and cls_affine, got {got}")
+        if cls_affine is not None and cls_bias is not None:
+            raise ValueError("cls_bias: a shared head (cls_affine) has its shift as b, expected None")
+        if cls_weight is not None and cls_weight.shape != lm_weight.shape:
+            raise ValueError(
+                f"cls_weight: expected shape {list(lm_weight.shape)} as lm_weight, "
+                f"got {list(cls_weight.shape)}"
+            )
+        if label.shape != target.shape:
+            if label.shape != target.shape[:1] or target.dim() != 2:
+                raise ValueError(
+                    f"label: expected shape {list(target.shape)} or one per sequence, got {list(label.shape)}"
+                )
+            label = label.unsqueeze(1).expand(target.shape)
+        if self.detach_hidden:
+            hidden = hidden.detach()
+        shared = cls_affine is not None
+        weight, bias = (lm_weight, lm_bias) if shared else (cls_weight, cls_bias)
+        cls_logit = classifier_logit(hidden, weight, target, label, bias)
+        if shared:
+            a, b = cls_affine
+            cls_logit = (a * cls_logit + b).where((target != losses.IGNORE) & (label >= 0), 0.0)
+        norm = None
+        if self.norm_weight:
+            norm = classifier_norm(hidden, weight, target, label, bias, cls_affine)
+        lm_logp = linear_logp(
+            hidden, lm_weight, losses.lm_target(target, label, self.train_lm_on_positive), lm_bias
+        )
+        return losses.director_loss(
+            lm_logp,
+            cls_logit,
+            target,
+            label,
+            gamma=self.gamma,
+            norm=norm,
+            norm_weight=self.norm_weight,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+            train_lm_on_positive=self.train_lm_on_positive,
+        )
+
+
+class DirectorHead(nn.Module):
+    """A drop-in `lm_head` that returns the gated log-probabilities of `director_logp`.
+
+    `model.lm_head = DirectorHead.from_linear(model.lm_head)` keeps the model's own weight, tied or not, and
+    `generate` then decodes from the gated distribution: its logits are log-probabilities, float32. `gamma` is
+    an attribute and may be set between calls. The parameters of the language model are `weight` and `bias` as
+    those of nn.Linear, the classifier's are `cls_weight` and `cls_bias`, or `scale` and `shift` if shared;
+    to train them, pass `head.weight, head.cls_weight` and `head.cls_affine` to `DirectorLoss`.
+
+    Args:
+        d_model: D, width of hidden.
+        vocab_size: V.
+        gamma: strength of the gate: a number >= 0, or a tensor that broadcasts over the rows of hidden.
+        shared: no second matrix: the classifier's logit is scale * lm + shift.
+        bias: whether the language-model head has one.
+        device, dtype: of the parameters.
+
+    Source: Arora et al. 2022 (Director).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        vocab_size: int,
+        *,
+        gamma: float | Tensor = 1.0,
+        shared: bool = False,
+        bias: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.in_features, self.out_features = d_model, vocab_size
+        self.gamma = gamma
+        self.shared = shared
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, **options))
+        self.bias = nn.Parameter(torch.empty(vocab_size, **options)) if bias else None
+        if shared:
+            self.scale = nn.Parameter(torch.empty((), **options))
+            self.shift = nn.Parameter(torch.empty((), **options))
+            self.cls_weight = self.cls_bias = None
+        else:
+            self.cls_weight = nn.Parameter(torch.empty(vocab_size, d_model, **options))
+            self.cls_bias = nn.Parameter(torch.empty(vocab_size, **options))
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, gamma: float | Tensor = 1.0, shared: bool = False
+    ) -> "DirectorHead":
+        """A head around the weight and bias of an nn.Linear, which stay the same parameters."""
+        weight = linear.weight
+        head = cls(
+            weight.shape[1],
+            weight.shape[0],
+            gamma=gamma,
+            shared=shared,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        head.weight, head.bias = weight, linear.bias
+        return head
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in +-D**-0.5 as nn.Linear's, biases 0; a shared head starts as cls = lm."""
+        bound = max(1, self.in_features) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.shared:
+            nn.init.ones_(self.scale)
+            nn.init.zeros_(self.shift)
+        else:
+            nn.init.uniform_(self.cls_weight, -bound, bound)
+            nn.init.zeros_(self.cls_bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, gamma={self.gamma}, shared={self.shared}"
+
+    @property
+    def cls_affine(self) -> tuple[Tensor, Tensor] | None:
+        """(scale, shift) of a shared head, else None."""
+        return (self.scale, self.shift) if self.shared else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> log-probabilities [..., V], nats, float32 (float64 for float64 inputs)."""
+        return director_logp(
+            hidden, self.weight, self.cls_weight, gamma=self.gamma, lm_bias=self.bias,
+            cls_bias=self.cls_bias, cls_affine=self.cls_affine,
+        )  # fmt: skip
+
+    def topk(self, hidden: Tensor, k: int) -> DirectorTopK:
+        """hidden [..., D] -> the k most probable tokens, see `sukhops.director_topk`."""
+        return director_topk(
+            hidden, self.weight, self.cls_weight, k, gamma=self.gamma, lm_bias=self.bias,
+            cls_bias=self.cls_bias, cls_affine=self.cls_affine,
+        )  # fmt: skip

@@ -1,0 +1,403 @@
+"""Director: a language-model head gated by a classifier of every next token, and what trains it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sukhops import _checks, _library
+
+_ops = torch.ops.sukhops
+_LAUNCHERS = "sukhops.triton_kernels.director"
+IGNORE = -100
+
+
+class DirectorTopK(NamedTuple):
+    values: Tensor
+    indices: Tensor
+
+
+def director_logp(
+    hidden: Tensor,
+    lm_weight: Tensor,
+    cls_weight: Tensor | list[Tensor] | None,
+    *,
+    gamma: float | Tensor | list = 1.0,
+    lm_bias: Tensor | None = None,
+    cls_bias: Tensor | list | None = None,
+    cls_affine: tuple | None = None,
+) -> Tensor:
+    """Log-probabilities of the whole vocabulary under a language model gated by a classifier.
+
+        logp = log_softmax(lm + gamma * logsigmoid(cls))
+
+    with lm = hidden @ lm_weight.T + lm_bias and cls = hidden @ cls_weight.T + cls_bias: the classifier's
+    logit of a token says how desirable it would be to emit it next. Several classifiers (attributes) come
+    as lists, and their gates add up. A shared head has no second matrix: cls = a * lm + b.
+
+    Both heads are read once, in one pass with one normalisation. Differentiable once in every floating
+    argument, gamma and cls_affine too.
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64.
+        lm_weight: [V, D], of the same dtype.
+        cls_weight: [V, D], or a list of such; None if and only if `cls_affine` is given.
+        gamma: strength of the gate, finite and >= 0: a number, a tensor that broadcasts to [...], or a
+            list of these, one per classifier. 0 switches a gate off, also where its logit is infinite.
+        lm_bias: [V], or None.
+        cls_bias: [V] or None, or with several classifiers a list of these.
+        cls_affine: (a, b), numbers or scalar tensors, or None.
+
+    Returns:
+        [..., V], nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of
+            cls_weight and cls_affine; a number gamma that is negative or not finite.
+        RuntimeError: a gamma in a tensor that is negative or not finite, on the CPU; on CUDA its row is NaN.
+
+    Source: Arora et al. 2022 (Director).
+    """
+    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine)
+    logp = _ops.director(*arguments)
+    return logp.reshape(*rows, logp.shape[-1])
+
+
+def director_topk(
+    hidden: Tensor,
+    lm_weight: Tensor,
+    cls_weight: Tensor | list[Tensor] | None,
+    k: int,
+    *,
+    gamma: float | Tensor | list = 1.0,
+    lm_bias: Tensor | None = None,
+    cls_bias: Tensor | list | None = None,
+    cls_affine: tuple | None = None,
+) -> DirectorTopK:
+    """The k most probable tokens of `director_logp`, without the other log-probabilities.
+
+    Args:
+        k: how many, 1 <= k <= V.
+        hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine: as in `director_logp`.
+
+    Returns:
+        The named tuple (values [..., k], indices [..., k]): log-probabilities in nats, descending, the
+        lower index first among equals, float32 (float64 for float64 inputs), and int64. For decoding: a
+        gradient of the values raises, `director_logp` has them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `director_logp`, and k out of range.
+
+    Source: Arora et al. 2022 (Director).
+    """
+    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine)
+    v = arguments[1].shape[0]
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= v:
+        raise ValueError(f"k: expected an int in [1, V = {v}], got {k!r}")
+    values, indices = _ops.director_topk(*arguments, k)
+    return DirectorTopK(values.reshape(*rows, k), indices.reshape(*rows, k))
+
+
+def classifier_logit(
+    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The classifier's logit of one token per row: an indexed dot, no product over the vocabulary.
+
+    Its gradients touch only the rows of `weight` that are targets.
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64.
+        weight: [V, D], of the same dtype.
+        target: [...], int64 or int32, in [0, V) or -100.
+        label: [...], int64 or int32: 1 or 0 for a row of a classifier example, -1 for any other.
+        bias: [V], or None.
+
+    Returns:
+        [...], float32 (float64 for float64 inputs); 0 where target is -100 or label is -1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: a target outside [0, V) or a label outside {1, 0, -1}, on the CPU; on CUDA that row
+            is NaN. Where the target is -100 the label is not looked at.
+
+    Source: Arora et al. 2022 (Director): only the emitted token has a label.
+    """
+    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias)
+    return _ops.director_dot(hidden, weight, target, label, bias).reshape(rows)
+
+
+def classifier_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    label: Tensor,
+    bias: Tensor | None = None,
+    affine: tuple | None = None,
+) -> Tensor:
+    """How far the classifier is from undecided on the tokens that were not emitted.
+
+    The mean over v != target of (sigmoid(cls_v) - 1/2)**2, from tiles of logits that are never kept;
+    with `affine` = (a, b) of a shared head, cls = a * (hidden @ weight.T + bias) + b.
+
+    Args, Raises: as `classifier_logit`, and affine as cls_affine of `director_logp`.
+
+    Returns:
+        [...], float32 (float64 for float64 inputs), in [0, 1/4]; 0 where the row is not a classifier's.
+
+    Source: the explicit classifier norm of Director's public training code (Arora et al. 2022).
+    """
+    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias)
+    pair = None if affine is None else _affine(affine, hidden)
+    return _ops.director_norm(hidden, weight, target, label, bias, pair).reshape(rows)
+
+
+def as_list(value: object) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine):
+    """The operator's checked arguments, and the leading axes of hidden."""
+    if (cls_weight is None) == (cls_affine is None):
+        got = "both" if cls_affine is not None else "neither"
+        raise ValueError(f"cls_affine: expected exactly one of cls_weight and cls_affine, got {got}")
+    weights = [] if cls_weight is None else as_list(cls_weight)
+    if cls_weight is not None and not weights:
+        raise ValueError("cls_weight: expected at least one classifier, got an empty list")
+    if cls_affine is not None and cls_bias is not None:
+        raise ValueError("cls_bias: a shared head (cls_affine) has its shift as b, expected None")
+    biases = [None] * len(weights) if cls_bias is None else as_list(cls_bias)
+    if len(biases) != len(weights):
+        raise ValueError(f"cls_bias: expected {len(weights)}, one per cls_weight, got {len(biases)}")
+    several = isinstance(cls_weight, (list, tuple))
+    names = [f"cls_weight[{i}]" if several else "cls_weight" for i in range(len(weights))]
+    bias_names = [f"cls_bias[{i}]" if several else "cls_bias" for i in range(len(weights))]
+    hidden, lm_weight, lm_bias, *rest = _checks.as_floats(
+        hidden=hidden,
+        lm_weight=lm_weight,
+        lm_bias=lm_bias,
+        **dict(zip(names, weights, strict=True)),
+        **dict(zip(bias_names, biases, strict=True)),
+    )
+    weights, biases = rest[: len(weights)], rest[len(weights) :]
+    v = _check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias")
+    for name, weight, bias_name, bias in zip(names, weights, bias_names, biases, strict=True):
+        _checks.check_shape(name, weight, tuple(lm_weight.shape), "[V, D] as lm_weight")
+        if bias is not None:
+            _checks.check_shape(bias_name, bias, (v,), "[V]")
+    rows = hidden.shape[:-1]
+    strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
+    affine = None if cls_affine is None else _affine(cls_affine, hidden)
+    absent = hidden.new_empty(0)
+    flat = hidden.reshape(rows.numel(), hidden.shape[-1])
+    biases = [absent if b is None else b for b in biases]
+    return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
+
+
+def _check_weight(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str) -> int:
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected last axis D = {weight.shape[1]} as in {name} {list(weight.shape)}, "
+            f"got {list(hidden.shape)}"
+        )
+    if bias is not None:
+        _checks.check_shape(bias_name, bias, (weight.shape[0],), "[V]")
+    return weight.shape[0]
+
+
+def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tensor:
+    """[count, N] in the accumulation dtype."""
+    given = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * count
+    if len(given) != count:
+        raise ValueError(
+            f"gamma: expected a number, a tensor, or {count}, one per classifier, got {len(given)}"
+        )
+    dtype = _checks.accumulation_dtype(hidden.dtype)
+    n, out = rows.numel(), []
+    for g in given:
+        if isinstance(g, Tensor):
+            _checks.check_device("hidden", hidden, "gamma", g)
+            try:
+                g = g.to(dtype).expand(rows)
+            except RuntimeError:
+                raise ValueError(
+                    f"gamma: expected a tensor that broadcasts to {list(rows)} (the rows of hidden), "
+                    f"got {list(g.shape)}"
+                ) from None
+            out.append(g.reshape(n))
+        elif isinstance(g, (int, float)) and 0 <= g < float("inf"):
+            out.append(torch.full((), g, dtype=dtype, device=hidden.device).expand(n))
+        else:
+            raise ValueError(f"gamma: expected a finite number >= 0 or a tensor of such, got {g!r}")
+    return out[0].unsqueeze(0) if count == 1 else torch.stack(out)
+
+
+def _affine(affine: object, hidden: Tensor) -> Tensor:
+    """[2] in the accumulation dtype."""
+    if isinstance(affine, Tensor):
+        affine = affine.unbind() if affine.shape == (2,) else ()
+    if not isinstance(affine, (tuple, list)) or len(affine) != 2:
+        raise ValueError(f"cls_affine: expected (a, b), two numbers or scalar tensors, got {affine!r}")
+    dtype, pair = _checks.accumulation_dtype(hidden.dtype), []
+    for x in affine:
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"cls_affine: expected scalars, got shape {list(x.shape)}")
+            _checks.check_device("hidden", hidden, "cls_affine", x)
+            pair.append(x.to(dtype).reshape(()))
+        elif isinstance(x, (int, float)):
+            pair.append(torch.full((), x, dtype=dtype, device=hidden.device))
+        else:
+            raise TypeError(f"cls_affine: expected numbers or scalar tensors, got {type(x).__name__}")
+    return torch.stack(pair)
+
+
+def _classifier(hidden, weight, target, label, bias):
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
+    _check_weight("weight", hidden, weight, bias, "bias")
+    rows = hidden.shape[:-1]
+    for name, t in (("target", target), ("label", label)):
+        _checks.check_integers(name, t)
+        _checks.check_device("hidden", hidden, name, t)
+        _checks.check_shape(name, t, tuple(rows), "one per row of hidden")
+    n = rows.numel()
+    flat = hidden.reshape(n, hidden.shape[-1])
+    return flat, weight, bias, target.reshape(n).long(), label.reshape(n).long(), rows
+
+
+# ------------------------------------------------------------------ fakes
+
+
+def _acc(hidden: Tensor) -> torch.dtype:
+    return _checks.accumulation_dtype(hidden.dtype)
+
+
+@torch.library.register_fake("sukhops::director")
+def _(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine):
+    return hidden.new_empty(hidden.shape[0], lm_weight.shape[0], dtype=_acc(hidden))
+
+
+@torch.library.register_fake("sukhops::director_topk")
+def _(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, k):
+    shape = (hidden.shape[0], k)
+    return hidden.new_empty(shape, dtype=_acc(hidden)), hidden.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("sukhops::director_backward")
+def _(grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, need_hidden,
+      need_lm_weight, need_cls_weight, need_bias):  # fmt: skip
+    def like(t, need):
+        return t.new_empty(t.shape if need else (0,))
+
+    return (
+        like(hidden, need_hidden),
+        like(lm_weight, need_lm_weight),
+        [like(w, need_cls_weight) for w in cls_weight],
+        gamma.new_empty(gamma.shape),
+        hidden.new_empty(lm_weight.shape[0] if need_bias and lm_bias is not None else 0),
+        [like(b, need_bias) for b in cls_bias],
+        gamma.new_empty(0 if cls_affine is None else 2),
+    )
+
+
+@torch.library.register_fake("sukhops::director_dot")
+def _(hidden, weight, target, label, bias):
+    return hidden.new_empty(hidden.shape[0], dtype=_acc(hidden))
+
+
+@torch.library.register_fake("sukhops::director_norm")
+def _(hidden, weight, target, label, bias, affine):
+    return hidden.new_empty(hidden.shape[0], dtype=_acc(hidden))
+
+
+def _fake_grads(hidden, weight, need_hidden, need_weight, need_bias):
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+@torch.library.register_fake("sukhops::director_dot_backward")
+def _(grad, hidden, weight, target, label, need_hidden, need_weight, need_bias):
+    return _fake_grads(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+@torch.library.register_fake("sukhops::director_norm_backward")
+def _(grad, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias):
+    grads = _fake_grads(hidden, weight, need_hidden, need_weight, need_bias)
+    return *grads, hidden.new_empty(0 if affine is None else 2, dtype=_acc(hidden))
+
+
+# ------------------------------------------------------------------ autograd
+
+
+def _save(ctx, inputs, output):
+    hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine = inputs
+    ctx.heads = len(cls_weight)
+    ctx.save_for_backward(output, hidden, lm_weight, gamma, lm_bias, cls_affine, *cls_weight, *cls_bias)
+
+
+def _gradient(ctx, grad):
+    logp, hidden, lm_weight, gamma, lm_bias, cls_affine, *rest = ctx.saved_tensors
+    cls_weight, cls_bias = rest[: ctx.heads], rest[ctx.heads :]
+    need = [any(n) if isinstance(n, (list, tuple)) else n for n in ctx.needs_input_grad]
+    grads = _ops.director_backward(
+        grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
+        need[0], need[1], need[2], need[4] or need[5],
+    )  # fmt: skip
+
+    def wanted(given, n):
+        if isinstance(n, (list, tuple)):
+            return [g if one else None for g, one in zip(given, n, strict=True)]
+        return given if n else None
+
+    return tuple(wanted(g, n) for g, n in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _no_gradient(ctx, *grads):
+    raise NotImplementedError("director_topk is for decoding and has no gradient: use director_logp")
+
+
+def _save_dot(ctx, inputs, output):
+    hidden, weight, target, label, _ = inputs
+    ctx.save_for_backward(hidden, weight, target, label)
+
+
+def _gradient_dot(ctx, grad):
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    grads = _ops.director_dot_backward(grad, *ctx.saved_tensors, *need)
+    hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    return hidden, weight, None, None, bias
+
+
+def _save_norm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient_norm(ctx, grad):
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    *grads, affine = _ops.director_norm_backward(grad, *ctx.saved_tensors, *need)
+    hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    return hidden, weight, None, None, bias, affine if ctx.needs_input_grad[5] else None
+
+
+torch.library.register_autograd("sukhops::director", _gradient, setup_context=_save)
+torch.library.register_autograd("sukhops::director_topk", _no_gradient)
+torch.library.register_autograd("sukhops::director_dot", _gradient_dot, setup_context=_save_dot)
+torch.library.register_autograd("sukhops::director_norm", _gradient_norm, setup_context=_save_norm)
+for _name in ("director_backward", "director_dot_backward", "director_norm_backward"):
+    _library.not_differentiable_twice(_name)
+for _name in ("director", "director_topk", "director_dot", "director_norm"):
+    _library.not_vmappable(_name)
+for _name, _launcher in (
+    ("director", "logp"),
+    ("director_topk", "topk"),
+    ("director_backward", "backward"),
+    ("director_dot", "dot"),
+    ("director_dot_backward", "dot_backward"),
+    ("director_norm", "norm"),
+    ("director_norm_backward", "norm_backward"),
+):
+    _library.cuda_launcher(_name, f"{_LAUNCHERS}:{_launcher}")

@@ -1,0 +1,128 @@
+"""DirectorHead: a drop-in lm_head, alone and inside Hugging Face generate."""
+
+import pytest
+import torch
+from torch import nn
+
+from sukhops import reference
+from sukhops.nn import DirectorHead, DirectorLoss
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_and_topk(shared, bias):
+    head = DirectorHead(16, 50, gamma=0.7, shared=shared, bias=bias)
+    hidden = torch.randn(2, 3, 16)
+    expected = reference.director_logp(
+        hidden,
+        head.weight,
+        head.cls_weight,
+        gamma=0.7,
+        lm_bias=head.bias,
+        cls_bias=head.cls_bias,
+        cls_affine=head.cls_affine,
+    )
+    logp = head(hidden)
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(head.topk(hidden, 4).values, expected.topk(4).values)
+    logp.square().sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+    head.gamma = 0.0
+    torch.testing.assert_close(
+        head(hidden), torch.log_softmax(nn.functional.linear(hidden, head.weight, head.bias), -1)
+    )
+    head.gamma = torch.tensor([[0.0], [2.0]])
+    assert torch.isfinite(head(hidden)).all()
+
+
+def test_state_dict_has_the_names_of_a_linear_head():
+    linear = nn.Linear(16, 50)
+    head = DirectorHead(16, 50, bias=True)
+    missing, unexpected = head.load_state_dict(linear.state_dict(), strict=False)
+    assert set(missing) == {"cls_weight", "cls_bias"} and not unexpected
+    assert "gamma=1.0" in repr(head)
+
+
+def test_from_linear_keeps_the_parameters():
+    linear = nn.Linear(16, 50, dtype=torch.float64)
+    head = DirectorHead.from_linear(linear, gamma=0.5)
+    assert (
+        head.weight is linear.weight and head.bias is linear.bias and head.cls_weight.dtype == torch.float64
+    )
+
+
+def test_trains_with_the_loss():
+    head = DirectorHead(8, 20)
+    optimiser = torch.optim.Adam(head.parameters(), 0.1)
+    hidden, target = torch.randn(4, 5, 8), torch.randint(0, 20, (4, 5))
+    label = torch.tensor([1, 0, -1, -1])
+    loss, history = DirectorLoss(), []
+    for _ in range(30):
+        out = loss(hidden, head.weight, head.cls_weight, target, label, cls_bias=head.cls_bias)
+        optimiser.zero_grad()
+        out.loss.backward()
+        optimiser.step()
+        history.append(out.loss.item())
+    assert history[-1] < 0.3 * history[0] and out.metrics["accuracy"] == 1
+
+
+@pytest.fixture
+def model():
+    transformers = pytest.importorskip("transformers")
+    torch.use_deterministic_algorithms(False)  # the model's own operators
+    config = transformers.GPT2Config(
+        vocab_size=60,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    return model
+
+
+GENERATE = [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "do_sample": False}]
+
+
+@pytest.mark.parametrize("options", GENERATE, ids=["greedy", "sampling", "beams"])
+def test_generate(model, options):
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def generate():
+        torch.manual_seed(3)
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+
+    plain = generate()
+    head = DirectorHead.from_linear(model.lm_head, gamma=0.0)
+    model.lm_head = head
+    assert torch.equal(generate().sequences, plain.sequences)  # gamma = 0 is the model itself
+    banned = plain.sequences[:, 3:].unique()
+    with torch.no_grad():
+        head.cls_bias[banned] = -1e4
+    head.gamma = 1.0
+    gated = generate().sequences[:, 3:]
+    assert not torch.isin(gated, banned).any()
+    head.gamma = 0.0
+    assert torch.equal(generate().sequences, plain.sequences)
+
+
+def test_generate_with_a_shared_head(model):
+    model.lm_head = DirectorHead.from_linear(model.lm_head, gamma=1.5, shared=True)
+    out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 7)
+
+
+def test_tied_weights_stay_tied(model):
+    head = DirectorHead.from_linear(model.lm_head)
+    model.lm_head = head
+    assert head.weight is model.transformer.wte.weight

@@ -1,0 +1,228 @@
+"""The Triton side of Director without a GPU: numbers in the interpreter, code ahead of time."""
+
+import pytest
+import torch
+from gpu_build import SHARED_LIMIT, build
+from sukhops.triton_kernels import director as kernels
+
+from sukhops.testing import budget, distance
+
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+ops = torch.ops.sukhops
+
+
+def arguments(n, dtype, attributes, bias, d=21, v=203):
+    def near(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    classifiers = [near(v, d) for _ in range(attributes)]
+    cls_bias = [near(v) if bias and a == 0 else torch.empty(0, dtype=dtype) for a in range(attributes)]
+    gamma = 2 * torch.rand(max(1, attributes), n)
+    gamma[:, 0] = 0.0
+    if cls_bias and bias:
+        cls_bias[0][5] = float("-inf")
+    affine = None if attributes else torch.tensor([1.3, -0.2])
+    return [near(n, d), near(v, d), classifiers, gamma, near(v) if bias else None, cls_bias, affine]
+
+
+def double(x):
+    if isinstance(x, list):
+        return [double(t) for t in x]
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def check(ours, cpu, exact):
+    def flat(x):
+        return [t for y in x for t in (y if isinstance(y, list) else [y])]
+
+    for i, (a, low, b) in enumerate(zip(flat(ours), flat(cpu), flat(exact), strict=True)):
+        assert a.shape == b.shape and a.dtype == low.dtype, i
+        if a.is_floating_point():
+            assert distance(a, b) <= budget(a, low, b), (i, distance(a, b), budget(a, low, b))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n, attributes, bias", [(3, 1, False), (70, 1, True), (5, 2, True), (4, 0, True)])
+def test_decoding_matches_the_cpu(dtype, n, attributes, bias, monkeypatch):
+    monkeypatch.setattr(kernels, "SPLITS", 3)
+    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
+    monkeypatch.setattr(kernels, "MANY", (32, 32, 16, 4, 3))
+    given = arguments(n, dtype, attributes, bias)
+    check([kernels.logp(*given)], [ops.director(*given)], [ops.director(*double(given))])
+    if n > 10:
+        return
+    for k in (1, 7):
+        ours, cpu, exact = (
+            kernels.topk(*given, k),
+            ops.director_topk(*given, k),
+            ops.director_topk(*double(given), k),
+        )
+        check(ours, cpu, exact)
+        assert torch.equal(ours[1], exact[1])
+    many = kernels.topk(*given, 100)
+    check(many, ops.director_topk(*given, 100), ops.director_topk(*double(given), 100))
+
+
+@pytest.mark.interpreter
+def test_topk_ties_take_the_lower_index(monkeypatch):
+    monkeypatch.setattr(kernels, "SPLITS", 3)
+    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
+    given = [
+        torch.zeros(2, 4),
+        torch.zeros(90, 4),
+        [torch.zeros(90, 4)],
+        torch.ones(1, 2),
+        None,
+        [torch.empty(0)],
+        None,
+    ]
+    assert (kernels.topk(*given, 5)[1] == torch.arange(5)).all()
+
+
+@pytest.mark.interpreter
+def test_bad_rows_are_nan():
+    given = arguments(3, torch.float32, 1, False)
+    given[3] = torch.tensor([[1.0, -1.0, float("nan")]])
+    logp, top = kernels.logp(*given), kernels.topk(*given, 2)
+    assert logp.isnan().all(1).tolist() == top[0].isnan().all(1).tolist() == [False, True, True]
+    target, label = torch.tensor([1, 300, 2, -100]), torch.tensor([1, 0, 2, 5])
+    hidden, weight = torch.randn(4, 21), torch.randn(203, 21)
+    for out in (
+        kernels.dot(hidden, weight, target, label, None),
+        kernels.norm(hidden, weight, target, label, None, None),
+    ):
+        assert out.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("attributes, bias", [(1, True), (2, True), (0, True), (1, False)])
+def test_backward_matches_the_cpu(dtype, attributes, bias, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 64)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 6 * 64)
+    given = arguments(6, dtype, attributes, bias)
+    logp, grad = ops.director(*double(given)), torch.randn(6, 203)
+    if bias and attributes:
+        grad[:, 5] = 0.0  # the token that its bias rules out
+    need = (True, True, True, True)
+    ours = kernels.backward(grad, logp.float(), *given, *need)
+    cpu = ops.director_backward(grad, logp.float(), *given, *need)
+    check(ours, cpu, ops.director_backward(grad.double(), logp, *double(given), *need))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_classifier_matches_the_cpu(dtype, shared, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 64)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 6 * 64)
+    hidden, weight, bias = (
+        torch.randn(9, 21).to(dtype),
+        torch.randn(203, 21).to(dtype),
+        torch.randn(203).to(dtype),
+    )
+    target, label = torch.randint(0, 203, (9,)), torch.arange(9) % 3 - 1
+    target[::4] = -100
+    target[1] = target[2]
+    affine = torch.tensor([0.8, 0.3]) if shared else None
+    grad = torch.randn(9)
+    rows = [hidden, weight, target, label]
+    norm = [*rows, bias, affine]
+    for name, f, given in (
+        ("director_dot", kernels.dot, [*rows, bias]),
+        ("director_norm", kernels.norm, norm),
+    ):
+        op = getattr(ops, name)
+        check([f(*given)], [op(*given)], [op(*double(given))])
+    need = (True, True, True)
+    for name, f, given in (
+        ("director_dot_backward", kernels.dot_backward, [grad, *rows]),
+        ("director_norm_backward", kernels.norm_backward, [grad, *norm]),
+    ):
+        op = getattr(ops, name)
+        check(f(*given, *need), op(*given, *need), op(*double(given), *need))
+
+
+TILES = {
+    "cls_table": "*i64!",
+    "lm_bias_ptr": "*fp32!",
+    "cls_bias_ptr": "*fp32!",
+    "gamma_ptr": "*fp32",
+    "affine_ptr": "*fp32",
+    "out_ptr": "*fp32!",
+    "maximum_ptr": "*fp32!",
+    "sum_ptr": "*fp32!",
+    "top_ptr": "*i64!",
+    "n": "i32",
+    "vocab": "i32",
+    "depth": "i32!",
+    "tiles": "i32",
+}
+# name, dtype, block, constants
+DECODE = [
+    ("logp", "float32", "FEW", dict(HEADS=1, WRITE=True, TOP=0)),
+    ("logp bf16", "bfloat16", "FEW", dict(HEADS=1, WRITE=True, TOP=0)),
+    ("logp many bf16", "bfloat16", "MANY", dict(HEADS=1, WRITE=True, TOP=0)),
+    ("top 16 bf16", "bfloat16", "FEW", dict(HEADS=1, WRITE=False, TOP=16)),
+    ("top 64 fp16, two attributes", "float16", "FEW", dict(HEADS=2, WRITE=False, TOP=64)),
+    ("shared bf16", "bfloat16", "FEW", dict(HEADS=0, WRITE=True, TOP=0)),
+]
+ROWS = {
+    "tile_ptr": "*fp32!",
+    "grad_ptr": "*fp32!",
+    "logp_ptr": "*fp32!",
+    "total_ptr": "*fp32!",
+    "gamma_ptr": "*fp32",
+    "bias_ptr": "*fp32!",
+    "affine_ptr": "*fp32",
+    "lm_out_ptr": "*bf16!",
+    "cls_out_ptr": "*bf16!",
+    "grad_gamma_ptr": "*fp32",
+    "grad_affine_ptr": "*fp32!",
+    "v0": "i32!",
+    "width": "i32!",
+    "stride": "i32!",
+    "vocab": "i32!",
+}
+NORM = {
+    "tile_ptr": "*fp32!",
+    "out_ptr": "*bf16!",
+    "bias_ptr": "*fp32!",
+    "affine_ptr": "*fp32",
+    "target_ptr": "*i64!",
+    "grad_ptr": "*fp32!",
+    "sum_ptr": "*fp32!",
+    "grad_affine_ptr": "*fp32!",
+    "v0": "i32!",
+    "width": "i32!",
+    "stride": "i32!",
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name, dtype, block, constants", DECODE, ids=[c[0] for c in DECODE])
+def test_decoding_compiles_within_the_limits(arch, name, dtype, block, constants):
+    import triton.language as tl
+
+    bn, bv, bd, warps, stages = getattr(kernels, block)
+    signature = TILES | {"hidden_ptr": POINTERS[dtype] + "!", "lm_ptr": POINTERS[dtype] + "!"}
+    constants = constants | dict(HAS_LM_BIAS=False, HAS_CLS_BIAS=True, ACC=tl.float32, BN=bn, BV=bv, BD=bd)
+    built = build(kernels.gate_tiles, arch, signature, constants, warps, stages)
+    assert built.spills == 0
+    assert built.shared <= SHARED_LIMIT[arch]
+    if dtype != "float32":
+        assert built.tensor_core > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("shared", [False, True])
+def test_row_passes_compile_within_the_limits(arch, shared):
+    constants = dict(SHARED=shared, HAS_BIAS=True, CHUNK=kernels.CHUNK)
+    for kernel, signature, more in (
+        (kernels.gate_backward_rows, ROWS, dict(LM=True)),
+        (kernels.norm_rows, NORM, dict(BACKWARD=True)),
+        (kernels.norm_rows, NORM, dict(BACKWARD=False)),
+    ):
+        built = build(kernel, arch, signature, constants | more, kernels.ROW_WARPS)
+        assert built.spills == 0 and built.wide_loads > 0
