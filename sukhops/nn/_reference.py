@@ -1,0 +1,35 @@
+"""Log-probs of the reference model: given, or from its head."""
+
+import torch
+from torch import Tensor
+
+from sukhops.ops.vocab_head import linear_logp
+
+
+def reference_logp(
+    target: Tensor,
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> Tensor | None:
+    """`ref_logp`, or the log-probs of `target` under the reference's head, without gradient.
+
+    Raises:
+        ValueError: ref_logp beside a reference head, or half of a reference head.
+    """
+    head = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
+    given = [name for name, t in (head | {"ref_bias": ref_bias}).items() if t is not None]
+    if ref_logp is not None:
+        if given:
+            raise ValueError(
+                f"ref_logp: expected either ref_logp or (ref_hidden, ref_weight[, ref_bias]), got {given} too"
+            )
+        return ref_logp.detach()
+    if not given:
+        return None
+    for name, t in head.items():
+        if t is None:
+            raise ValueError(f"{name}: the reference's head needs ref_hidden and ref_weight, got {given}")
+    with torch.no_grad():
+        return linear_logp(ref_hidden, ref_weight, target, ref_bias)
