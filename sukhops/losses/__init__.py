@@ -2,5 +2,6 @@
 
 from sukhops.losses._output import LossOutput
 from sukhops.losses.director import director_loss
+from sukhops.losses.dpo import dpo_loss
 
-__all__ = ["LossOutput", "director_loss"]
+__all__ = ["LossOutput", "director_loss", "dpo_loss"]

@@ -1,0 +1,263 @@
+"""What the examples share: text, a small transformer, a training loop, and the report over seeds."""
+
+import argparse
+import json
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="a few seconds: shows that it runs, no more")
+    return parser
+
+
+def standard_library(characters: int = 2_000_000) -> str:
+    """Source files of Python's standard library, in the order of their names, up to `characters`."""
+    parts, total = [], 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        parts.append(text)
+        total += len(text)
+        if total >= characters:
+            break
+    return "".join(parts)[:characters]
+
+
+def corpus(data: Path | None = None, characters: int = 2_000_000) -> str:
+    """The text of a file, or of the standard library."""
+    if data is None:
+        return standard_library(characters)
+    with open(data, encoding="utf-8", errors="replace") as file:
+        return file.read(characters)
+
+
+def as_bytes(text: str) -> Tensor:
+    """UTF-8 bytes of a text: [N], int64 below 256."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+def windows(ids: Tensor, length: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless random windows [batch, length] of ids [N], the same for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    span = torch.arange(length)
+    while True:
+        start = torch.randint(0, len(ids) - length + 1, (batch, 1), generator=g)
+        yield ids[start + span]
+
+
+class Attention(nn.Module):
+    def __init__(self, d_model: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.inputs = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        qkv = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
+        q, kv = qkv[0], qkv[1:]
+        if cache is not None:
+            kv = torch.cat([cache, kv], dim=3)
+        # a single query sees every key; a block without cache is causal
+        y = F.scaled_dot_product_attention(q, *kv, is_causal=cache is None)
+        return self.output(y.transpose(1, 2).flatten(2)), kv
+
+
+class Block(nn.Module):
+    def __init__(self, d_model: int, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x: Tensor, cache=None):
+        y, cache = self.attention(self.norm1(x), cache)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), cache
+
+
+class Transformer(nn.Module):
+    """A small causal transformer: `backbone(ids [B, T]) -> hidden [B, T, D]`, and a head [V, D].
+
+    `attention()` makes the attention of one layer, a module (x, cache) -> (y, cache); a layer that knows
+    positions itself goes with positions=False.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        d_model: int = 128,
+        layers: int = 3,
+        heads: int = 4,
+        context: int = 256,
+        *,
+        attention: Callable[[], nn.Module] | None = None,
+        positions: bool = True,
+    ):
+        super().__init__()
+        self.context = context
+        self.embedding = nn.Embedding(vocab, d_model)
+        self.position = nn.Embedding(context, d_model) if positions else None
+        make = attention or (lambda: Attention(d_model, heads))
+        self.blocks = nn.ModuleList(Block(d_model, make()) for _ in range(layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab, bias=False)
+        for table in (self.embedding, self.position, self.head):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+
+    def backbone(self, ids: Tensor) -> Tensor:
+        return self.extend(ids, None)[0]
+
+    def extend(self, ids: Tensor, caches: list | None, start: int = 0) -> tuple[Tensor, list]:
+        """Hidden states of `ids` that follow `start` tokens kept in the caches."""
+        x = self.embedding(ids)
+        if self.position is not None:
+            x = x + self.position.weight[start : start + ids.shape[1]]
+        new = []
+        for i, block in enumerate(self.blocks):
+            x, cache = block(x, caches[i] if caches else None)
+            new.append(cache)
+        return self.norm(x), new
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Tensor,
+    length: int,
+    *,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    scores: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`length` tokens after each prompt [B, P] -> [B, length]; greedy without a generator.
+
+    `scores` maps the last hidden states [B, D] to logits [B, V]; None: the model's head.
+    """
+    scores = scores or model.head
+    hidden, caches = model.extend(prompt, None)
+    out = []
+    for i in range(length):
+        logits = scores(hidden[:, -1])
+        if generator is None:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        out.append(token)
+        if i + 1 < length:
+            hidden, caches = model.extend(token, caches, prompt.shape[1] + i)
+    return torch.cat(out, dim=1)
+
+
+def repeats(ids: Tensor, n: int) -> Tensor:
+    """Which tokens of [B, T] complete an n-gram that occurred before in their sequence: bool [B, T]."""
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, sequence in enumerate(ids.tolist()):
+        seen = set()
+        for i in range(n - 1, len(sequence)):
+            gram = tuple(sequence[i - n + 1 : i + 1])
+            found[row, i] = gram in seen
+            seen.add(gram)
+    return found
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    steps: int,
+    *,
+    lr: float = 2e-3,
+    name: str = "",
+    seconds: float | None = None,
+    checkpoint: Path | None = None,
+) -> list[float]:
+    """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss.
+
+    Stops after `steps`, or when `seconds` have passed. With a checkpoint it saves there ten times and goes on
+    from it; `loss` must depend on nothing but the model and the step then. Returns the losses.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    losses: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"]
+    began = time.perf_counter()
+    warm = max(1, steps // 20)
+    with tqdm(total=steps, initial=len(losses), desc=name, mininterval=1.0) as bar:
+        for step in range(len(losses), steps):
+            cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / warm) * cosine
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(step)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(value.item())
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            if checkpoint is not None and (step + 1) % max(1, steps // 10) == 0:
+                fresh = checkpoint.with_suffix(".new")
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+                torch.save(state, fresh)
+                fresh.replace(checkpoint)
+            if seconds is not None and time.perf_counter() - began > seconds:
+                break
+    return losses
+
+
+@torch.no_grad()
+def bits_per_token(model: Transformer, ids: Tensor, batch: int = 32) -> float:
+    """Cross entropy of windows [W, T + 1], in bits per token."""
+    total = 0.0
+    for part in ids.split(batch):
+        logits = model.head(model.backbone(part[:, :-1]))
+        total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    return total / (ids.shape[0] * (ids.shape[1] - 1)) / math.log(2)
+
+
+def held_out(ids: Tensor, length: int, count: int) -> Tensor:
+    """`count` windows [count, length] evenly spread over ids [N]."""
+    start = torch.linspace(0, len(ids) - length, count).long()
+    return ids[start[:, None] + torch.arange(length)]
+
+
+def table(rows: list[dict], columns: dict[str, str], key: str = "variant") -> str:
+    """A markdown table, mean ± deviation over seeds of each variant; columns: field -> format."""
+    lines = [[key, *columns], ["---"] * (1 + len(columns))]
+    for variant in dict.fromkeys(row[key] for row in rows):
+        cells = [str(variant)]
+        for field, form in columns.items():
+            values = [row[field] for row in rows if row[key] == variant and row.get(field) is not None]
+            mean = f"{statistics.mean(values):{form}}" if values else ""
+            cells.append(mean + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""))
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(name: str, rows: list[dict], columns: dict[str, str], *, save: bool = True) -> None:
+    """Prints the table; saves rows and columns to bench/results/example_<name>.jsonl for the README."""
+    print(table(rows, columns))
+    if not save:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"example_{name}.jsonl", "w") as file:
+        for row in [{"columns": columns}, *rows]:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,277 @@
+"""The DPO family on log-probs: options, sequence sums, and one function around the formulas."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sukhops import _checks
+from sukhops.losses._output import LossOutput
+from sukhops.losses._preference import LOSSES, OF_MARGIN, PER_TOKEN, REFERENCE, SMOOTHED, SORTED, Pairs
+from sukhops.losses._sequences import (
+    IGNORE,
+    check_sequences,
+    per_token,
+    position_in_sequence,
+    sequence_sum,
+)
+
+EXPONENT_LIMIT = 80.0  # exp stays finite in float32
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+class Options(NamedTuple):
+    """The options of the family, checked; `dpo_loss` says what they mean."""
+
+    beta: float = 0.1
+    loss_type: str | Sequence[str] = "sigmoid"
+    loss_weights: Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+    length_alpha: float = 0.0
+    ld_alpha: float = 1.0
+    nll_weight: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    use_weighting: bool = False
+    margin: float = 0.0
+    tau: float = 0.05
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,) * len(self.types) if self.loss_weights is None else tuple(self.loss_weights)
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free and not REFERENCE.isdisjoint(self.types)
+
+    def check(self) -> "Options":
+        """Raises ValueError for an option out of range, or one that a listed loss type does not use."""
+        types = self.types
+        for name in types:
+            if name not in LOSSES:
+                raise ValueError(f"loss_type: expected one or several of {', '.join(LOSSES)}; got {name!r}")
+        if not types or len(self.weights) != len(types):
+            raise ValueError(
+                f"loss_weights: expected one per loss_type {types}, at least one, got {self.loss_weights!r}"
+            )
+        if not all(math.isfinite(w) for w in self.weights):
+            raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights!r}")
+        finite = math.isfinite
+        for name, ok, expected in (
+            ("beta", 0 < self.beta < math.inf, "a finite number > 0"),
+            ("label_smoothing", 0 <= self.label_smoothing <= 1, "a number in [0, 1]"),
+            ("length_alpha", finite(self.length_alpha), "a finite number"),
+            ("ld_alpha", 0 <= self.ld_alpha <= 1, "a number in [0, 1]"),
+            ("nll_weight", 0 <= self.nll_weight < math.inf, "a finite number >= 0"),
+            ("f_divergence", self.f_divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"),
+            ("f_alpha", finite(self.f_alpha), "a finite number"),
+            ("margin", finite(self.margin), "a finite number"),
+            ("tau", 0 < self.tau < math.inf, "a finite number > 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if "robust" in types and not self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing: robust needs it below 0.5, got {self.label_smoothing}")
+        if "exo_pair" in types and not 0 < self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing: exo_pair needs it in (0, 1), 1e-3 say, got {self.label_smoothing}"
+            )
+        default = Options()
+        for name, users, needed in (  # parameters of single types, and what changes every term of the loss
+            ("label_smoothing", SMOOTHED, any),
+            ("margin", {"simpo"}, any),
+            ("tau", {"discopop"}, any),
+            ("reference_free", REFERENCE, all),
+            ("length_alpha", OF_MARGIN, all),
+            ("ld_alpha", frozenset(LOSSES) - PER_TOKEN, all),
+            ("f_divergence", REFERENCE - SORTED - {"apo_zero"}, all),
+            ("use_weighting", REFERENCE - SORTED, all),
+        ):
+            if getattr(self, name) != getattr(default, name) and not needed(t in users for t in types):
+                raise ValueError(
+                    f"{name}: {', '.join(t for t in types if t not in users)} does not use it, expected "
+                    f"{getattr(default, name)!r}, got {getattr(self, name)!r}; "
+                    f"it is for {', '.join(t for t in LOSSES if t in users)}"
+                )
+        if self.f_alpha != default.f_alpha and self.f_divergence != "alpha":
+            raise ValueError(f"f_alpha: used by f_divergence='alpha' only, got {self.f_alpha}")
+        if self.f_divergence != "reverse_kl" and self.reference_free:
+            raise ValueError(f"f_divergence: {self.f_divergence} needs a reference, got reference_free")
+        if self.nll_weight and not {"orpo", "sft"}.isdisjoint(types):
+            raise ValueError(f"nll_weight: orpo and sft have this term already, got {self.nll_weight}")
+        return self
+
+
+def score(ratio: Tensor, o: Options) -> Tensor:
+    """The f-divergence's score of a log-ratio; its derivative at 0 is 1 (js: 1/2)."""
+    if o.f_divergence == "forward_kl":
+        return -torch.exp((-ratio).clamp(max=EXPONENT_LIMIT))
+    if o.f_divergence == "js":
+        return F.logsigmoid(ratio)
+    if o.f_divergence == "alpha" and o.f_alpha != 1:
+        return torch.exp(((o.f_alpha - 1) * ratio).clamp(max=EXPONENT_LIMIT)) / (o.f_alpha - 1)
+    return ratio
+
+
+def dpo_loss(
+    logp: Tensor,
+    target: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    log_sum_squares: Tensor | None = None,
+    **options,
+) -> LossOutput:
+    """Preference loss of B pairs: the mean over pairs of a formula on log-ratios of policy and reference.
+
+    With a and b the log-ratios of the chosen and the rejected completion (sums over tokens) and
+    u = beta * (a - b), the types are: sigmoid -log sigmoid(u) (with label_smoothing cDPO), robust, hinge,
+    ipo (a and b divided by their lengths) and ipo_sum (not divided), exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down, discopop, sigmoid_norm, aot, aot_unpaired; without a reference simpo, cpo, orpo and
+    sft, the chosen completions' token-mean NLL. Several types are summed with loss_weights.
+
+    Args:
+        logp: [2B, T], or packed [N] with cu_seqlens: log-probs of the targets under the policy; the first B
+            sequences are the chosen, the last B the rejected completions of the same prompts.
+        target: as logp, integers; -100 where a token does not count (prompt, padding).
+        ref_logp: as logp, or one sum per sequence [2B]: under the reference, never differentiated. Needed
+            unless reference_free is set or no listed type has a reference.
+        cu_seqlens: [2B + 1], integers, 0 first and N last: ends of the packed sequences.
+        log_sum_squares: as logp, log sum_v p_v**2 of each token's distribution; with use_weighting.
+        beta: strength of the tie to the reference, > 0.
+        loss_type: one or several of the names above.
+        loss_weights: one per loss_type; None: 1 each.
+        label_smoothing: probability that a label is wrong. sigmoid, aot, aot_unpaired, simpo and cpo take
+            [0, 1], robust [0, 1/2), exo_pair (0, 1).
+        reference_free: the reference's log-probs count as 0.
+        length_alpha: R-DPO: length_alpha * (n_w - n_l) joins u; for types that are functions of u.
+        ld_alpha: LD-DPO: weight of the tokens beyond the shorter completion's length, in [0, 1]; for types
+            that do not divide by lengths; needs ref_logp per token.
+        nll_weight: factor of the chosen completions' token-mean NLL (RPO; CPO's alpha, 1 in its paper).
+        f_divergence: reverse_kl, forward_kl, js or alpha: the score that takes the place of the log-ratio
+            (exponents are cut at 80).
+        f_alpha: the order of alpha.
+        use_weighting: WPO: a pair's loss times exp of the token means of logp - log_sum_squares, detached.
+        margin: SimPO's gamma, the target margin.
+        tau: DiscoPOP's temperature.
+
+    Returns:
+        LossOutput(loss [], metrics). Metrics are detached scalars, means over pairs: rewards_chosen and
+        rewards_rejected (beta * log-ratio; without a reference beta * log-prob, per token if every type
+        divides by lengths), margin (their difference), accuracy (share of pairs with a positive margin),
+        logp_chosen, logp_rejected (sums of the policy, nats). An empty completion has log-prob 0; an empty
+        batch has loss 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not match, an odd number of sequences, cu_seqlens that do not cover the
+            tokens (on CUDA the loss is NaN instead), an unknown loss_type, an option out of range or one
+            that a listed type does not use, a reference that is missing or not wanted.
+
+    Source: Rafailov et al. 2023 (sigmoid); Mitchell 2023 (cDPO); Chowdhury et al. 2024 (robust); Zhao et
+    al. 2023 (hinge); Azar et al. 2023 (ipo); Ji et al. 2024 (exo); Chen et al. 2024 (nca); Jung et al. 2024
+    (bco); Wu et al. 2024 (sppo); D'Oosterlinck et al. 2024 (apo); Lu et al. 2024 (discopop); Melnyk et al.
+    2024 (aot); Meng et al. 2024 (simpo); Xu et al. 2024 (cpo); Hong et al. 2024 (orpo); Park et al. 2024
+    (R-DPO); Liu et al. 2024 (LD-DPO); Pang et al. 2024 (RPO); Wang et al. 2023 (f-divergences); Zhou et al.
+    2024 (WPO).
+    """
+    o = Options(**options).check()
+    sequences = check_sequences(target, cu_seqlens)
+    if sequences % 2:
+        raise ValueError(
+            f"target: expected an even number of sequences (B chosen, B rejected), got {sequences}"
+        )
+    (logp,) = _as_scores(target, logp=logp)
+    counted = target != IGNORE
+    tokens = sequence_sum(counted.to(logp.dtype), cu_seqlens)  # [2B], exact below 2**24
+    weight = None
+    if o.ld_alpha != 1:
+        shorter = torch.minimum(*tokens.chunk(2)).repeat(2)
+        beyond = position_in_sequence(counted, cu_seqlens) >= per_token(shorter, counted, cu_seqlens)
+        weight = torch.ones_like(logp).masked_fill(beyond, o.ld_alpha)
+
+    def total(per: Tensor, weight: Tensor | None = None) -> Tensor:
+        per = per.where(counted, 0.0)
+        return sequence_sum(per if weight is None else per * weight, cu_seqlens)
+
+    policy = total(logp, weight)  # [2B]
+    reference = torch.zeros_like(policy)
+    if not o.needs_reference and ref_logp is not None:
+        raise ValueError(
+            f"ref_logp: loss_type {o.types} with reference_free={o.reference_free} has no reference, "
+            "expected None"
+        )
+    if o.needs_reference and ref_logp is None:
+        raise ValueError(
+            f"ref_logp: loss_type {o.types} compares with a reference: give its log-probs (or its head, "
+            "ref_hidden and ref_weight, to the module), or set reference_free"
+        )
+    if ref_logp is not None and ref_logp.shape == target.shape:
+        (ref_logp,) = _as_scores(target, ref_logp=ref_logp)
+        reference = total(ref_logp.detach().to(logp.dtype), weight)
+    elif ref_logp is not None:
+        if ref_logp.shape != (sequences,) or o.ld_alpha != 1:
+            either = "" if o.ld_alpha != 1 else f" or one per sequence [{sequences}]"
+            raise ValueError(
+                f"ref_logp: expected shape {list(target.shape)} (per token){either}, "
+                f"got {list(ref_logp.shape)}"
+            )
+        _checks.check_device("target", target, "ref_logp", ref_logp)
+        reference = ref_logp.detach().to(logp.dtype)
+    (a, b), (policy_w, policy_l) = (policy - reference).chunk(2), policy.chunk(2)
+    n_w, n_l = tokens.chunk(2)
+    chosen = policy_w if weight is None else total(logp).chunk(2)[0]
+    nll = -chosen.sum() / n_w.sum().clamp(min=1)
+    score_a, score_b = score(a, o), score(b, o)
+    pairs = Pairs(
+        a, b, score_a, score_b, o.beta * (score_a - score_b) + o.length_alpha * (n_w - n_l),
+        policy_w, policy_l, *reference.chunk(2), n_w.clamp(min=1), n_l.clamp(min=1),
+        (n_w > 0) & (n_l > 0), nll, o.beta, o.label_smoothing, o.margin, o.tau,
+    )  # fmt: skip
+    losses = sum(w * LOSSES[name](pairs) for w, name in zip(o.weights, o.types, strict=True))  # [B]
+    if o.use_weighting:
+        if log_sum_squares is None:
+            raise ValueError("log_sum_squares: use_weighting needs it, got None")
+        (squares,) = _as_scores(target, log_sum_squares=log_sum_squares)
+        likely = total((logp - squares).detach()) / tokens.clamp(min=1)
+        losses = losses * torch.exp(sum(likely.chunk(2)))
+    elif log_sum_squares is not None:
+        raise ValueError("log_sum_squares: used with use_weighting only, expected None")
+    loss = losses.sum() / max(losses.shape[0], 1) + (o.nll_weight * nll if o.nll_weight else 0.0)
+    return LossOutput(loss, _metrics(pairs, o))
+
+
+def _as_scores(target: Tensor, **given: Tensor) -> list[Tensor]:
+    """The tensors, shaped as target, in the dtype that log-probs are kept in."""
+    for name, t in given.items():
+        _checks.check_tensor(name, t)
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected log-probs of a floating dtype, got {t.dtype}")
+        _checks.check_device("target", target, name, t)
+        _checks.check_shape(name, t, target.shape, "as target")
+    return [t.to(_checks.accumulation_dtype(t.dtype)) for t in given.values()]
+
+
+@torch.no_grad()
+def _metrics(p: Pairs, o: Options) -> dict[str, Tensor]:
+    chosen, rejected = p.a, p.b
+    if PER_TOKEN.issuperset(o.types) and REFERENCE.isdisjoint(o.types):
+        chosen, rejected = chosen / p.n_w, rejected / p.n_l
+    count = max(chosen.shape[0], 1)
+    metrics = {
+        "rewards_chosen": o.beta * chosen,
+        "rewards_rejected": o.beta * rejected,
+        "margin": o.beta * (chosen - rejected),
+        "accuracy": (chosen > rejected).to(chosen.dtype),
+        "logp_chosen": p.policy_w,
+        "logp_rejected": p.policy_l,
+    }
+    return {name: value.sum() / count for name, value in metrics.items()}
