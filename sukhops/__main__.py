@@ -9,7 +9,7 @@ from importlib import metadata, util
 import torch
 
 import sukhops
-from sukhops import _library, reference, testing
+from sukhops import _library, losses, nn, reference, testing
 from sukhops.ops import director as ops
 from sukhops.reference import director as plain
 
@@ -62,12 +62,29 @@ def classifier_inputs() -> dict:
     return inputs | {"label": torch.arange(65) % 3 - 1}
 
 
+def dpo_inputs() -> dict:
+    inputs = vocab_head_inputs()
+    rows = {n: inputs[n].detach()[:64].unflatten(0, (4, 16)) for n in ("hidden", "target")}
+    return inputs | {
+        "hidden": rows["hidden"].requires_grad_(),
+        "target": rows["target"],
+        "ref_logp": -5 * torch.rand(4),
+    }
+
+
+def dpo_reference(hidden, weight, target, bias, ref_logp) -> torch.Tensor:
+    logp = reference.linear_logp(hidden, weight, target, bias)
+    return losses.dpo_loss(logp, target, ref_logp).loss
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
      vocab_head_inputs),
     ("linear_topk", ["vocab_head", "vocab_head_backward"], sukhops.linear_topk, reference.linear_topk,
      topk_inputs),
+    ("DPOLoss", ["vocab_head", "vocab_head_backward"],
+     lambda **given: nn.DPOLoss()(**given).loss, dpo_reference, dpo_inputs),
     ("director_logp", ["director", "director_backward"],
      sukhops.director_logp, reference.director_logp, director_inputs),
     ("director_topk", ["director_topk"],
