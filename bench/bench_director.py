@@ -1,12 +1,10 @@
 """Director: decoding against a read of both weights, training against the products of the LM rows.
 
-`python bench/bench_director.py` writes bench/results/director.jsonl; `--plot` draws decoding time over the
-number of rows from it; `pytest bench` runs the same cases under pytest-benchmark.
+`python bench/bench_director.py` writes bench/results/director.jsonl; `pytest bench` runs the same cases under
+pytest-benchmark.
 """
 
-import argparse
 import functools
-import json
 
 import harness
 import torch
@@ -153,30 +151,6 @@ def cases() -> list[Case]:
     ]
 
 
-def plot() -> None:
-    """Milliseconds over the number of rows, sukhops and eager, to bench/results/director_rows.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (harness.RESULTS / "director.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
-        for provider in ("sukhops", "eager"):
-            points = [
-                (r["shape"]["rows"], r["p50_ms"])
-                for r in rows
-                if (r["case"], r["dtype"], r["provider"]) == ("decoding by rows", dtype, provider)
-            ]
-            axis.plot(*zip(*points, strict=True), marker="o", label=provider)
-        axis.set(xscale="log", yscale="log", xlabel="rows", title=f"director_topk, {dtype}")
-    axes[0].set_ylabel("ms")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(harness.RESULTS / "director_rows.png", dpi=120)
-
-
 def test_provider(benchmark, case_and_provider):
     case, provider = case_and_provider
     inputs = case.make()
@@ -194,9 +168,4 @@ def pytest_generate_tests(metafunc):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plot", action="store_true", help="only draw the plot from the results")
-    if parser.parse_args().plot:
-        plot()
-    else:
-        harness.run(cases(), harness.RESULTS / "director.jsonl")
+    harness.run(cases(), harness.RESULTS / "director.jsonl")

@@ -1,8 +1,13 @@
-"""Writes the README's tables and the plots from bench/results/*.jsonl; `--check` only compares."""
+"""Writes the README's tables and the plots from bench/results/*.jsonl; `--check` only compares.
+
+A block `<!-- table NAME -->` ... `<!-- end -->` of the README is made from bench/results/NAME.jsonl. A case
+that was measured over several shapes is a plot, NAME_CASE.svg, and not in the table.
+"""
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,86 +19,121 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(header: list[str], body: list[list[str]]) -> str:
+def markdown(header: list[str], body: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(value: float | None, form: str = ",.0f", unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def number(value: float | None, form: str = ",.0f") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
-def vocab_head() -> str:
-    """Forward and backward of every provider, against the products that cannot be avoided."""
-    body = []
-    for r in rows("vocab_head"):
-        if r["mode"] != "fwd_bwd" or r["case"] == "growth with V":
+def sweeps(found: list[dict]) -> dict[str, str]:
+    """Cases that were measured over more than two shapes, and the axis of the shape that varies."""
+    shapes: dict[str, list[dict]] = {}
+    for r in found:
+        if "shape" in r and r["shape"] not in shapes.setdefault(r["case"], []):
+            shapes[r["case"]].append(r["shape"])
+    axis = {c: [k for k in s[0] if len({shape.get(k) for shape in s}) > 2] for c, s in shapes.items()}
+    return {c: keys[0] for c, keys in axis.items() if keys}
+
+
+def measured(found: list[dict]) -> str:
+    """Every provider of every case: time, ratio to the floor of its operation, memory, error."""
+    swept, body = sweeps(found), []
+    for r in found:
+        if r["case"] in swept:
             continue
+        case = r["case"] + {"fwd_bwd": "", "fwd_nograd": ", no gradient"}.get(r["mode"], f", {r['mode']}")
+        line = [case, r["dtype"], r["provider"]]
         if r.get("skipped"):
-            body.append([r["case"], r["dtype"], r["provider"], r["skipped"], "", "", ""])
+            body.append([*line, r["skipped"], "", "", ""])
             continue
-        body.append([
-            r["case"] + (f" ({r['shape']['rows']} rows)" if r["shape"]["rows"] != 4096 else ""), r["dtype"],
-            r["provider"], number(r["p50_ms"]),
-            f"{r['ratio_p50']:.2f} ({r['ratio_p20']:.2f} to {r['ratio_p80']:.2f})",
-            number(r.get("memory_mib")), f"{r['error']:.1e}",
-        ])  # fmt: skip
-    header = ["case", "dtype", "provider", "ms", "× bare products", "MiB above inputs and gradients", "error"]
-    return table(header, body)
+        ratio = (
+            f"{r['ratio_p50']:.2f} ({r['ratio_p20']:.2f} to {r['ratio_p80']:.2f})" if "ratio_p50" in r else ""
+        )
+        time = number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
+        body.append([*line, time, ratio, number(r.get("memory_mib")), number(r.get("error"), ".1e")])
+    return markdown(["case", "dtype", "provider", "ms", "× floor", "MiB", "error"], body)
 
 
-def train_step() -> str:
+def train_step(found: list[dict]) -> str:
     body = [
         [r["provider"], f"{r['tokens_per_second']:,}", number(r["memory_mib"]), f"{r['losses'][-1]:.4f}"]
-        for r in rows("train_step")
+        for r in found
     ]
-    return table(["head", "tokens/s", "peak MiB", "loss after 5 steps"], body)
+    return markdown(["head", "tokens/s", "peak MiB", "loss after 5 steps"], body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"vocab_head": vocab_head, "train_step": train_step}
+def example(found: list[dict]) -> str:
+    """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
+    columns, runs = found[0]["columns"], found[1:]
+    body = []
+    for variant in dict.fromkeys(r["variant"] for r in runs):
+        cells = [str(variant)]
+        for field, form in columns.items():
+            values = [r[field] for r in runs if r["variant"] == variant and r.get(field) is not None]
+            mean = f"{statistics.mean(values):{form}}" if values else ""
+            cells.append(mean + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""))
+        body.append(cells)
+    return markdown(["", *columns], body)
 
 
-def machine_line() -> str:
-    found = rows("vocab_head")
+def machine(found: list[dict]) -> str:
+    r = found[0]
+    return f"{r['machine']}, {r['threads']} threads, {r['isa']}, torch {r['torch']}."
+
+
+def block(name: str) -> str:
+    found = rows("vocab_head" if name == "machine" else name)
     if not found:
         return ""
-    r = found[0]
-    return f"{r['machine']}, {r['threads']} threads, {r['isa']}, torch {r['torch']}, commit {r['commit']}."
+    if name == "machine":
+        return machine(found)
+    if name == "train_step":
+        return train_step(found)
+    return example(found) if name.startswith("example_") else measured(found)
 
 
 def filled(text: str) -> str:
-    """The README with every block between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    for name, make in (TABLES | {"machine": machine_line}).items():
-        start, end = f"<!-- table {name} -->", "<!-- end -->"
-        if start in text:
-            head, rest = text.split(start, 1)
-            text = f"{head}{start}\n{make()}\n{end}{rest.split(end, 1)[1]}"
-    return text
+    """The README with every table made anew."""
+    return re.sub(
+        r"<!-- table (\w+) -->\n.*?<!-- end -->",
+        lambda found: f"<!-- table {found[1]} -->\n{block(found[1])}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
-def plot_vocab_head(path: Path) -> None:
-    """Time and memory of each provider against the size of the vocabulary."""
+def plot(name: str, found: list[dict], case: str, axis: str) -> None:
+    """Time, and memory where it was measured, of each provider over the axis of the shape that varies."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    found = [r for r in rows("vocab_head") if r["case"] == "growth with V" and not r.get("skipped")]
-    fewest = min(r["shape"]["rows"] for r in found)
-    found = [r for r in found if r["shape"]["rows"] == fewest and r["dtype"] == "float32"]
     plt.rcParams["svg.hashsalt"] = "sukhops"
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, field, label in zip(
-        axes, ("p50_ms", "memory_mib"), ("milliseconds", "MiB above inputs and gradients"), strict=True
-    ):
-        for provider in dict.fromkeys(r["provider"] for r in found):
-            points = [(r["shape"]["V"], r[field]) for r in found if r["provider"] == provider and field in r]
-            axis.plot(*zip(*points, strict=True), marker="o", label=provider)
-        axis.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(f"linear_logp, forward and backward, {fewest} rows, float32")
-    figure.savefig(path, metadata={"Date": None})
+    found = [r for r in found if r["case"] == case and not r.get("skipped")]
+    fields = [("p50_ms", "milliseconds")]
+    if any(r.get("memory_mib") for r in found):
+        fields.append(("memory_mib", "MiB above inputs and gradients"))
+    figure, axes = plt.subplots(
+        1, len(fields), figsize=(4.5 * len(fields), 3.4), layout="constrained", squeeze=False
+    )
+    for panel, (field, label) in zip(axes[0], fields, strict=True):
+        for line in dict.fromkeys((r["provider"], r["dtype"]) for r in found):
+            points = [
+                (r["shape"][axis], r[field])
+                for r in found
+                if (r["provider"], r["dtype"]) == line and r.get(field)
+            ]
+            if points:
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=", ".join(line))
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+        panel.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(f"{name}: {case}")
+    figure.savefig(RESULTS / f"{name}_{case.replace(' ', '_')}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -105,8 +145,10 @@ def main() -> None:
     if parser.parse_args().check:
         raise SystemExit(filled(text) != text)
     readme.write_text(filled(text))
-    if rows("vocab_head"):
-        plot_vocab_head(RESULTS / "vocab_head.svg")
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        found = [r for r in rows(path.stem) if "case" in r]
+        for case, axis in sweeps(found).items():
+            plot(path.stem, found, case, axis)
     print("README.md and the plots are made from bench/results")
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+from report import RESULTS
+from report import example as summary
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -116,9 +118,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, make()) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab, bias=False)
-        for table in (self.embedding, self.position, self.head):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        for module in (self.embedding, self.position, self.head):
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.02)
 
     def backbone(self, ids: Tensor) -> Tensor:
         return self.extend(ids, None)[0]
@@ -239,25 +241,15 @@ def held_out(ids: Tensor, length: int, count: int) -> Tensor:
     return ids[start[:, None] + torch.arange(length)]
 
 
-def table(rows: list[dict], columns: dict[str, str], key: str = "variant") -> str:
-    """A markdown table, mean ± deviation over seeds of each variant; columns: field -> format."""
-    lines = [[key, *columns], ["---"] * (1 + len(columns))]
-    for variant in dict.fromkeys(row[key] for row in rows):
-        cells = [str(variant)]
-        for field, form in columns.items():
-            values = [row[field] for row in rows if row[key] == variant and row.get(field) is not None]
-            mean = f"{statistics.mean(values):{form}}" if values else ""
-            cells.append(mean + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""))
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def report(name: str, rows: list[dict], columns: dict[str, str], *, save: bool = True) -> None:
-    """Prints the table; saves rows and columns to bench/results/example_<name>.jsonl for the README."""
-    print(table(rows, columns))
+    """Prints mean ± deviation over seeds of each row["variant"]; columns: field -> format.
+
+    Saves both to bench/results/example_<name>.jsonl, from which bench/report.py makes the README's table.
+    """
+    found = [{"columns": columns}, *rows]
+    print(summary(found))
     if not save:
         return
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"example_{name}.jsonl", "w") as file:
-        for row in [{"columns": columns}, *rows]:
-            file.write(json.dumps(row) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in found)
