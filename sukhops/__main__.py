@@ -77,6 +77,35 @@ def dpo_reference(hidden, weight, target, bias, ref_logp) -> torch.Tensor:
     return losses.dpo_loss(logp, target, ref_logp).loss
 
 
+def kto_inputs() -> dict:
+    inputs = dpo_inputs()
+    return inputs | {
+        "desirable": torch.tensor([True, False, True, False]),
+        "step_ids": (torch.arange(16) // 4).expand(4, 16),
+        "step_labels": torch.arange(16).view(4, 4) % 3 - 1,
+        "ref_logp": -5 * torch.rand(4, 16),
+        "kl": 0.1,
+    }
+
+
+def kto_reference(hidden, weight, target, bias, **given) -> torch.Tensor:
+    logp = reference.linear_logp(hidden, weight, target, bias)
+    return losses.step_kto_loss(logp, target, **given).loss
+
+
+def cringe_inputs() -> dict:
+    given = topk_inputs() | {"target": vocab_head_inputs()["target"], "label": torch.arange(65) % 3 - 1}
+    del given["k"]
+    return given
+
+
+def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
+    logp = reference.linear_logp(hidden, weight, target, bias)
+    best = reference.linear_topk(hidden, weight, 2, bias)
+    rival = torch.where(best.indices[:, 0] == target, best.values[:, 1], best.values[:, 0])
+    return losses.cringe_loss(logp, logp + best.lse - rival, target, label).loss
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
@@ -85,6 +114,10 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      topk_inputs),
     ("DPOLoss", ["vocab_head", "vocab_head_backward"],
      lambda **given: nn.DPOLoss()(**given).loss, dpo_reference, dpo_inputs),
+    ("StepKTOLoss", ["vocab_head", "vocab_head_backward"],
+     lambda **given: nn.StepKTOLoss()(**given).loss, kto_reference, kto_inputs),
+    ("CringeLoss", ["vocab_head", "vocab_head_backward"],
+     lambda **given: nn.CringeLoss()(**given).loss, cringe_reference, cringe_inputs),
     ("director_logp", ["director", "director_backward"],
      sukhops.director_logp, reference.director_logp, director_inputs),
     ("director_topk", ["director_topk"],

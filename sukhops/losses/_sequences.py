@@ -1,5 +1,7 @@
 """Sequences in a batch: padded [S, T], or packed [N] with cu_seqlens [S + 1]."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,51 @@ def check_sequences(target: Tensor, cu_seqlens: Tensor | None) -> int:
                 f"got {cu_seqlens.tolist()[:20]}"
             )
     return cu_seqlens.shape[0] - 1
+
+
+def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tensor) -> Tensor:
+    """Labels 1, 0 and -1 (none), bool or integers, of the given shape; values are looked at on the CPU."""
+    _checks.check_tensor(name, label)
+    if label.dtype != torch.bool and (label.is_floating_point() or label.is_complex()):
+        raise TypeError(f"{name}: expected bool or integers, got {label.dtype}")
+    _checks.check_device("target", target, name, label)
+    _checks.check_shape(name, label, shape, "1, 0 or -1 each")
+    label = label.long()
+    if label.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = label[(label < -1) | (label > 1)]
+        if wrong.numel():
+            raise ValueError(f"{name}: expected 1, 0 or -1, got {wrong[0].item()}")
+    return label
+
+
+def as_scores(target: Tensor, **given: Tensor) -> list[Tensor]:
+    """The tensors, shaped as target, in the dtype that log-probs are kept in."""
+    for name, t in given.items():
+        _check_floats(name, t, target)
+        _checks.check_shape(name, t, target.shape, "as target")
+    return [t.to(_checks.accumulation_dtype(t.dtype)) for t in given.values()]
+
+
+def sums(
+    name: str, logp: Tensor, target: Tensor, sequences: int, total: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sums [S] of log-probs that come per token, or per sequence [S] already."""
+    _check_floats(name, logp, target)
+    if logp.shape == target.shape:
+        return total(*as_scores(target, **{name: logp}))
+    if logp.shape != (sequences,):
+        raise ValueError(
+            f"{name}: expected shape {list(target.shape)} (per token) or [{sequences}] (per sequence), "
+            f"got {list(logp.shape)}"
+        )
+    return logp.to(_checks.accumulation_dtype(logp.dtype))
+
+
+def _check_floats(name: str, t: Tensor, target: Tensor) -> None:
+    _checks.check_tensor(name, t)
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: expected log-probs of a floating dtype, got {t.dtype}")
+    _checks.check_device("target", target, name, t)
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

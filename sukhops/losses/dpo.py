@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops import _checks
 from sukhops.losses._output import LossOutput
 from sukhops.losses._preference import LOSSES, OF_MARGIN, PER_TOKEN, REFERENCE, SMOOTHED, SORTED, Pairs
 from sukhops.losses._sequences import (
     IGNORE,
+    as_scores,
     check_sequences,
     per_token,
     position_in_sequence,
     sequence_sum,
+    sums,
 )
 
 EXPONENT_LIMIT = 80.0  # exp stays finite in float32
@@ -189,7 +191,7 @@ def dpo_loss(
         raise ValueError(
             f"target: expected an even number of sequences (B chosen, B rejected), got {sequences}"
         )
-    (logp,) = _as_scores(target, logp=logp)
+    (logp,) = as_scores(target, logp=logp)
     counted = target != IGNORE
     tokens = sequence_sum(counted.to(logp.dtype), cu_seqlens)  # [2B], exact below 2**24
     weight = None
@@ -214,18 +216,13 @@ def dpo_loss(
             f"ref_logp: loss_type {o.types} compares with a reference: give its log-probs (or its head, "
             "ref_hidden and ref_weight, to the module), or set reference_free"
         )
-    if ref_logp is not None and ref_logp.shape == target.shape:
-        (ref_logp,) = _as_scores(target, ref_logp=ref_logp)
-        reference = total(ref_logp.detach().to(logp.dtype), weight)
-    elif ref_logp is not None:
-        if ref_logp.shape != (sequences,) or o.ld_alpha != 1:
-            either = "" if o.ld_alpha != 1 else f" or one per sequence [{sequences}]"
+    if ref_logp is not None:
+        if o.ld_alpha != 1 and ref_logp.shape != target.shape:
             raise ValueError(
-                f"ref_logp: expected shape {list(target.shape)} (per token){either}, "
-                f"got {list(ref_logp.shape)}"
+                f"ref_logp: ld_alpha needs it per token {list(target.shape)}, got {list(ref_logp.shape)}"
             )
-        _checks.check_device("target", target, "ref_logp", ref_logp)
-        reference = ref_logp.detach().to(logp.dtype)
+        total_of = partial(total, weight=weight)
+        reference = sums("ref_logp", ref_logp.detach(), target, sequences, total_of).to(logp.dtype)
     (a, b), (policy_w, policy_l) = (policy - reference).chunk(2), policy.chunk(2)
     n_w, n_l = tokens.chunk(2)
     chosen = policy_w if weight is None else total(logp).chunk(2)[0]
@@ -240,24 +237,13 @@ def dpo_loss(
     if o.use_weighting:
         if log_sum_squares is None:
             raise ValueError("log_sum_squares: use_weighting needs it, got None")
-        (squares,) = _as_scores(target, log_sum_squares=log_sum_squares)
+        (squares,) = as_scores(target, log_sum_squares=log_sum_squares)
         likely = total((logp - squares).detach()) / tokens.clamp(min=1)
         losses = losses * torch.exp(sum(likely.chunk(2)))
     elif log_sum_squares is not None:
         raise ValueError("log_sum_squares: used with use_weighting only, expected None")
     loss = losses.sum() / max(losses.shape[0], 1) + (o.nll_weight * nll if o.nll_weight else 0.0)
     return LossOutput(loss, _metrics(pairs, o))
-
-
-def _as_scores(target: Tensor, **given: Tensor) -> list[Tensor]:
-    """The tensors, shaped as target, in the dtype that log-probs are kept in."""
-    for name, t in given.items():
-        _checks.check_tensor(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected log-probs of a floating dtype, got {t.dtype}")
-        _checks.check_device("target", target, name, t)
-        _checks.check_shape(name, t, target.shape, "as target")
-    return [t.to(_checks.accumulation_dtype(t.dtype)) for t in given.values()]
 
 
 @torch.no_grad()

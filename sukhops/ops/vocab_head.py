@@ -131,6 +131,29 @@ def linear_topk(
     return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse.reshape(rows))
 
 
+def target_and_topk(
+    hidden: Tensor, weight: Tensor, target: Tensor, k: int, bias: Tensor | None = None
+) -> Head:
+    """The logit of one target per row, the k largest and the log-sum-exp, in one pass; for CRINGE.
+
+    Shapes and errors are those of `linear_logp` and `linear_topk`; rows whose target is -100 are dropped
+    before the product and are 0. A loss that does not use lse has a gradient of k + 1 rows of the weight.
+    """
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
+    _check_head(hidden, weight, bias, None, 1.0)
+    _checks.check_integers("target", target)
+    _checks.check_device("hidden", hidden, "target", target)
+    rows = hidden.shape[:-1]
+    _checks.check_shape("target", target, rows, "one per row of hidden")
+    head = vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k)
+    return Head(
+        head.lse.reshape(rows),
+        head.target_logit.reshape(rows),
+        head.topk_value.reshape(*rows, k),
+        head.topk_index.reshape(*rows, k),
+    )
+
+
 def vocab_head(
     hidden: Tensor,
     weight: Tensor,

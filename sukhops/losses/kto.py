@@ -1,0 +1,320 @@
+"""KTO and Step-KTO on log-probs: value functions of log-ratios against a detached reference point."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sukhops import _checks
+from sukhops.losses._output import LossOutput
+from sukhops.losses._sequences import IGNORE, as_scores, check_labels, check_sequences, sequence_sum, sums
+from sukhops.losses._steps import step_sums
+
+
+class KTOOptions(NamedTuple):
+    """The options of `kto_loss`, checked."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def check(self) -> "KTOOptions":
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta: expected a finite number > 0, got {self.beta!r}")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
+        return self
+
+
+class Mismatched(NamedTuple):
+    """A batch of prompts with other prompts' completions: what estimates the reference point.
+
+    target [m, T'], or [N'] with cu_seqlens; logp per token; ref_logp per token, or per sequence [m];
+    step_ids as target, where the steps' own reference point is estimated too.
+    """
+
+    target: Tensor
+    logp: Tensor
+    ref_logp: Tensor
+    cu_seqlens: Tensor | None = None
+    step_ids: Tensor | None = None
+
+
+def kto_loss(
+    logp: Tensor,
+    target: Tensor,
+    desirable: Tensor,
+    ref_logp: Tensor,
+    *,
+    kl: float | Tensor | Mismatched,
+    cu_seqlens: Tensor | None = None,
+    **options,
+) -> LossOutput:
+    """Value of unpaired completions against a reference point z that has no gradient.
+
+        r    = sum over tokens of logp - ref_logp
+        loss = mean of  desirable_weight   * (1 - sigmoid(beta * (r - z)))  where desirable
+                        undesirable_weight * (1 - sigmoid(beta * (z - r)))  where not
+
+    The mean is over all labelled completions, both classes pooled; without any the loss is 0.
+
+    Args:
+        logp: [B, T], or packed [N] with cu_seqlens: log-probs of the targets under the policy.
+        target: as logp, integers; -100 where a token does not count (prompt, padding).
+        desirable: [B], bool, or integers 1, 0 and -1 (not labelled: not counted).
+        ref_logp: as logp, or one sum per sequence [B]: under the reference, never differentiated.
+        kl: z: a number or a scalar tensor, or the `Mismatched` batch whose mean log-ratio is its estimate,
+            averaged over the ranks of torch.distributed where that runs. Cut at 0 below, detached.
+        cu_seqlens: [B + 1], integers, 0 first and N last: ends of the packed sequences.
+        beta: strength of the tie to the reference, > 0.
+        desirable_weight, undesirable_weight: factors of the two classes, >= 0.
+
+    Returns:
+        LossOutput(loss [], metrics), detached scalars: kl (z); per class, rewards_desirable (mean of
+        beta * r), logp_desirable (mean sum, nats), count_desirable, the same for undesirable (0 where the
+        class is empty); margin, the difference of the two rewards. An empty completion has r = 0.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong type, dtype, shape or device; a label outside
+            {1, 0, -1} or bad cu_seqlens (on CUDA the loss is NaN instead); an option out of range.
+
+    Source: Ethayarajh et al. 2024 (KTO).
+    """
+    o = KTOOptions(**options).check()
+    ratio, policy = _log_ratio(logp, ref_logp, target, cu_seqlens)
+    label = check_labels("desirable", desirable, ratio.shape, target)
+    z = reference_point(kl, ratio)
+    losses = value_loss(ratio, label, z, o)
+    counted = label != -1
+    loss = losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    return LossOutput(loss, _metrics(ratio, policy, label, z, o.beta))
+
+
+def value_loss(ratio: Tensor, label: Tensor, z: Tensor, o: KTOOptions) -> Tensor:
+    """KTO's loss of each log-ratio; NaN where a label is none of 1, 0 and -1."""
+    good = o.desirable_weight * torch.sigmoid(o.beta * (z - ratio))
+    bad = o.undesirable_weight * torch.sigmoid(o.beta * (ratio - z))
+    losses = torch.where(label == 1, good, bad)
+    return losses.masked_fill((label < -1) | (label > 1), torch.nan)
+
+
+def reference_point(kl: float | Tensor | Mismatched, like: Tensor) -> Tensor:
+    """z [] of `kto_loss`, in the dtype and on the device of `like`."""
+    if isinstance(kl, Mismatched):
+        with torch.no_grad():
+            ratio, _ = _log_ratio(kl.logp, kl.ref_logp, kl.target, kl.cu_seqlens, "kl_")
+            return mean_over_ranks(ratio.sum(), ratio.shape[0]).clamp(min=0).to(like)
+    if isinstance(kl, Tensor):
+        if kl.numel() != 1:
+            raise ValueError(f"kl: expected a number or a scalar tensor, got shape {list(kl.shape)}")
+        return kl.detach().reshape(()).to(like).clamp(min=0)
+    if isinstance(kl, bool) or not isinstance(kl, int | float):
+        raise TypeError(f"kl: expected a number, a scalar tensor or Mismatched, got {type(kl).__name__}")
+    return torch.full_like(like[:0].sum(), kl).clamp(min=0).detach()
+
+
+def mean_over_ranks(total: Tensor, count: int | Tensor) -> Tensor:
+    """total / count, both summed over the ranks of torch.distributed where it runs; 0 / 0 is 0."""
+    both = torch.stack([total, torch.as_tensor(count).to(total)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(both)
+    return both[0] / both[1].clamp(min=1)
+
+
+class StepKTOOptions(NamedTuple):
+    """The options of `step_kto_loss`, checked."""
+
+    beta: float = 0.1
+    step_beta: float | None = None
+    step_weight: float = 1.0
+    step_reduction: str = "batch"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    @property
+    def outcome(self) -> KTOOptions:
+        return KTOOptions(self.beta, self.desirable_weight, self.undesirable_weight)
+
+    @property
+    def step(self) -> KTOOptions:
+        return self.outcome if self.step_beta is None else self.outcome._replace(beta=self.step_beta)
+
+    def check(self) -> "StepKTOOptions":
+        self.outcome.check()
+        if self.step_beta is not None and not 0 < self.step_beta < math.inf:
+            raise ValueError(f"step_beta: expected None or a finite number > 0, got {self.step_beta!r}")
+        if not 0 <= self.step_weight < math.inf:
+            raise ValueError(f"step_weight: expected a finite number >= 0, got {self.step_weight!r}")
+        if self.step_reduction not in ("batch", "sequence"):
+            raise ValueError(f"step_reduction: expected 'batch' or 'sequence', got {self.step_reduction!r}")
+        return self
+
+
+def step_kto_loss(
+    logp: Tensor,
+    target: Tensor,
+    desirable: Tensor,
+    step_ids: Tensor,
+    step_labels: Tensor,
+    ref_logp: Tensor,
+    *,
+    kl: float | Tensor | Mismatched,
+    step_kl: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **options,
+) -> LossOutput:
+    """KTO on whole completions plus step_weight times KTO on their labelled steps.
+
+    Args:
+        logp, target, kl, cu_seqlens: as in `kto_loss`.
+        desirable: [B], as in `kto_loss`; -1 leaves a completion with its step terms alone.
+        step_ids: as target, integers: which step of its sequence a token belongs to, -1 for none.
+        step_labels: [B, S], 1 right, 0 wrong, -1 not judged. Steps without tokens or label do not count.
+        ref_logp: as logp.
+        step_kl: the steps' reference point: a number or a scalar tensor. None: the mean over the non-empty
+            steps of the `Mismatched` batch if that has step_ids, else z of the completions.
+        beta, desirable_weight, undesirable_weight: as in `kto_loss`, of completions and steps.
+        step_beta: beta of the steps, or None for the same.
+        step_weight: factor of the steps' term, >= 0.
+        step_reduction: "batch": mean over all counted steps; "sequence": mean of the sequences' means.
+
+    Returns:
+        LossOutput(loss [], metrics): those of `kto_loss`, and outcome_loss, step_loss (without its factor),
+        step_kl, rewards_right_steps, rewards_wrong_steps (means of step_beta * r), right_steps, wrong_steps
+        (their numbers).
+
+    Raises:
+        TypeError, ValueError: as `kto_loss`; a step id outside [-1, S) (on CUDA NaN), a step_kl beside
+            step_ids of the mismatched batch.
+
+    Source: Lin et al. 2025 (Step-KTO). Its code is not public: what the paper leaves open is an option, and
+    the defaults are this library's.
+    """
+    o = StepKTOOptions(**options).check()
+    outcome = kto_loss(logp, target, desirable, ref_logp, kl=kl, cu_seqlens=cu_seqlens, **o.outcome._asdict())
+    logp, ref_logp = as_scores(target, logp=logp, ref_logp=ref_logp)
+    sequences = check_sequences(target, cu_seqlens)
+    if step_labels.dim() != 2 or step_labels.shape[0] != sequences:
+        raise ValueError(
+            f"step_labels: expected shape [{sequences}, S] (a row per sequence), "
+            f"got {list(step_labels.shape)}"
+        )
+    label = check_labels("step_labels", step_labels, step_labels.shape, target)  # [B, S]
+    steps = label.shape[1]
+    ratio = logp - ref_logp.detach().to(logp.dtype)
+    per_step, tokens = step_sums(ratio, target, step_ids, steps, cu_seqlens)  # [B, S] each
+    if isinstance(kl, Mismatched) and kl.step_ids is not None:
+        if step_kl is not None:
+            raise ValueError("step_kl: given beside kl_step_ids, which estimate it; expected one of the two")
+        z = _step_reference_point(kl).to(per_step)
+    else:
+        z = outcome.metrics["kl"] if step_kl is None else reference_point(step_kl, per_step.flatten())
+    losses = value_loss(per_step, label, z, o.step)
+    counted = (label != -1) & (tokens > 0)
+    losses = losses.where(counted, 0.0)
+    if o.step_reduction == "batch":
+        step_loss = losses.sum() / counted.sum().clamp(min=1)
+    else:
+        means = losses.sum(-1) / counted.sum(-1).clamp(min=1)
+        step_loss = means.sum() / counted.any(-1).sum().clamp(min=1)
+    metrics = outcome.metrics | {"outcome_loss": outcome.loss.detach(), "step_loss": step_loss.detach()}
+    metrics["step_kl"] = z
+    for name, value in (("right", 1), ("wrong", 0)):
+        chosen = counted & (label == value)
+        metrics[f"rewards_{name}_steps"] = _mean_where(o.step.beta * per_step.detach(), chosen)
+        metrics[f"{name}_steps"] = chosen.sum()
+    return LossOutput(outcome.loss + o.step_weight * step_loss, metrics)
+
+
+@torch.no_grad()
+def _step_reference_point(kl: Mismatched) -> Tensor:
+    logp, ref_logp = as_scores(kl.target, kl_logp=kl.logp, kl_ref_logp=kl.ref_logp)
+    most = max(1, kl.target.shape[-1])  # a sequence has no more steps than tokens
+    per_step, tokens = step_sums(logp - ref_logp, kl.target, kl.step_ids, most, kl.cu_seqlens, "kl_step_ids")
+    said = tokens > 0
+    return mean_over_ranks(per_step.where(said, 0.0).sum(), said.sum()).clamp(min=0)
+
+
+def _log_ratio(
+    logp: Tensor, ref_logp: Tensor, target: Tensor, cu_seqlens: Tensor | None, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Log-ratio of policy and reference, and log-prob under the policy: [B] each."""
+    sequences = check_sequences(target, cu_seqlens)
+    counted = target != IGNORE
+    (logp,) = as_scores(target, **{f"{prefix}logp": logp})
+
+    def total(per: Tensor) -> Tensor:
+        return sequence_sum(per.where(counted, 0.0), cu_seqlens)
+
+    policy = total(logp)
+    reference = sums(f"{prefix}ref_logp", ref_logp.detach(), target, sequences, total)
+    return policy - reference.to(policy.dtype), policy.detach()
+
+
+@torch.no_grad()
+def _metrics(ratio: Tensor, policy: Tensor, label: Tensor, z: Tensor, beta: float) -> dict[str, Tensor]:
+    metrics = {"kl": z}
+    for name, value in (("desirable", 1), ("undesirable", 0)):
+        chosen = label == value
+        metrics[f"rewards_{name}"] = _mean_where(beta * ratio, chosen)
+        metrics[f"logp_{name}"] = _mean_where(policy, chosen)
+        metrics[f"count_{name}"] = chosen.sum()
+    metrics["margin"] = metrics["rewards_desirable"] - metrics["rewards_undesirable"]
+    return metrics
+
+
+def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    return values.where(chosen, 0.0).sum() / chosen.sum().clamp(min=1)
+
+
+def mismatched(
+    target: Tensor, ids: Tensor | None = None, *, pad_id: int = 0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pairs every prompt with the next row's completion: the batch that estimates KTO's reference point.
+
+    Row i keeps its prompt, the positions before its first counted one, and takes the completion of row i + 1
+    (the first row's after the last) from there on; T' is T or as much longer as a completion needs. Rolling
+    is done per batch, so it goes with shuffling.
+
+    Args:
+        target: [B, T], integers, B >= 2; -100 before (prompt) and after (padding) the completion.
+        ids: [B, T], the inputs that predict target (target[i, t] follows ids[i, t]), or None.
+        pad_id: fills ids beyond the completion.
+
+    Returns:
+        target [B, T'], or with ids the pair (ids [B, T'], target [B, T']).
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; a batch of one, which has no other completion.
+
+    Source: Ethayarajh et al. 2024 (KTO).
+    """
+    check_sequences(target, None)
+    b, t = target.shape
+    if b == 1:
+        raise ValueError("target: expected B >= 2 sequences to mismatch, got 1; give kl a number instead")
+    if ids is not None:
+        _checks.check_integers("ids", ids)
+        _checks.check_shape("ids", ids, target.shape, "as target")
+        _checks.check_device("target", target, "ids", ids)
+    counted = target != IGNORE
+    said = counted.any(-1)
+    start = counted.int().argmax(-1).where(said, t)  # [B]
+    end = (t - counted.flip(-1).int().argmax(-1)).where(said, t)
+    other = (torch.arange(b, device=target.device) + 1) % b
+    wide = max(t, int((start + end[other] - start[other]).max())) if b else t
+    to = torch.arange(wide, device=target.device)
+    source = to - start.unsqueeze(1) + start[other].unsqueeze(1)  # [B, T'] positions in the other row
+    taken = (to >= start.unsqueeze(1)) & (source < end[other].unsqueeze(1))
+
+    def rolled(values: Tensor, fill: int) -> Tensor:
+        return values[other].gather(1, source.clamp(0, t - 1)).where(taken, fill) if t else values
+
+    new_target = rolled(target, IGNORE)
+    if ids is None:
+        return new_target
+    prompt = to <= start.unsqueeze(1)  # the last prompt token predicts the completion's first
+    own = ids[:, to.clamp(max=t - 1)] if t else ids
+    return torch.where(prompt & (to < t), own, rolled(ids, pad_id)), new_target

@@ -1,0 +1,188 @@
+"""CRINGE and pairwise CRINGE on a fused head."""
+
+import torch
+from torch import Tensor, nn
+
+from sukhops.losses import _sequences
+from sukhops.losses._output import LossOutput
+from sukhops.losses.cringe import (
+    check_alpha,
+    check_gate,
+    cringe_loss,
+    label_per_token,
+    pairwise_cringe_loss,
+    sample_rival,
+)
+from sukhops.ops.vocab_head import linear_logp, target_and_topk
+
+
+class CringeLoss(nn.Module):
+    """CRINGE straight from hidden states: the logits are never kept.
+
+    A negative token costs one product: its gradient touches two rows of the weight. k is cut to V - 1, and
+    the token itself is never sampled against.
+
+    Args:
+        alpha: factor of the contrast, >= 0.
+        k: a negative token's rival is sampled from the k likeliest other tokens; 1: the likeliest.
+        detach_positive: whether the rival's logit is a constant to the gradient.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Adolphs et al. 2023 (CRINGE); `sukhops.losses.cringe_loss` has the formula.
+    """
+
+    def __init__(self, alpha: float = 1.0, k: int = 1, *, detach_positive: bool = False):
+        super().__init__()
+        check_alpha(alpha)
+        _check_k(k)
+        self.alpha, self.k, self.detach_positive = alpha, k, detach_positive
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, k={self.k}, detach_positive={self.detach_positive}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        label: Tensor,
+        *,
+        bias: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """
+        Args:
+            hidden: [..., D]; row i predicts target i. float32, bfloat16, float16 or float64.
+            weight: [V, D], of the same dtype.
+            target: [...], integers in [0, V), or -100 for a token that does not count.
+            label: [B], or as target: 1 positive, 0 negative, -1 unlabelled (trained as positive).
+            bias: [V], or None.
+            generator: source of the samples, on hidden's device; None: torch's own. The same state gives the
+                same rivals. Not used for k = 1.
+
+        Returns:
+            LossOutput(loss, metrics), see `sukhops.losses.cringe_loss`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a label outside
+                {1, 0, -1}.
+            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+        """
+        label = label_per_token(label, target)
+        negative = label == 0
+        logp = linear_logp(hidden, weight, target.masked_fill(negative, _sequences.IGNORE), bias)
+        gap, _ = _gap(
+            hidden,
+            weight,
+            target.where(negative, _sequences.IGNORE),
+            bias,
+            self.k,
+            generator,
+            self.detach_positive,
+        )
+        return cringe_loss(logp, gap, target, label, alpha=self.alpha)
+
+
+class PairwiseCringeLoss(nn.Module):
+    """Pairwise CRINGE of B pairs straight from hidden states: the logits are never kept.
+
+    Args:
+        alpha: factor of the contrast, >= 0.
+        k: as in `CringeLoss`.
+        margin: by how many nats the chosen completion should be likelier.
+        temperature: of the gate, > 0.
+        detach_gate: whether the gate is a constant to the gradient; rejected tokens then cost one product.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Xu et al. 2023 (pairwise CRINGE); `sukhops.losses.pairwise_cringe_loss` has the formula and says
+    what of it is this library's reading.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        k: int = 1,
+        *,
+        margin: float = 0.0,
+        temperature: float = 1.0,
+        detach_gate: bool = False,
+    ):
+        super().__init__()
+        check_alpha(alpha)
+        check_gate(margin, temperature)
+        _check_k(k)
+        self.alpha, self.k = alpha, k
+        self.margin, self.temperature, self.detach_gate = margin, temperature, detach_gate
+
+    def extra_repr(self) -> str:
+        names = ("alpha", "k", "margin", "temperature", "detach_gate")
+        return ", ".join(f"{n}={getattr(self, n)}" for n in names)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LossOutput:
+        """
+        Args:
+            hidden: [2B, T, D], or packed [N, D] with cu_seqlens; B chosen, then B rejected sequences; row i
+                predicts target i. float32, bfloat16, float16 or float64.
+            weight: [V, D], of the same dtype.
+            target: [2B, T] or [N], integers in [0, V), or -100 for a token that does not count.
+            bias: [V], or None.
+            generator: as in `CringeLoss`.
+            cu_seqlens: [2B + 1], integers, 0 first and N last.
+
+        Returns:
+            LossOutput(loss, metrics), see `sukhops.losses.pairwise_cringe_loss`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an odd number of
+                sequences.
+            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+        """
+        sequences = _sequences.check_sequences(target, cu_seqlens)
+        first = torch.arange(sequences, device=target.device) < sequences // 2
+        chosen = _sequences.per_token(first, target, cu_seqlens)
+        gap, logp_l = _gap(
+            hidden, weight, target.masked_fill(chosen, _sequences.IGNORE), bias, self.k, generator, False
+        )
+        logp_w = linear_logp(hidden, weight, target.where(chosen, _sequences.IGNORE), bias)
+        return pairwise_cringe_loss(
+            torch.where(chosen, logp_w, logp_l.detach() if self.detach_gate else logp_l),
+            gap,
+            target,
+            cu_seqlens=cu_seqlens,
+            alpha=self.alpha,
+            margin=self.margin,
+            temperature=self.temperature,
+            detach_gate=self.detach_gate,
+        )
+
+
+def _gap(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, k: int,
+    generator: torch.Generator | None, detach_rival: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Logit of each target less that of its sampled rival, and the target's log-prob; 0 where ignored."""
+    head = target_and_topk(hidden, weight, target, min(k + 1, weight.shape[0]), bias)
+    logp = head.target_logit - head.lse
+    if head.topk_value.shape[-1] < 2:
+        return torch.full_like(logp, -torch.inf), logp
+    place = sample_rival(head.topk_value, head.topk_index, target, generator=generator).unsqueeze(-1)
+    rival = head.topk_value.gather(-1, place).squeeze(-1)
+    return head.target_logit - (rival.detach() if detach_rival else rival), logp
+
+
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k!r}")

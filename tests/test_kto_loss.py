@@ -1,0 +1,154 @@
+"""KTOLoss and StepKTOLoss: the fused head against whole logits, their references, bad input."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import sukhops
+from sukhops import losses, reference
+from sukhops.nn import KTOLoss, StepKTOLoss
+from sukhops.testing import assert_close
+
+
+def model_batch(b=4, t=6, d=8, v=40, dtype=torch.float64):
+    target = torch.randint(0, v, (b, t))
+    target[:, :2] = -100
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    return {
+        "hidden": normal(b, t, d).requires_grad_(),
+        "weight": normal(v, d).requires_grad_(),
+        "target": target,
+        "bias": normal(v).requires_grad_(),
+        "ref_hidden": normal(b, t, d + 1),
+        "ref_weight": normal(v, d + 1),
+        "ref_bias": normal(v),
+        "kl_hidden": normal(b, t, d).requires_grad_(),
+        "kl_target": losses.mismatched(target),
+        "kl_ref_hidden": normal(b, t, d + 1),
+        "desirable": torch.arange(b) % 2 == 0,
+    }
+
+
+def steps(b=4, t=6):
+    ids = (torch.arange(t) // 2 - 1).expand(b, t)
+    return {
+        "step_ids": ids,
+        "step_labels": torch.tensor([[1, 0], [0, -1], [1, 1], [-1, 0]])[:b],
+        "kl_step_ids": ids,
+    }
+
+
+def eager(step=False):
+    """The same epilogue on log-probs from whole logits."""
+
+    def f(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, kl_hidden, kl_target, kl_ref_hidden,
+          desirable, step_ids=None, step_labels=None, kl_step_ids=None):  # fmt: skip
+        logp = reference.linear_logp(hidden, weight, target, bias)
+        ref = reference.linear_logp(ref_hidden, ref_weight, target, ref_bias)
+        kl = losses.Mismatched(
+            kl_target,
+            reference.linear_logp(kl_hidden, weight, kl_target, bias),
+            reference.linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias),
+            None,
+            kl_step_ids,
+        )
+        if step:
+            return losses.step_kto_loss(logp, target, desirable, step_ids, step_labels, ref, kl=kl).loss
+        return losses.kto_loss(logp, target, desirable, ref, kl=kl).loss
+
+    return f
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("step", [False, True])
+def test_equals_whole_logits(step, dtype):
+    given = model_batch(d=32, v=300) | (steps() if step else {})
+    given = {n: (t * 0.3).detach().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+             for n, t in given.items()}  # fmt: skip
+    given["kl_hidden"] = given["kl_hidden"].detach()  # never differentiated
+    loss = StepKTOLoss() if step else KTOLoss()
+    assert_close(lambda **g: loss(**g).loss, eager(step), given, dtype)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_gradcheck_through_the_head(step):
+    given = model_batch(t=4, d=3, v=7) | (steps(t=4) if step else {})
+    loss = StepKTOLoss() if step else KTOLoss()
+
+    frozen = (
+        loss(**given).metrics["kl"].item()
+    )  # the reference point moves with the weight, its gradient is 0
+    del given["kl_hidden"], given["kl_target"], given["kl_ref_hidden"]
+    given.pop("kl_step_ids", None)
+
+    def at_fixed_point(hidden, weight, bias):
+        return loss(**(given | {"hidden": hidden, "weight": weight, "bias": bias, "kl": frozen})).loss
+
+    assert gradcheck(at_fixed_point, (given["hidden"], given["weight"], given["bias"]))
+
+
+def test_mismatched_batch_has_no_gradient():
+    given = model_batch()
+    out = KTOLoss()(**given)
+    assert out.metrics["kl"] > 0
+    assert torch.autograd.grad(out.loss, given["kl_hidden"], allow_unused=True) == (None,)
+
+
+def test_products():
+    """Four for the policy, one each for the reference and the two passes of the mismatched batch."""
+    given = {n: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+             for n, t in model_batch().items()}  # fmt: skip
+    before = torch.ops.sukhops.product_count()
+    KTOLoss()(**given).loss.backward()
+    assert torch.ops.sukhops.product_count() - before == 7
+
+
+def test_compiles_whole():
+    given = model_batch() | steps()
+    loss = StepKTOLoss()
+    whole = torch.compile(lambda **g: loss(**g).loss, fullgraph=True)(**given)
+    assert whole.item() == pytest.approx(loss(**given).loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"kl": 0.1}, "kl"),
+        ({"kl_hidden": None}, "kl"),
+        ({"kl_hidden": None, "kl_target": None, "kl_ref_hidden": None}, "kl"),
+        ({"kl_ref_hidden": None}, "kl_ref_logp"),
+        ({"kl_ref_logp": torch.zeros(4)}, "kl_ref_logp"),
+        ({"ref_hidden": None, "ref_weight": None, "ref_bias": None}, "kl_ref_hidden|ref_logp"),
+        ({"ref_logp": torch.zeros(4)}, "ref_logp"),
+        ({"ref_weight": None}, "ref_weight"),
+        ({"desirable": torch.full((4,), 3)}, "desirable"),
+    ],
+)
+def test_bad_input_names_the_argument(change, name):
+    with pytest.raises(ValueError, match=name):
+        KTOLoss()(**(model_batch() | change))
+
+
+def test_given_log_probs_equal_heads():
+    given = model_batch()
+    whole = KTOLoss()(**given).loss
+    ref = sukhops.linear_logp(given["ref_hidden"], given["ref_weight"], given["target"], given["ref_bias"])
+    kl_ref = sukhops.linear_logp(
+        given["kl_ref_hidden"], given["ref_weight"], given["kl_target"], given["ref_bias"]
+    )
+    for name in ("ref_hidden", "ref_weight", "ref_bias", "kl_ref_hidden"):
+        del given[name]
+    assert KTOLoss()(**given, ref_logp=ref, kl_ref_logp=kl_ref).loss.item() == pytest.approx(whole.item())
+    summed = KTOLoss()(**given, ref_logp=ref.sum(1), kl_ref_logp=kl_ref.sum(1)).loss
+    assert summed.item() == pytest.approx(whole.item())
+
+
+def test_options_are_checked_and_shown():
+    with pytest.raises(ValueError, match="beta"):
+        KTOLoss(-1.0)
+    with pytest.raises(ValueError, match="step_reduction"):
+        StepKTOLoss(step_reduction="sum")
+    assert "beta=0.1" in repr(KTOLoss()) and "step_weight=1.0" in repr(StepKTOLoss())
