@@ -47,9 +47,7 @@ def decoding_case(name: str, rows: int, dtype: torch.dtype, *, peers: bool = Tru
         "eager": Provider(decoding(reference.director_topk), 6 * logits, "torch"),
     }
     if peers:
-        providers["torch.compile"] = Provider(
-            lambda i: torch.compile(decoding(reference.director_topk)(i)), 3 * logits, "torch"
-        )
+        providers["torch.compile"] = harness.compiled(decoding(reference.director_topk), 3 * logits)
     return Case(
         "director", name, {"rows": rows, "D": d, "V": v, "k": K}, dtype,
         lambda: make_decoding(rows, d, v, dtype), lambda: make_decoding(rows, d, v // 8, dtype),
@@ -152,19 +150,11 @@ def cases() -> list[Case]:
 
 
 def test_provider(benchmark, case_and_provider):
-    case, provider = case_and_provider
-    inputs = case.make()
-    call = harness.step(provider.make(inputs), harness.parameters(inputs), case.modes[-1])
-    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+    harness.benchmark_provider(benchmark, *case_and_provider)
 
 
 def pytest_generate_tests(metafunc):
-    pairs = [
-        (f"{c.name}, {c.dtype}, rows={c.shape['rows']}, {n}", (c, p))
-        for c in cases()
-        for n, p in c.providers.items()
-    ]
-    metafunc.parametrize("case_and_provider", [p for _, p in pairs], ids=[i for i, _ in pairs])
+    harness.parametrize(metafunc, cases())
 
 
 if __name__ == "__main__":

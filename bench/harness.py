@@ -2,7 +2,8 @@
 
 A provider is checked against float64 before it is timed. Providers are interleaved call by call; a ratio
 is the median, over rounds, of a provider's time over the bare products' time in the same round. Peak
-memory is what a fresh process adds to its resident set for one call, less the gradients it leaves.
+memory is what a fresh process that has made a small call adds to its resident set for a full one, less the
+gradients it leaves.
 """
 
 import ctypes
@@ -36,6 +37,12 @@ class Provider(NamedTuple):
     memory: float = 0.0  # predicted bytes above the inputs
     package: str = "sukhops"  # whose version the row names
     ours: bool = False
+    compiles: bool = False  # its first call of a shape takes time and memory that later ones do not
+
+
+def compiled(make: Callable[[Inputs], Callable[[], Tensor]], memory: float) -> Provider:
+    """torch.compile of another provider's call."""
+    return Provider(lambda inputs: torch.compile(make(inputs)), memory, "torch", compiles=True)
 
 
 class Case(NamedTuple):
@@ -133,8 +140,9 @@ def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dic
     bare = case.products(inputs) if case.products and mode == case.modes[-1] else None
     times: dict[str, list[float]] = {n: [] for n in calls}
     ratios: dict[str, list[float]] = {n: [] for n in calls}
-    for call in calls.values():
-        call()  # warm: compiles, touches buffers
+    for name, call in calls.items():
+        if providers[name].ours or providers[name].compiles:
+            call()  # slow peers have warmed up on the small inputs
     if bare:
         bare()
     for turn in range(case.rounds):
@@ -189,8 +197,11 @@ def peak_memory(case: Case, provider: Provider) -> float | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             inputs = case.make()
             call = step(provider.make(inputs), parameters(inputs), "fwd_bwd")
-            if provider.package == "torch":
-                call()  # what compiling takes is not what running takes
+            if provider.compiles:
+                call()
+            else:
+                small = case.small()
+                step(provider.make(small), parameters(small), "fwd_bwd")()  # loads code, starts threads
             ctypes.CDLL(None).malloc_trim(0)
             before = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
@@ -205,6 +216,23 @@ def peak_memory(case: Case, provider: Provider) -> float | None:
         text = f.read()
     os.waitpid(child, 0)
     return float(text) if text else None
+
+
+def parametrize(metafunc, cases: list[Case]) -> None:
+    """Makes every provider of every case a parameter of a pytest-benchmark test."""
+    ids, values = [], []
+    for case in cases:
+        shape = ", ".join(f"{k}={v}" for k, v in case.shape.items())
+        for name, provider in case.providers.items():
+            ids.append(f"{case.name}, {case.dtype}, {shape}, {name}")
+            values.append((case, provider))
+    metafunc.parametrize("case_and_provider", values, ids=ids)
+
+
+def benchmark_provider(benchmark, case: Case, provider: Provider) -> None:
+    inputs = case.make()
+    call = step(provider.make(inputs), parameters(inputs), case.modes[-1])
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
 
 
 def resident(field: str) -> int:

@@ -1,0 +1,150 @@
+"""KTO and CRINGE through the head, and what the epilogues of all losses cost beside it.
+
+`python bench/bench_preference.py` writes bench/results/preference.jsonl.
+"""
+
+import bench_vocab_head
+import harness
+import torch
+from harness import Case, Inputs, Provider
+
+import sukhops
+from sukhops import losses, reference
+
+ROWS, D, V, K = 4096, 512, 32768, 5
+SMALL = (256, 64, 4096)
+LABEL = torch.arange(8) % 2  # one per sequence: 1 positive (desirable), 0 negative
+
+
+def make_kto(rows: int, d: int, v: int) -> Inputs:
+    inputs = bench_vocab_head.make(rows, d, v, torch.float32, pairs=True)
+    g = torch.Generator().manual_seed(1)
+    other = {n: torch.randn(inputs["hidden"].shape, generator=g) for n in ("kl_hidden", "kl_ref_hidden")}
+    return inputs | other | {"kl_target": losses.mismatched(inputs["target"])}
+
+
+def kto(i: Inputs):
+    loss = sukhops.nn.KTOLoss()
+    return lambda: loss(**i, desirable=LABEL == 1).loss
+
+
+def eager_kto(i: Inputs):
+    def call():
+        logp = reference.linear_logp(i["hidden"], i["weight"], i["target"])
+        with torch.no_grad():
+            ref = reference.linear_logp(i["ref_hidden"], i["ref_weight"], i["target"])
+            kl = reference.linear_logp(i["kl_hidden"], i["weight"], i["kl_target"])
+            kl_ref = reference.linear_logp(i["kl_ref_hidden"], i["ref_weight"], i["kl_target"])
+        point = losses.Mismatched(i["kl_target"], kl, kl_ref)
+        return losses.kto_loss(logp, i["target"], LABEL == 1, ref, kl=point).loss
+
+    return call
+
+
+def make_cringe(rows: int, d: int, v: int, k: int) -> Inputs:
+    return bench_vocab_head.make(rows, d, v, torch.float32) | {"k": torch.tensor(k)}
+
+
+def cringe(i: Inputs):
+    loss = sukhops.nn.CringeLoss(k=int(i["k"]))
+    return lambda: loss(i["hidden"], i["weight"], i["target"], LABEL).loss
+
+
+def eager_cringe(i: Inputs):
+    """On whole logits: log-softmax, top k + 1 of every row, one gather."""
+
+    def call():
+        logits = i["hidden"] @ i["weight"].T
+        target = i["target"].clamp(min=0).unsqueeze(-1)
+        logp = logits.log_softmax(-1).gather(-1, target).squeeze(-1)
+        values, indices = logits.topk(int(i["k"]) + 1)
+        place = losses.cringe.sample_rival(values, indices, i["target"]).unsqueeze(-1)
+        gap = logits.gather(-1, target) - values.gather(-1, place)
+        return losses.cringe_loss(logp, gap.squeeze(-1), i["target"], LABEL).loss
+
+    return call
+
+
+def cringe_products(i: Inputs):
+    """Four on the positive rows, one on the negative ones."""
+    kept, negative = i["target"] != -100, (LABEL == 0).unsqueeze(1)
+    four = bench_vocab_head.products(i | {"target": i["target"].masked_fill(negative, -100)}, 4)
+    h, w = i["hidden"].detach()[kept & negative], i["weight"].detach()
+    z = torch.ones(h.shape[0], w.shape[0])
+
+    def call():
+        four()
+        torch.mm(h, w.T, out=z)
+
+    return call
+
+
+def make_epilogues(rows: int, d: int, v: int) -> Inputs:
+    inputs = bench_vocab_head.make(rows, d, v, torch.float32)
+    g = torch.Generator().manual_seed(1)
+    inputs["logp"], inputs["ref"], inputs["gap"] = (
+        torch.randn(inputs["target"].shape, generator=g) for _ in range(3)
+    )
+    frozen = {n: t.detach() if t.is_floating_point() else t for n, t in inputs.items()}
+    return frozen | {"logp": frozen["logp"].requires_grad_(), "gap": frozen["gap"].requires_grad_()}
+
+
+def epilogues(i: Inputs):
+    """Every loss on the same log-probs."""
+    target, ref = i["target"], i["ref"]
+    steps = (torch.arange(target.shape[1]) // 32).expand(target.shape)
+    labels = LABEL.unsqueeze(1).expand(8, int(steps.max()) + 1)
+
+    def call():
+        logp, gap = i["logp"], i["gap"]
+        return (
+            losses.dpo_loss(logp, target, ref).loss
+            + losses.step_kto_loss(logp, target, LABEL == 1, steps, labels, ref, kl=0.1).loss
+            + losses.cringe_loss(logp, gap, target, LABEL).loss
+            + losses.pairwise_cringe_loss(logp, gap, target).loss
+        )
+
+    return call
+
+
+def head(i: Inputs):
+    """One forward and backward of the head that gave the log-probs."""
+    hidden, weight = (i[n].detach().requires_grad_() for n in ("hidden", "weight"))
+    return lambda: torch.autograd.grad(
+        sukhops.linear_logp(hidden, weight, i["target"]).sum(), (hidden, weight)
+    )
+
+
+def cases() -> list[Case]:
+    shape, logits = {"rows": ROWS, "D": D, "V": V}, 4.0 * ROWS * V
+    return [
+        Case(
+            "preference", "CRINGE, k = 5", shape, torch.float32,
+            lambda: make_cringe(ROWS, D, V, K), lambda: make_cringe(*SMALL, 1), eager_cringe,
+            {"sukhops": Provider(cringe, ours=True), "eager": Provider(eager_cringe, 5 * logits, "torch")},
+            cringe_products,
+        ),
+        Case(
+            "preference", "KTO with its mismatched batch", shape, torch.float32,
+            lambda: make_kto(ROWS, D, V), lambda: make_kto(*SMALL), eager_kto,
+            {"sukhops": Provider(kto, ours=True), "eager": Provider(eager_kto, 5 * logits, "torch")},
+            lambda i: bench_vocab_head.products(i, 7),
+        ),
+        Case(
+            "preference", "epilogues of all losses, over one head", shape, torch.float32,
+            lambda: make_epilogues(ROWS, D, V), lambda: make_epilogues(*SMALL), epilogues,
+            {"sukhops": Provider(epilogues, ours=True)}, head,
+        ),
+    ]  # fmt: skip
+
+
+def test_provider(benchmark, case_and_provider):
+    harness.benchmark_provider(benchmark, *case_and_provider)
+
+
+def pytest_generate_tests(metafunc):
+    harness.parametrize(metafunc, cases())
+
+
+if __name__ == "__main__":
+    harness.run(cases(), harness.RESULTS / "preference.jsonl")
