@@ -107,6 +107,7 @@ def sukhops_dpo(i: Inputs):
 
 def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768) -> Case:
     logits = 4.0 * rows * v
+    chunked = {"F.linear_cross_entropy": Provider(dpo(linear_cross_entropy), logits, "torch")}
     return Case(
         "vocab_head", "DPO with a reference model", {"rows": rows, "D": d, "V": v}, dtype,
         lambda: make(rows, d, v, dtype, pairs=True),
@@ -116,50 +117,56 @@ def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768)
             "sukhops": Provider(sukhops_dpo, ours=True),
             "eager": Provider(dpo(reference.linear_logp), 5 * logits, "torch"),
             "torch.compile": harness.compiled(dpo(reference.linear_logp), 3 * logits),
-            "F.linear_cross_entropy": Provider(dpo(linear_cross_entropy), logits, "torch"),
             "Liger": Provider(liger_dpo, logits, "liger-kernel"),
-        },
+        }
+        | (chunked if dtype == torch.float32 else {}),
         lambda i: products(i, 5),
     )  # fmt: skip
 
 
 def logp_case(
-    name: str, dtype: torch.dtype, rows: int, d: int, v: int, modes: tuple[str, ...], *, rounds: int = 7,
-    frozen: bool = False, peers: bool = True,
+    name: str, dtype: torch.dtype, rows: int, d: int, v: int, modes: tuple[str, ...] = ("fwd_bwd",)
 ) -> Case:  # fmt: skip
-    logits = 4.0 * rows * v
-    providers = {"sukhops": Provider(weighted(sukhops.linear_logp), ours=True)}
-    if peers:
-        providers |= {
-            "eager": Provider(weighted(reference.linear_logp), 5 * logits, "torch"),
-        }
     return Case(
         "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
-        lambda: make(rows, d, v, dtype, frozen=frozen),
-        lambda: make(256, d, v // 4, dtype, frozen=frozen),
-        weighted(reference.linear_logp), providers, None if peers else (lambda i: products(i, 4)),
-        rounds, modes,
+        lambda: make(rows, d, v, dtype), lambda: make(256, d, v // 4, dtype),
+        weighted(reference.linear_logp),
+        {
+            "sukhops": Provider(weighted(sukhops.linear_logp), ours=True),
+            "eager": Provider(weighted(reference.linear_logp), 20.0 * rows * v, "torch"),
+        },
+        rounds=3, modes=modes,
+    )  # fmt: skip
+
+
+def unfrozen(inputs: Inputs):
+    """The same log-probs with a weight that learns."""
+    given = inputs | {"weight": inputs["weight"].detach().requires_grad_()}
+    call = weighted(sukhops.linear_logp)(given)
+    return lambda: torch.autograd.grad(call(), (given["hidden"], given["weight"]))
+
+
+def frozen_case(rows: int = 4096, d: int = 512, v: int = 32768) -> Case:
+    dtype = torch.float32
+    return Case(
+        "vocab_head", "frozen weight, over one that learns", {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make(rows, d, v, dtype, frozen=True), lambda: make(256, d, v // 4, dtype, frozen=True),
+        weighted(reference.linear_logp),
+        {"sukhops": Provider(weighted(sukhops.linear_logp), ours=True)}, unfrozen,
     )  # fmt: skip
 
 
 def cases(sweep: bool = False) -> list[Case]:
-    all_modes, both = harness.MODES, ("fwd_bwd",)
     listed = [
         dpo_case(torch.float32),
         dpo_case(torch.bfloat16),
-        logp_case("log-probs", torch.float32, 4096, 512, 32768, both, peers=False),
-        logp_case(
-            "log-probs, frozen weight", torch.float32, 4096, 512, 32768, both, peers=False, frozen=True
-        ),
-        logp_case("log-probs in four modes", torch.float32, 512, 512, 32768, all_modes, rounds=3),
-        *(
-            logp_case("growth with V", torch.float32, 256, 512, v, both, rounds=3)
-            for v in (8192, 32768, 131072)
-        ),
+        frozen_case(),
+        logp_case("log-probs in four modes", torch.float32, 512, 512, 32768, harness.MODES),
+        *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
     ]
     if sweep:
         listed += [
-            logp_case("growth with V", dtype, 2048, 1024, v, both, rounds=3)
+            logp_case("growth with V", dtype, 2048, 1024, v)
             for dtype in (torch.float32, torch.bfloat16)
             for v in (32768, 65536, 131072, 262144)
         ]

@@ -62,7 +62,7 @@ def train_step(found: list[dict]) -> str:
         [r["provider"], f"{r['tokens_per_second']:,}", number(r["memory_mib"]), f"{r['losses'][-1]:.4f}"]
         for r in found
     ]
-    return markdown(["head", "tokens/s", "peak MiB", "loss after 5 steps"], body)
+    return markdown(["head", "tokens/s", "peak MiB", "loss after 3 steps"], body)
 
 
 def example(found: list[dict]) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sukhops
 
-BATCH, LENGTH, WIDTH, LAYERS, HEADS, STEPS = 8, 256, 256, 2, 4, 5
+BATCH, LENGTH, WIDTH, LAYERS, HEADS, STEPS = 8, 256, 256, 2, 4, 3
 
 
 class Block(nn.Module):

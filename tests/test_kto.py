@@ -1,6 +1,8 @@
 """kto_loss, step_kto_loss and their helpers on log-probs: closed forms in plain Python, and the facts."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -300,16 +302,25 @@ def test_bad_steps_name_the_argument(change, name):
         step_kto_loss(**(given | change))
 
 
+RANK = """
+import sys, torch
+from sukhops import losses
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+target, ref = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+kl = losses.Mismatched(target, ref + (3.0 if rank == 0 else -1.0), ref)
+print(losses.kto_loss(ref, target, torch.tensor([True, False]), ref, kl=kl).metrics["kl"].item())
+torch.distributed.destroy_process_group()
+"""
+
+
 def test_the_mean_runs_over_ranks_before_the_clamp(tmp_path):
     """Two ranks with means of 3 and -1 have the reference point 1, which neither has alone."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
-
-
-def _rank(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    target = torch.zeros(2, 1, dtype=torch.int64)
-    ref = torch.zeros(2, 1)
-    kl = Mismatched(target, ref + (3.0 if rank == 0 else -1.0), ref)
-    out = losses.kto_loss(ref, target, torch.tensor([True, False]), ref, kl=kl)
-    assert out.metrics["kl"] == 1.0
-    torch.distributed.destroy_process_group()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    assert [r.communicate(timeout=120)[0].strip() for r in ranks] == ["1.0", "1.0"]

@@ -13,7 +13,7 @@ from sukhops.losses.cringe import (
     pairwise_cringe_loss,
     sample_rival,
 )
-from sukhops.ops.vocab_head import linear_logp, target_and_topk
+from sukhops.ops.vocab_head import target_and_topk
 
 
 class CringeLoss(nn.Module):
@@ -71,16 +71,8 @@ class CringeLoss(nn.Module):
             RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
         """
         label = label_per_token(label, target)
-        negative = label == 0
-        logp = linear_logp(hidden, weight, target.masked_fill(negative, _sequences.IGNORE), bias)
-        gap, _ = _gap(
-            hidden,
-            weight,
-            target.where(negative, _sequences.IGNORE),
-            bias,
-            self.k,
-            generator,
-            self.detach_positive,
+        logp, gap = _logp_and_gap(
+            hidden, weight, target, bias, self.k, generator, detach_rival=self.detach_positive
         )
         return cringe_loss(logp, gap, target, label, alpha=self.alpha)
 
@@ -151,14 +143,12 @@ class PairwiseCringeLoss(nn.Module):
             RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
         """
         sequences = _sequences.check_sequences(target, cu_seqlens)
-        first = torch.arange(sequences, device=target.device) < sequences // 2
-        chosen = _sequences.per_token(first, target, cu_seqlens)
-        gap, logp_l = _gap(
-            hidden, weight, target.masked_fill(chosen, _sequences.IGNORE), bias, self.k, generator, False
-        )
-        logp_w = linear_logp(hidden, weight, target.where(chosen, _sequences.IGNORE), bias)
+        logp, gap = _logp_and_gap(hidden, weight, target, bias, self.k, generator)
+        if self.detach_gate:  # rejected tokens then have no gradient in the log-sum-exp
+            first = torch.arange(sequences, device=target.device) < sequences // 2
+            logp = torch.where(_sequences.per_token(first, target, cu_seqlens), logp, logp.detach())
         return pairwise_cringe_loss(
-            torch.where(chosen, logp_w, logp_l.detach() if self.detach_gate else logp_l),
+            logp,
             gap,
             target,
             cu_seqlens=cu_seqlens,
@@ -169,18 +159,21 @@ class PairwiseCringeLoss(nn.Module):
         )
 
 
-def _gap(
+def _logp_and_gap(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, k: int,
-    generator: torch.Generator | None, detach_rival: bool,
+    generator: torch.Generator | None, *, detach_rival: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logit of each target less that of its sampled rival, and the target's log-prob; 0 where ignored."""
+    """Each target's log-prob, and its logit less that of its sampled rival; 0 where ignored.
+
+    One pass for both kinds of token: what the gradient of a row costs follows from what the loss used of it.
+    """
     head = target_and_topk(hidden, weight, target, min(k + 1, weight.shape[0]), bias)
     logp = head.target_logit - head.lse
     if head.topk_value.shape[-1] < 2:
-        return torch.full_like(logp, -torch.inf), logp
+        return logp, torch.full_like(logp, -torch.inf)
     place = sample_rival(head.topk_value, head.topk_index, target, generator=generator).unsqueeze(-1)
     rival = head.topk_value.gather(-1, place).squeeze(-1)
-    return head.target_logit - (rival.detach() if detach_rival else rival), logp
+    return logp, head.target_logit - (rival.detach() if detach_rival else rival)
 
 
 def _check_k(k: int) -> None:
