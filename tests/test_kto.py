@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from sukhops import losses
 from sukhops.losses import Mismatched, kto_loss, mismatched, step_ids, step_kto_loss
 
 BETA = 0.3
@@ -306,8 +305,8 @@ RANK = """
 import sys, torch
 from sukhops import losses
 
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+store, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 target, ref = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
 kl = losses.Mismatched(target, ref + (3.0 if rank == 0 else -1.0), ref)
 print(losses.kto_loss(ref, target, torch.tensor([True, False]), ref, kl=kl).metrics["kl"].item())
@@ -317,10 +316,6 @@ torch.distributed.destroy_process_group()
 
 def test_the_mean_runs_over_ranks_before_the_clamp(tmp_path):
     """Two ranks with means of 3 and -1 have the reference point 1, which neither has alone."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-c", RANK, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     assert [r.communicate(timeout=120)[0].strip() for r in ranks] == ["1.0", "1.0"]
