@@ -5,9 +5,19 @@ from sukhops import (
     losses,
     nn,
     reference,
+    testing,
 )
 from sukhops.ops.director import director_logp, director_topk
 from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"
-__all__ = ["director_logp", "director_topk", "linear_logp", "linear_topk", "losses", "nn", "reference"]
+__all__ = [
+    "director_logp",
+    "director_topk",
+    "linear_logp",
+    "linear_topk",
+    "losses",
+    "nn",
+    "reference",
+    "testing",
+]
