@@ -137,6 +137,29 @@ def plot(name: str, found: list[dict], case: str, axis: str) -> None:
     plt.close(figure)
 
 
+def trade_off(name: str, found: list[dict]) -> None:
+    """One point per variant of an example, mean and deviation over seeds, in two of its columns."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "sukhops"
+    fields, runs = found[0]["plot"], [r for r in found[1:] if all(f in r for f in found[0]["plot"])]
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for variant in dict.fromkeys(r["variant"] for r in runs):
+        x, y = ([r[f] for r in runs if r["variant"] == variant] for f in fields)
+        center = statistics.mean(x), statistics.mean(y)
+        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (x, y)]
+        panel.errorbar(*center, xerr=spread[0], yerr=spread[1], marker="o")
+        panel.annotate(variant, center, xytext=(4, 4), textcoords="offset points", fontsize="small")
+    panel.set(xlabel=fields[0], ylabel=fields[1])
+    panel.margins(x=0.2)
+    panel.grid(alpha=0.3)
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
@@ -146,6 +169,8 @@ def main() -> None:
         raise SystemExit(filled(text) != text)
     readme.write_text(filled(text))
     for path in sorted(RESULTS.glob("*.jsonl")):
+        if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
+            trade_off(path.stem, rows(path.stem))
         found = [r for r in rows(path.stem) if "case" in r]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)

@@ -3,9 +3,11 @@
 import argparse
 import json
 import math
+import re
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import sukhops
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from report import RESULTS
@@ -51,6 +55,14 @@ def corpus(data: Path | None = None, characters: int = 2_000_000) -> str:
 def as_bytes(text: str) -> Tensor:
     """UTF-8 bytes of a text: [N], int64 below 256."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+def words(text: str, size: int) -> tuple[Tensor, list[str]]:
+    """A text as words, runs of space and single marks: ids [N] of the `size` commonest, 0 for any other."""
+    found = re.findall(r"\w+|\s+|[^\w\s]", text)
+    units = ["?", *(unit for unit, _ in Counter(found).most_common(size - 1))]
+    index = {unit: i for i, unit in enumerate(units)}
+    return torch.tensor([index.get(unit, 0) for unit in found]), units
 
 
 def windows(ids: Tensor, length: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -135,6 +147,11 @@ class Transformer(nn.Module):
             x, cache = block(x, caches[i] if caches else None)
             new.append(cache)
         return self.norm(x), new
+
+
+def language_model_loss(model: Transformer, ids: Tensor) -> Tensor:
+    """Mean cross entropy of windows [B, T + 1]."""
+    return -sukhops.linear_logp(model.backbone(ids[:, :-1]), model.head.weight, ids[:, 1:]).mean()
 
 
 @torch.no_grad()
@@ -241,12 +258,20 @@ def held_out(ids: Tensor, length: int, count: int) -> Tensor:
     return ids[start[:, None] + torch.arange(length)]
 
 
-def report(name: str, rows: list[dict], columns: dict[str, str], *, save: bool = True) -> None:
+def report(
+    name: str,
+    rows: list[dict],
+    columns: dict[str, str],
+    *,
+    plot: tuple[str, str] | None = None,
+    save: bool = True,
+) -> None:
     """Prints mean ± deviation over seeds of each row["variant"]; columns: field -> format.
 
-    Saves both to bench/results/example_<name>.jsonl, from which bench/report.py makes the README's table.
+    plot: the two columns of a plot of the trade-off. Saves it all to bench/results/example_<name>.jsonl,
+    from which bench/report.py makes the README's table and the plot.
     """
-    found = [{"columns": columns}, *rows]
+    found = [{"columns": columns, "plot": plot}, *rows]
     print(summary(found))
     if not save:
         return
