@@ -14,6 +14,10 @@ setup: .venv/built
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
+.venv/peers: requirements-peers.txt .venv/tools
+	$(PY) -m pip install -q -r requirements-peers.txt
+	touch $@
+
 .venv/built: .venv/tools setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
@@ -23,11 +27,11 @@ bench: setup  ## checks and times every op; rows in bench/results, tables in the
 	$(PY) bench/train_step.py
 	$(PY) bench/report.py
 
-test: setup lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
+test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
 	$(PY) -m pytest -q -m "not full"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "interpreter and not full"
 
-test-all: setup lint  ## the long matrix too
+test-all: setup .venv/peers lint  ## the long matrix too
 	$(PY) -m pytest -q
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
 

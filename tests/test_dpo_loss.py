@@ -259,3 +259,23 @@ def test_agrees_with_liger(kind):
         ref_input=given["ref_hidden"], ref_weight=given["ref_weight"], ref_bias=given["ref_bias"],
     )  # fmt: skip
     torch.testing.assert_close(DPOLoss(0.4, kind)(**given).loss, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, theirs, ours",
+    [
+        ("SimPO", {"gamma": 0.7, "compute_nll_loss": False}, {"margin": 0.7}),
+        ("CPO", {"alpha": 1.0}, {"nll_weight": 1.0}),
+        ("ORPO", {}, {}),
+    ],
+)
+def test_agrees_with_liger_without_a_reference(kind, theirs, ours):
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    given = {n: t for n, t in model_batch(dtype=torch.float32).items() if not n.startswith("ref_")}
+    peer = getattr(chunked, f"LigerFusedLinear{kind}Loss")(beta=0.4, compiled=False, **theirs)
+    expected, _ = peer(given["weight"], given["hidden"], given["target"], given["bias"])
+    found = DPOLoss(0.4, kind.lower(), **ours)(**given).loss
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    leaves = [given[n] for n in ("hidden", "weight", "bias")]
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

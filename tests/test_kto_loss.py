@@ -152,3 +152,40 @@ def test_options_are_checked_and_shown():
     with pytest.raises(ValueError, match="step_reduction"):
         StepKTOLoss(step_reduction="sum")
     assert "beta=0.1" in repr(KTOLoss()) and "step_weight=1.0" in repr(StepKTOLoss())
+
+
+def liger(given, kl, **options):
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    peer = chunked.LigerFusedLinearKTOLoss(beta=0.1, compiled=False, use_ref_model=True, **options)
+    return peer(
+        given["hidden"], given["weight"], given["target"], given["bias"], given["desirable"],
+        ref_input=given["ref_hidden"], ref_weight=given["ref_weight"], ref_bias=given["ref_bias"], kl=kl,
+    )  # fmt: skip
+
+
+def given_point():
+    return {n: t for n, t in model_batch(dtype=torch.float32).items() if not n.startswith("kl_")}
+
+
+def test_agrees_with_liger_at_one_reference_point():
+    given = given_point()
+    expected, _ = liger(given, torch.tensor([0.3]))
+    found = KTOLoss()(**given, kl=0.3).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    leaves = [given[n] for n in ("hidden", "weight", "bias")]
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_one_reference_point_per_batch_where_liger_counts_it_once_per_sequence():
+    """Given as one per sequence, as its documentation has it, Liger's loss is B times the mean over the batch."""
+    given = given_point()
+    logp = reference.linear_logp(*(given[n] for n in ("hidden", "weight", "target", "bias")))
+    ref = reference.linear_logp(*(given[n] for n in ("ref_hidden", "ref_weight", "target", "ref_bias")))
+    sign = 2.0 * given["desirable"] - 1
+    mean = torch.sigmoid(-0.1 * sign * ((logp - ref).sum(-1) - 0.3)).mean()
+    torch.testing.assert_close(KTOLoss()(**given, kl=0.3).loss, mean, rtol=1e-5, atol=1e-6)
+    theirs, _ = liger(given, torch.full((4,), 0.3))
+    torch.testing.assert_close(theirs, 4 * mean, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="^kl"):
+        KTOLoss()(**given, kl=torch.full((4,), 0.3))
