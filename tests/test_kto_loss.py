@@ -178,7 +178,7 @@ def test_agrees_with_liger_at_one_reference_point():
 
 
 def test_one_reference_point_per_batch_where_liger_counts_it_once_per_sequence():
-    """Given as one per sequence, as its documentation has it, Liger's loss is B times the mean over the batch."""
+    """Given one per sequence, as its documentation has it, Liger makes B times the mean over the batch."""
     given = given_point()
     logp = reference.linear_logp(*(given[n] for n in ("hidden", "weight", "target", "bias")))
     ref = reference.linear_logp(*(given[n] for n in ("ref_hidden", "ref_weight", "target", "ref_bias")))
@@ -187,5 +187,5 @@ def test_one_reference_point_per_batch_where_liger_counts_it_once_per_sequence()
     torch.testing.assert_close(KTOLoss()(**given, kl=0.3).loss, mean, rtol=1e-5, atol=1e-6)
     theirs, _ = liger(given, torch.full((4,), 0.3))
     torch.testing.assert_close(theirs, 4 * mean, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="^kl"):
+    with pytest.raises(ValueError, match=r"^kl"):
         KTOLoss()(**given, kl=torch.full((4,), 0.3))
