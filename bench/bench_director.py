@@ -36,7 +36,23 @@ def decoding(topk):
 
 def read(inputs: Inputs):
     """A streaming read of both weights on all threads."""
-    return lambda: (inputs["lm_weight"].sum(), inputs["cls_weight"].sum())
+    return lambda: inputs["lm_weight"].sum() + inputs["cls_weight"].sum()
+
+
+def copy(inputs: Inputs):
+    """A copy of one weight, which moves as many bytes as a read of both."""
+    out = torch.ones_like(inputs["lm_weight"])
+    return lambda: out.copy_(inputs["cls_weight"])
+
+
+def reading_case(dtype: torch.dtype) -> Case:
+    """How good a floor the read is."""
+    d, v = 1024, 50264
+    return Case(
+        "director", "a read of both weights, over a copy of one", {"D": d, "V": v}, dtype,
+        lambda: make_decoding(1, d, v, dtype), lambda: make_decoding(1, d, v // 8, dtype),
+        read, {"torch.sum": Provider(read, package="torch")}, copy, 15, ("fwd_nograd",),
+    )  # fmt: skip
 
 
 def decoding_case(name: str, rows: int, dtype: torch.dtype, rounds: int = 15) -> Case:
@@ -140,6 +156,7 @@ def training_case(name: str, dtype: torch.dtype, norm_weight: float = 0.0, round
 def cases() -> list[Case]:
     both = (torch.float32, torch.bfloat16)
     return [
+        *(reading_case(dtype) for dtype in both),
         *(decoding_case("decoding", 8, dtype) for dtype in both),
         *(training_case("training", dtype) for dtype in both),
         training_case("training with the norm", torch.float32, 1.0, rounds=3),

@@ -13,31 +13,11 @@ Prints mean ± deviation over seeds and saves bench/results/example_cringe.jsonl
 import copy
 
 import torch
-from common import (
-    Transformer,
-    arguments,
-    bits_per_token,
-    corpus,
-    generate,
-    held_out,
-    language_model_loss,
-    repeats,
-    report,
-    train,
-    windows,
-    words,
-)
+from common import arguments, bits_per_token, language_model_loss, repeats, report, train, windows
+from repetition import LENGTH, PROMPT, N, Transformer, rate, sample, task
 from torch import Tensor
 
 import sukhops
-
-VOCABULARY, WIDTH, PROMPT, LENGTH, N = 4096, 128, 32, 96, 4
-TEMPERATURE = 0.7
-
-
-def sample(model: Transformer, prompts: Tensor, seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return generate(model, prompts, LENGTH, generator=g, temperature=TEMPERATURE)
 
 
 def cringe(model: Transformer, plain: Tensor, steps: int, texts: int, seed: int) -> Transformer:
@@ -66,28 +46,17 @@ def cringe(model: Transformer, plain: Tensor, steps: int, texts: int, seed: int)
 
 
 def run(seed: int, quick: bool) -> list[dict]:
-    torch.manual_seed(seed)
-    ids, units = words(corpus(), VOCABULARY)
-    learn, rest = ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
-    steps, texts = (20, 32) if quick else (300, 256)
-    base = Transformer(len(units), WIDTH, context=PROMPT + LENGTH)
-    batches = windows(learn, PROMPT + LENGTH, 16, seed)
-    train(base, lambda _: language_model_loss(base, next(batches)), steps, name="language model")
-
-    prompts, tests = held_out(rest, PROMPT, texts), held_out(rest, PROMPT + LENGTH, texts)
-    natural = repeats(tests[:, PROMPT:], N).float().mean().item()
-    rows = [{"variant": "held-out text", "repeats %": 100 * natural}]
+    base, learn, batches, prompts, tests, steps, texts = task(seed, quick)
+    rows = [{"variant": "held-out text", "repeats %": rate(tests[:, PROMPT:])}]
 
     def measure(variant: str, model: Transformer) -> None:
         rows.append({
-            "variant": variant,
-            "repeats %": 100 * repeats(sample(model, prompts, seed), N).float().mean().item(),
+            "variant": variant, "repeats %": rate(sample(model, prompts, seed)),
             "bits per token": bits_per_token(model, tests),
         })  # fmt: skip
 
     measure("plain", base)
-    more = copy.deepcopy(base)
-    trained = base
+    more, trained = copy.deepcopy(base), base
     for part in (1, 2):
         train(more, lambda _: language_model_loss(more, next(batches)), steps // 2, lr=1e-3, name="plain")
         measure(f"plain, trained on, {part}", more)

@@ -16,32 +16,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import (
-    Transformer,
-    arguments,
-    bits_per_token,
-    corpus,
-    generate,
-    held_out,
-    language_model_loss,
-    repeats,
-    report,
-    train,
-    windows,
-    words,
-)
+from common import arguments, bits_per_token, language_model_loss, repeats, report, train, windows
+from repetition import LENGTH, PROMPT, N, Transformer, rate, sample, task
 from torch import Tensor
 
 import sukhops
 
-VOCABULARY, WIDTH, PROMPT, LENGTH, N = 4096, 128, 32, 96, 4
-TEMPERATURE, CANDIDATES = 0.7, 4
-GAMMAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-
-def sample(model: Transformer, prompts: Tensor, seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return generate(model, prompts, LENGTH, generator=g, temperature=TEMPERATURE)
+CANDIDATES, GAMMAS = 4, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+UNSEEN = -2  # the mark of prompts before labelled text, which do not count
 
 
 def director(model: Transformer, plain: Tensor, labelled: Tensor, label: Tensor, steps: int, seed: int):
@@ -57,12 +39,11 @@ def director(model: Transformer, plain: Tensor, labelled: Tensor, label: Tensor,
         some = torch.randint(0, len(labelled), (16,), generator=rows)
         ids = torch.cat([next(batches), labelled[some]])
         marks = torch.cat([torch.full((16, PROMPT + LENGTH), -1), label[some]])[:, 1:]
-        target = ids[:, 1:].masked_fill(marks == -2, -100)  # prompts of labelled text do not count
-        hidden = model.backbone(ids[:, :-1])
-        marks = marks.clamp(min=-1)
+        target = ids[:, 1:].masked_fill(marks == UNSEEN, -100)
         return loss(
-            hidden, head.weight, head.cls_weight, target, marks, lm_bias=head.bias, cls_bias=head.cls_bias
-        ).loss
+            model.backbone(ids[:, :-1]), head.weight, head.cls_weight, target, marks.clamp(min=-1),
+            lm_bias=head.bias, cls_bias=head.cls_bias,
+        ).loss  # fmt: skip
 
     train(model, step, steps, lr=1e-3, name="Director")
     return model
@@ -85,33 +66,22 @@ def best_of(model: Transformer, classifier: Transformer, prompts: Tensor, seed: 
 
 
 def run(seed: int, quick: bool) -> list[dict]:
-    torch.manual_seed(seed)
-    ids, units = words(corpus(), VOCABULARY)
-    learn, rest = ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
-    steps, texts = (20, 32) if quick else (300, 256)
-    base = Transformer(len(units), WIDTH, context=PROMPT + LENGTH)
-    batches = windows(learn, PROMPT + LENGTH, 16, seed)
-    train(base, lambda _: language_model_loss(base, next(batches)), steps, name="language model")
-
-    prompts = next(windows(learn, PROMPT, 2 * texts, seed + 1))
-    text = sample(base, prompts, seed)
-    label = (~repeats(text, N)).long()
-    label = torch.cat([torch.full_like(prompts, -2), label], 1)
-    gated = director(base, learn, torch.cat([prompts, text], 1), label, steps // 2, seed)
+    base, learn, batches, prompts, tests, steps, texts = task(seed, quick)
+    own = next(windows(learn, PROMPT, 2 * texts, seed + 1))
+    text = sample(base, own, seed)
+    label = torch.cat([torch.full_like(own, UNSEEN), (~repeats(text, N)).long()], 1)
+    gated = director(base, learn, torch.cat([own, text], 1), label, steps // 2, seed)
     plain = copy.deepcopy(base)
     train(plain, lambda _: language_model_loss(plain, next(batches)), steps // 2, lr=1e-3, name="plain")
-
-    prompts, tests = held_out(rest, PROMPT, texts), held_out(rest, PROMPT + LENGTH, texts)
-    natural = repeats(tests[:, PROMPT:], N).float().mean().item()
-    rows = [{"variant": "held-out text", "repeats %": 100 * natural}]
+    rows = [{"variant": "held-out text", "repeats %": rate(tests[:, PROMPT:])}]
 
     def measure(variant: str, model: Transformer, decode) -> None:
         began = time.perf_counter()
         text = decode()
         speed = text.numel() / (time.perf_counter() - began)
         rows.append({
-            "variant": variant, "repeats %": 100 * repeats(text, N).float().mean().item(),
-            "bits per token": bits_per_token(model, tests), "tokens/s": speed,
+            "variant": variant, "repeats %": rate(text), "bits per token": bits_per_token(model, tests),
+            "tokens/s": speed,
         })  # fmt: skip
 
     measure("plain", plain, lambda: sample(plain, prompts, seed))
