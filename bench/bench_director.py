@@ -9,7 +9,7 @@ import functools
 import harness
 import torch
 import torch.nn.functional as F
-from harness import Case, Inputs, Provider
+from harness import Case, Inputs, Provider, test_provider  # noqa: F401  (pytest bench runs it)
 
 import sukhops
 from sukhops import reference
@@ -162,14 +162,6 @@ def cases() -> list[Case]:
         training_case("training with the norm", torch.float32, 1.0, rounds=3),
         *(decoding_case("decoding by rows", n, dtype, rounds=7) for dtype in both for n in ROWS),
     ]
-
-
-def test_provider(benchmark, case_and_provider):
-    harness.benchmark_provider(benchmark, *case_and_provider)
-
-
-def pytest_generate_tests(metafunc):
-    harness.parametrize(metafunc, cases())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 import bench_vocab_head
 import harness
 import torch
-from harness import Case, Inputs, Provider
+from harness import Case, Inputs, Provider, test_provider  # noqa: F401  (pytest bench runs it)
 
 import sukhops
 from sukhops import losses, reference
@@ -136,14 +136,6 @@ def cases() -> list[Case]:
             {"sukhops": Provider(epilogues, ours=True)}, head, rounds=3,
         ),
     ]  # fmt: skip
-
-
-def test_provider(benchmark, case_and_provider):
-    harness.benchmark_provider(benchmark, *case_and_provider)
-
-
-def pytest_generate_tests(metafunc):
-    harness.parametrize(metafunc, cases())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import harness
 import torch
 import torch.nn.functional as F
-from harness import Case, Inputs, Provider
+from harness import Case, Inputs, Provider, test_provider  # noqa: F401  (pytest bench runs it)
 
 import sukhops
 from sukhops import reference
@@ -171,14 +171,6 @@ def cases(sweep: bool = False) -> list[Case]:
             for v in (32768, 65536, 131072, 262144)
         ]
     return listed
-
-
-def test_provider(benchmark, case_and_provider):
-    harness.benchmark_provider(benchmark, *case_and_provider)
-
-
-def pytest_generate_tests(metafunc):
-    harness.parametrize(metafunc, cases())
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dic
     for name, t in times.items():
         out[name] = {f"p{q}_ms": round(1e3 * quantile(t, q), 3) for q in (20, 50, 80)} | {"rounds": len(t)}
         if ratios[name]:
-            out[name] |= {f"ratio_p{q}": round(quantile(ratios[name], q), 3) for q in (20, 50, 80)}
+            out[name] |= {f"ratio_p{q}": round(quantile(ratios[name], q), 5) for q in (20, 50, 80)}
     return out
 
 
@@ -216,18 +216,8 @@ def peak_memory(case: Case, provider: Provider) -> float | None:
     return float(text) if text else None
 
 
-def parametrize(metafunc, cases: list[Case]) -> None:
-    """Makes every provider of every case a parameter of a pytest-benchmark test."""
-    ids, values = [], []
-    for case in cases:
-        shape = ", ".join(f"{k}={v}" for k, v in case.shape.items())
-        for name, provider in case.providers.items():
-            ids.append(f"{case.name}, {case.dtype}, {shape}, {name}")
-            values.append((case, provider))
-    metafunc.parametrize("case_and_provider", values, ids=ids)
-
-
-def benchmark_provider(benchmark, case: Case, provider: Provider) -> None:
+def test_provider(benchmark, case: Case, provider: Provider) -> None:
+    """One provider of one case under pytest-benchmark."""
     inputs = case.make()
     call = step(provider.make(inputs), parameters(inputs), case.modes[-1])
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

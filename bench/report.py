@@ -49,8 +49,11 @@ def measured(found: list[dict]) -> str:
         if r.get("skipped"):
             body.append([*line, r["skipped"], "", "", ""])
             continue
+        form = ".2f" if r.get("ratio_p50", 1) >= 0.1 else ".4f"
         ratio = (
-            f"{r['ratio_p50']:.2f} ({r['ratio_p20']:.2f} to {r['ratio_p80']:.2f})" if "ratio_p50" in r else ""
+            f"{r['ratio_p50']:{form}} ({r['ratio_p20']:{form}} to {r['ratio_p80']:{form}})"
+            if "ratio_p50" in r
+            else ""
         )
         time = number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
         body.append([*line, time, ratio, number(r.get("memory_mib")), number(r.get("error"), ".1e")])
@@ -105,14 +108,20 @@ def filled(text: str) -> str:
     )
 
 
-def plot(name: str, found: list[dict], case: str, axis: str) -> None:
-    """Time, and memory where it was measured, of each provider over the axis of the shape that varies."""
+def pyplot():
+    """Matplotlib, writing the same file for the same rows."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "sukhops"
+    return plt
+
+
+def plot(name: str, found: list[dict], case: str, axis: str) -> None:
+    """Time, and memory where it was measured, of each provider over the axis of the shape that varies."""
+    plt = pyplot()
     found = [r for r in found if r["case"] == case and not r.get("skipped")]
     fields = [("p50_ms", "milliseconds")]
     if any(r.get("memory_mib") for r in found):
@@ -139,12 +148,7 @@ def plot(name: str, found: list[dict], case: str, axis: str) -> None:
 
 def trade_off(name: str, found: list[dict]) -> None:
     """One point per variant of an example, mean and deviation over seeds, in two of its columns."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "sukhops"
+    plt = pyplot()
     fields, runs = found[0]["plot"], [r for r in found[1:] if all(f in r for f in found[0]["plot"])]
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
     for variant in dict.fromkeys(r["variant"] for r in runs):
