@@ -281,7 +281,7 @@ def print_row(row: dict) -> None:
         return
     text = f"{name} {row['p50_ms']:>9.1f} ms  (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})"
     if "ratio_p50" in row:
-        text += f"  {row['ratio_p50']:.2f}x bare ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+        text += f"  {row['ratio_p50']:.3g}x bare ({row['ratio_p20']:.3g} to {row['ratio_p80']:.3g})"
     if "memory_mib" in row:
         text += f"  {row['memory_mib']:.0f} MiB"
     print(f"{text}  error {row['error']:.1e} (reference {row['error_reference']:.1e})", flush=True)

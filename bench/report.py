@@ -68,6 +68,15 @@ def train_step(found: list[dict]) -> str:
     return markdown(["head", "tokens/s", "peak MiB", "loss after 3 steps"], body)
 
 
+def pairs(found: list[dict]) -> str:
+    body = []
+    for r in found:
+        seconds = number(r["seconds"], ",.0f" if r["seconds"] >= 10 else ".2g")
+        gradient = number(r.get("gradient_norm"), ".0e")
+        body.append([r["case"], r["provider"], seconds, number(r["per_second"]), gradient])
+    return markdown(["", "by", "s for all", "per second", "gradient norm"], body)
+
+
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -95,6 +104,8 @@ def block(name: str) -> str:
         return machine(found)
     if name == "train_step":
         return train_step(found)
+    if name == "pairs":
+        return pairs(found)
     return example(found) if name.startswith("example_") else measured(found)
 
 
@@ -175,7 +186,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
             trade_off(path.stem, rows(path.stem))
-        found = [r for r in rows(path.stem) if "case" in r]
+        found = [r for r in rows(path.stem) if "shape" in r]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)
     print("README.md and the plots are made from bench/results")

@@ -4,6 +4,7 @@ from sukhops import (
     _library,  # noqa: F401  (loads the compiled operators before they are named)
     losses,
     nn,
+    pairs,
     reference,
     testing,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "linear_topk",
     "losses",
     "nn",
+    "pairs",
     "reference",
     "testing",
 ]

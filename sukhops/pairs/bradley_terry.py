@@ -1,0 +1,113 @@
+"""Bradley-Terry scores of many small sets of battles at once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sukhops.pairs._pairs import check_numbers
+
+PROBLEMS = 1024  # solved together: enough to fill a device, few enough to stay in cache
+STEPS = 200  # where one only wins, scores part by about 1 a step, as far as log(battles / ridge)
+CONVERGED = 1e-7  # largest Newton step; the error after it is its square
+
+
+def bradley_terry(
+    battles: Tensor, *, ridge: float = 1e-2, return_errors: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scores e that maximise sum_mn battles_mn log sigmoid(e_m - e_n) - ridge / 2 |e|^2, one set per problem.
+
+    Sets that never met each have mean 0. The result does not depend on the order of players beyond rounding.
+    Newton's method in float64, every step one that raises the likelihood; no gradient flows through it.
+
+    Args:
+        battles: [..., J, J], finite and >= 0, the diagonal 0: how often, or with what weight, the row's
+            player beat the column's. Half a win each is a tie.
+        ridge: >= 0, the precision of a prior around 0. Without it (0) a player who only wins has no finite
+            score, and the call raises.
+        return_errors: also return standard errors, each that of a score against the mean of the players it
+            is connected to: roots of the diagonal of the inverse Hessian without that mean.
+
+    Returns:
+        scores [..., J] in nats (a difference of 1 is odds of e), and the errors in the same shape if asked
+        for. Their dtype is that of battles, the default one for integers.
+
+    Raises:
+        TypeError, ValueError: battles or ridge are not as above; ridge is 0 and a maximum does not exist.
+
+    Source: Wu et al., Meta-Rewarding Language Models, 2025; Bradley and Terry, 1952. The ridge is ours.
+    """
+    check_numbers("battles", battles)
+    if battles.dim() < 2 or battles.shape[-1] != battles.shape[-2] or battles.shape[-1] == 0:
+        raise ValueError(f"battles: expected [..., J, J] with J > 0, got {list(battles.shape)}")
+    if battles.diagonal(dim1=-2, dim2=-1).any():
+        raise ValueError("battles: expected a zero diagonal, got a player that met itself")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge: expected a finite number >= 0, got {ridge}")
+    dtype = battles.dtype if battles.is_floating_point() else torch.get_default_dtype()
+    flat = battles.detach().flatten(0, -3) if battles.dim() > 2 else battles.detach()[None]
+    solved = [_solve(part.double(), ridge, return_errors) for part in flat.split(PROBLEMS)]
+    scores, errors = (
+        torch.cat(parts).view(battles.shape[:-1]).to(dtype) for parts in zip(*solved, strict=True)
+    )
+    return (scores, errors) if return_errors else scores
+
+
+def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Tensor]:
+    """Scores [P, J] of battles [P, J, J], and their standard errors (zeros unless wanted)."""
+    size = battles.shape[-1]
+    if size == 1:
+        return battles[:, 0] * 0, battles[:, 0] * 0
+    prior = ridge * torch.eye(size, dtype=battles.dtype, device=battles.device)
+    if want_errors or ridge == 0:
+        connected = _reaches(battles + battles.mT > 0)
+        means = connected / connected.sum(-1, keepdim=True)  # projects on the mean of each connected set
+    if ridge == 0:
+        one_sided = (_reaches(battles > 0) != connected).flatten(1).any(1).sum().item()
+        if one_sided:
+            raise ValueError(
+                "ridge: 0 needs that of any two players who are connected each beat the other, directly or "
+                f"through others; {one_sided} problems are not so. Use a ridge > 0"
+            )
+        prior = prior + means  # the step has no component along the means
+    first, second = torch.triu_indices(size, size, 1, device=battles.device)
+    sides = torch.eye(size, dtype=battles.dtype, device=battles.device)
+    sides = sides[:, first] - sides[:, second]  # [J, pairs]: 1 for the first of a pair, -1 for its second
+    laplacian = (sides.unsqueeze(1) * sides).flatten(0, 1).T  # [pairs, J * J], of one battle of each pair
+    # every array below has problems last, where memory is contiguous, and each pair of players once
+    won, lost = (battles[:, i, j].T.contiguous() for i, j in ((first, second), (second, first)))
+    met = won + lost
+    scores = battles.new_zeros(size, len(battles))
+    for _ in range(STEPS):
+        gap = sides.T @ scores
+        win, lose = gap.sigmoid(), gap.neg().sigmoid()
+        gradient = sides @ (won * lose - lost * win) - ridge * scores
+        curvature = met * win * lose
+        hessian = torch.addmm(prior.flatten(-2), curvature.T, laplacian).view(-1, size, size)
+        step = torch.linalg.solve_ex(hessian.mT, gradient.T).result.T  # not finite where singular
+        # A term is flatter further out, so a full step can only overshoot where a pair moves towards 0. Its
+        # curvature grows there by e^|change| at most: log1p(r) / r of a step that changes it by r is safe.
+        change = sides.T @ step
+        inward = (change * gap.sign()).amin(0).neg().clamp(min=0)
+        scores = scores + torch.where(inward > 0, inward.log1p() / inward, 1) * step
+        if (step.abs() <= CONVERGED).all():
+            break
+    else:
+        raise ValueError(f"ridge: {ridge} is too small for these battles, no maximum within {STEPS} steps")
+    scores = scores.T
+    if ridge == 0:
+        scores = scores - (means @ scores.unsqueeze(2)).squeeze(2)  # what rounding has put there
+    errors = torch.zeros_like(scores)
+    if want_errors:
+        covariance = torch.linalg.inv(hessian + (means if ridge else 0)) - means / (1 + ridge)
+        errors = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    return scores, errors
+
+
+def _reaches(edges: Tensor) -> Tensor:
+    """Which nodes a path leads to, each to itself too: bool edges [P, J, J] -> float 0 or 1."""
+    size = edges.shape[-1]
+    paths = edges.double() + torch.eye(size, dtype=torch.float64, device=edges.device)
+    for _ in range((size - 1).bit_length()):
+        paths = (paths @ paths).clamp(max=1)
+    return paths
