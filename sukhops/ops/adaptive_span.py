@@ -29,8 +29,8 @@ def adaptive_span_attention(
         clamp((ramp + span - x) / ramp, 0, 1) * exp(scale * (q . k + q . rel_pos[x]))
 
     and the weights of a row are normalised. Time and memory follow the spans, head by head: keys beyond
-    span + ramp are never read, and no mask is built. The span's gradient counts the closed interval, both ends
-    of the ramp. Deterministic; differentiable once.
+    span + ramp are never read, and no mask is built. The span's gradient counts the closed interval, both
+    ends of the ramp. Deterministic; differentiable once.
 
     Args:
         q: [B, H, M, d], float32, bfloat16, float16 or float64: the last M of the N positions.
@@ -60,7 +60,7 @@ def adaptive_span_attention(
     b, h, m, d = q.shape
     if k.dim() != 4 or k.shape[0] != b or k.shape[3] != d or k.shape[1] == 0 or h % k.shape[1]:
         raise ValueError(
-            f"k: expected shape [B = {b}, Hkv, N, d = {d}] with H = {h} a multiple of Hkv, got {list(k.shape)}"
+            f"k: expected shape [B = {b}, Hkv, N, d = {d}], H = {h} a multiple of Hkv, got {list(k.shape)}"
         )
     _checks.check_shape("v", v, tuple(k.shape), "as k")
     n = k.shape[2]
