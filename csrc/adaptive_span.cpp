@@ -41,7 +41,7 @@ struct SpanCall {
 template <class A>
 struct SpanWork {
   A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *slope, *keys, *values;
-  A *lo, *hi, *reach, *top, *total, *fade, *rel, *grad_rel;
+  A *lo, *hi, *span, *top, *total, *fade, *rel, *grad_rel;
   int64_t size = 0;
 
   SpanWork(A* base, const SpanCall<A>& c, int64_t lanes) {
@@ -53,7 +53,7 @@ struct SpanWork {
     for (A** p : {&q_rows, &g_rows}) take(*p, c.wide * lanes);
     for (A** p : {&score, &slope}) take(*p, kTile * lanes);
     for (A** p : {&keys, &values}) take(*p, kTile * c.d);
-    for (A** p : {&lo, &hi, &reach, &top, &total, &fade}) take(*p, lanes);
+    for (A** p : {&lo, &hi, &span, &top, &total, &fade}) take(*p, lanes);
     const int64_t distances = c.rel ? (c.longest + 2 * lanes) * lanes : 0;
     take(rel, distances);
     take(grad_rel, distances);
@@ -136,7 +136,7 @@ struct Problem {
         for (int64_t g = h; g < h + c.group; ++g)
           for (int64_t i = 0; i < (per_head ? std::min<int64_t>(1, c.m) : c.m); ++i) {
             const A reach = c.ramp + c.span[b * c.span_stride[0] + g * c.span_stride[1] + i * c.span_stride[2]];
-            const int64_t seen = reach < 0 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 1 : c.limit;  // NaN: all
+            const int64_t seen = reach < -1 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 2 : c.limit;  // NaN: all
             most = std::max(most, std::min(seen, c.limit));
           }
         window.push_back(most);
@@ -151,7 +151,7 @@ struct Problem {
     for (size_t i = 0; i < window.size(); ++i) {
       const int64_t panel = cpu_isa() == Isa::avx512 ? 32 : 16;
       const int64_t wish = window[i] <= 64 ? panel : window[i] <= 256 ? 32 : 64;
-      const int64_t lanes = std::min(wish, (c.m + panel - 1) / panel * panel);
+      const int64_t lanes = std::min(wish, (std::max<int64_t>(1, c.m) + panel - 1) / panel * panel);
       const int64_t whole = (std::max(least, apart ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;
       for (int64_t first = 0, phase = 0; first < c.m; first += whole, phase ^= 1) {
         const int64_t last = std::min(c.m, first + whole);

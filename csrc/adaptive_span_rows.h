@@ -124,13 +124,14 @@ struct Reach {
   A from, to;
 };
 
-// fills lo, hi and reach of each query: it sees key j if lo <= j <= hi, at weight (reach - (hi - j)) / ramp
+// fills lo, hi and span of each query: it sees key j if lo <= j <= hi, at weight (ramp + past) / ramp
+// with past = span - (hi - j), exact where it decides; where past > 0 it is 1
 template <class A>
 static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
                      const SpanWork<A>& w) {
   Reach<A> r = {c.n, 0, -kFar<A>, kFar<A>};
   for (int64_t i = 0; i < lanes; ++i) {
-    w.lo[i] = kFar<A>, w.hi[i] = -kFar<A>, w.reach[i] = 0;
+    w.lo[i] = kFar<A>, w.hi[i] = -kFar<A>, w.span[i] = 0;
     if (i >= count) continue;
     const int64_t hi = c.n - c.m + i0 + i - c.skip;
     int64_t lo = hi - c.limit + 1;
@@ -139,13 +140,14 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
       const int64_t start = c.key_start[b * c.start_stride[0] + (i0 + i) * c.start_stride[1]];
       if (start > lo) lo = start;
     }
-    const A reach = c.ramp + c.span[b * c.span_stride[0] + h * c.span_stride[1] + (i0 + i) * c.span_stride[2]];
-    w.reach[i] = reach;
+    const A span = c.span[b * c.span_stride[0] + h * c.span_stride[1] + (i0 + i) * c.span_stride[2]];
+    w.span[i] = span;
     w.lo[i] = (A)lo, w.hi[i] = (A)hi;
     if ((A)lo > r.from) r.from = (A)lo;
     if ((A)hi < r.to) r.to = (A)hi;
-    const A whole = (A)hi - (reach - c.ramp) + 1;  // from here on the weight is 1, a token to be safe
-    if (!(whole <= r.from)) r.from = whole;        // NaN: nowhere
+    const A whole = (A)hi - span + 1;        // from here on the weight is 1, a token to be safe
+    if (!(whole <= r.from)) r.from = whole;  // NaN: nowhere
+    const A reach = c.ramp + span + 1;       // a token to be safe
     int64_t first = reach < 0 ? c.n : reach < (A)(hi - lo) ? hi - (int64_t)reach : lo;  // NaN: all of them
     if (first < lo) first = lo;
     if (first > hi) continue;
@@ -265,14 +267,14 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
     const bool plain = (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to;
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
-      const V lo = get(w.lo + i), hi = get(w.hi + i), reach = get(w.reach + i), before = get(w.top + i);
+      const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i), before = get(w.top + i);
       const V never = fill(-(A)__builtin_inf());
       V top = before;
       for (int64_t j = 0; j < keys; ++j) {
         V s = get(score + j * kPanel<A>);
         if (!plain) {
-          const V key = fill((A)(j0 + j)), a = reach - (hi - key);
-          s = (key >= lo) & (key <= hi) & ~(a <= 0) ? s : never;
+          const V key = fill((A)(j0 + j)), past = span - (hi - key);
+          s = (key >= lo) & (key <= hi) & ~(past <= -c.ramp) ? s : never;
           set(score + j * kPanel<A>, s);
         }
         top = s > top ? s : top;
@@ -283,8 +285,8 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
         const V s = get(score + j * kPanel<A>);
         V p = register_exp(s - shift);
         if (!plain) {
-          const V a = reach - (hi - fill((A)(j0 + j)));
-          p = s == never ? V{} : a > c.ramp ? p : p * (a * c.inverse_ramp);
+          const V past = span - (hi - fill((A)(j0 + j)));
+          p = s == never ? V{} : past > 0 ? p : p * ((c.ramp + past) * c.inverse_ramp);
         }
         set(score + j * kPanel<A>, p);
         sum += p;
@@ -345,25 +347,25 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
       A* slope = w.slope + (score - w.score);
-      const V lo = get(w.lo + i), hi = get(w.hi + i), reach = get(w.reach + i), lse = get(w.top + i);
+      const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i), lse = get(w.top + i);
       const V delta = get(w.total + i);
-      V span = {};
+      V grad_span = {};
       for (int64_t j = 0; j < keys; ++j, score += kPanel<A>, slope += kPanel<A>) {
         V s = get(score) - lse;
         s = s > 80 ? fill(A(80)) : s;
         V p = register_exp(s);
         const V d = get(slope) - delta;
         if (!plain) {
-          const V key = fill((A)(j0 + j)), a = reach - (hi - key);
-          const auto seen = (key >= lo) & (key <= hi) & ~(a < 0);
+          const V key = fill((A)(j0 + j)), past = span - (hi - key);
+          const auto seen = (key >= lo) & (key <= hi) & ~(past < -c.ramp);
           p = seen ? p : V{};
-          span += seen & ~(a > c.ramp) ? p * d : V{};
-          p = seen & ~(a > c.ramp) ? p * (a * c.inverse_ramp) : p;
+          grad_span += seen & ~(past > 0) ? p * d : V{};
+          p = seen & ~(past > 0) ? p * ((c.ramp + past) * c.inverse_ramp) : p;
         }
         set(score, p);
         set(slope, p * d);
       }
-      set(w.fade + i, get(w.fade + i) + span);
+      set(w.fade + i, get(w.fade + i) + grad_span);
     }
     if (c.need_kv) {
       const int64_t to = ((b * c.heads / c.group + kv) * c.n + j0) * c.wide, part = kTile * kPanel<A>;

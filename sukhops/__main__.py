@@ -106,6 +106,25 @@ def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
     return losses.cringe_loss(logp, logp + best.lse - rival, target, label).loss
 
 
+def span_inputs() -> dict:
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {"q": normal(2, 4, 70, 48), "k": normal(2, 2, 90, 48), "v": normal(2, 2, 90, 48)}
+    inputs |= {"span": torch.tensor([-9.0, 0.0, 20.5, 90.0]), "rel_pos": normal(80, 48)}
+    return {n: t.requires_grad_() for n, t in inputs.items()}
+
+
+def span_attention(op: Callable) -> Callable:
+    def call(span, **given):
+        spans = span if span.dtype == torch.float64 else span.float()
+        return op(span=spans, ramp=16.0, key_start=torch.tensor([0, 30], device=span.device), **given)
+
+    return call
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
@@ -126,6 +145,9 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      ops.classifier_logit, plain.classifier_logit, classifier_inputs),
     ("classifier_norm", ["director_norm", "director_norm_backward"],
      ops.classifier_norm, plain.classifier_norm, classifier_inputs),
+    ("adaptive_span_attention", ["adaptive_span", "adaptive_span_backward"],
+     span_attention(sukhops.adaptive_span_attention), span_attention(reference.adaptive_span_attention),
+     span_inputs),
 ]  # fmt: skip
 
 

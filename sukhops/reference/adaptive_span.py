@@ -47,7 +47,7 @@ def adaptive_span_attention(
 
     reach = span.to(acc)
     reach = reach.view(-1, 1, 1) if span.dim() == 1 else reach.unsqueeze(-1)  # [H, 1, 1] or [B, H, M, 1]
-    place = (ramp + reach - x) / ramp  # [B, H, M, N] or [H, M, N]
+    place = (ramp + (reach - x)) / ramp  # [B, H, M, N] or [H, M, N]; exact at the ramp's ends
     mask = place.clamp(0, 1)
     counts = seen & ~(place <= 0)  # a NaN counts
     top = score.detach().masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
