@@ -9,6 +9,13 @@ from sukhops import (
     testing,
 )
 from sukhops.ops.director import director_logp, director_topk
+from sukhops.ops.segmentation import (
+    segmentation_entropy,
+    segmentation_logz,
+    segmentation_marginals,
+    segmentation_sample,
+    segmentation_viterbi,
+)
 from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"
@@ -21,5 +28,10 @@ __all__ = [
     "nn",
     "pairs",
     "reference",
+    "segmentation_entropy",
+    "segmentation_logz",
+    "segmentation_marginals",
+    "segmentation_sample",
+    "segmentation_viterbi",
     "testing",
 ]
