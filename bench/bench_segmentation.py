@@ -108,7 +108,7 @@ def first_segments(scores: torch.Tensor) -> torch.Tensor:
 def cases() -> list[Case]:
     return [
         gradient_case("log-partition and gradient", 16, 1024, 16),
-        *(gradient_case("one sequence", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
+        *(gradient_case(f"one sequence, T = {t:,}", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
         decoding_case(
             "best segmentation, over the log-partition",
             lambda s: sukhops.segmentation_viterbi(s).score,

@@ -4,7 +4,7 @@
 
 namespace sukhops {
 
-constexpr int64_t kTile = 16;      // rows between two alignments of the window's exponents
+constexpr int64_t kTile = 8;       // rows between two alignments of the window's exponents
 constexpr int64_t kDrawTile = 64;  // boundaries whose inflow is tabulated at a time
 constexpr int64_t kTogether = 4;   // walks taken side by side
 constexpr int64_t kPadding = 32;   // numbers behind an array that whole vectors run into
@@ -19,7 +19,7 @@ struct Chain {
   double base;          // what the window's exponents are relative to
   A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
   A* room;              // [3, k + kPadding]
-  A* tile;              // [kTile, k + kPadding]
+  A* tile;              // [kTile, k + kPadding]: shares
   A* w;                 // the mass of each boundary, [length + k + kPadding]
   double *mean, *after; // likewise
   int bad;
@@ -35,7 +35,8 @@ struct Draw {
   int64_t sequence, sequences, samples;
   A* table;           // [kDrawTile, padded k]
   int64_t* position;  // [samples]
-  uint64_t* stream;   // likewise
+  int64_t* segment;   // the length of the segment that starts there, likewise
+  uint64_t* stream;
   int64_t* segments;  // [samples, sequences, T], at this sequence
 };
 
@@ -55,7 +56,7 @@ struct Lattice {
 
 Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   const int64_t b = scores.size(0), t = scores.size(1);
-  Lattice g{torch::stable::contiguous(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
+  Lattice g{scores.is_contiguous() ? scores : torch::stable::contiguous(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
   if (lengths)
     for (int64_t i = 0; i < b; ++i) {
       const int64_t length = data<int64_t>(*lengths)[i * lengths->stride(0)];
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
 Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
                            const Tensor& exponent, int64_t num_samples, const Tensor& seed) {
   const Lattice g = lattice(scores, lengths);
-  const Tensor segments = zeros({num_samples, g.b, g.t}, ScalarType::Long, scores);
+  const Tensor segments = empty({num_samples, g.b, g.t}, ScalarType::Long, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
     for (int64_t b = 0; b < g.b; ++b) {
@@ -220,12 +221,16 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
       STD_TORCH_CHECK(end == end, "scores: NaN or +inf in sequence ", b, ", which has no distribution to sample");
     }
     each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
-      if (c.alpha[c.length] == 0) return;
+      int64_t* const out = data<int64_t>(segments) + b * g.t;
+      if (c.alpha[c.length] == 0) {
+        for (int64_t i = 0; i < num_samples; ++i) std::fill_n(out + i * g.b * g.t, g.t, 0);
+        return;
+      }
       std::vector<S> table(kDrawTile * (g.k + kPadding));
-      std::vector<int64_t> position(num_samples);
+      std::vector<int64_t> position(num_samples), segment(num_samples);
       std::vector<uint64_t> stream(num_samples);
       const Draw<S> d{static_cast<uint64_t>(data<int64_t>(seed)[0]), b, g.b, num_samples, table.data(),
-                      position.data(), stream.data(), data<int64_t>(segments) + b * g.t};
+                      position.data(), segment.data(), stream.data(), out};
       static const auto run = SUKHOPS_BEST(samples<S>);
       run(c, d);
     });

@@ -42,13 +42,13 @@ struct Warp {
 
   __host__ __device__ static constexpr int64_t shared(int64_t k) { return (k - 1 + 2 * kAhead) * k; }
 
-  __device__ int lane() const { return threadIdx.x % 32; }
-  __device__ int slot(int i) const { return lane() + 32 * i; }
-  __device__ bool lead() const { return lane() == 0; }
-  __device__ void sync() const { __syncwarp(); }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int slot(int i) const { return lane() + 32 * i; }
+  __device__ __forceinline__ bool lead() const { return lane() == 0; }
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
 
   template <class A>
-  __device__ A broadcast(const A* v, int slot) const {
+  __device__ __forceinline__ A broadcast(const A* v, int slot) const {
     A x = v[0];
 #pragma unroll
     for (int i = 1; i < C; ++i) x = slot / 32 == i ? v[i] : x;
@@ -56,7 +56,7 @@ struct Warp {
   }
 
   template <class A>
-  __device__ A max(const A* v) const {
+  __device__ __forceinline__ A max(const A* v) const {
     A m = v[0];
 #pragma unroll
     for (int i = 1; i < C; ++i) m = v[i] > m ? v[i] : m;
@@ -68,7 +68,7 @@ struct Warp {
     return m;
   }
 
-  __device__ double sum(const double* v) const {
+  __device__ __forceinline__ double sum(const double* v) const {
     double s = v[0];
 #pragma unroll
     for (int i = 1; i < C; ++i) s += v[i];
@@ -78,7 +78,7 @@ struct Warp {
   }
 
   // the first slot whose value is `top`
-  __device__ int64_t first(const double* v, double top) const {
+  __device__ __forceinline__ int64_t first(const double* v, double top) const {
 #pragma unroll
     for (int i = 0; i < C; ++i) {
       const unsigned there = __ballot_sync(kAll, v[i] == top);
@@ -87,27 +87,27 @@ struct Warp {
     return 0;
   }
 
-  __device__ void load(const warp::Sequence<S>& q, const warp::Direction& d, int64_t to) {
+  __device__ __forceinline__ void load(const warp::Sequence<S>& q, const warp::Direction& d, int64_t to) {
     for (; loaded < to; ++loaded) {
       const int64_t t = d.backwards ? q.length - 1 - loaded : loaded;
       for (int i = lane(); i < q.k; i += 32) ring[loaded % rows * q.k + i] = q.score[t * q.k + i];
     }
   }
 
-  __device__ void open(const warp::Sequence<S>& q, const warp::Direction& d) {
+  __device__ __forceinline__ void open(const warp::Sequence<S>& q, const warp::Direction& d) {
     loaded = 0;
     if (q.k > 0) load(q, d, d.rows(kAhead, q.k));
     __syncwarp();
   }
 
   // before step u, a multiple of kAhead: the rows of the steps after the next kAhead ones
-  __device__ void advance(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u) {
+  __device__ __forceinline__ void advance(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u) {
     __syncwarp();  // everyone has read what is overwritten here
     load(q, d, d.rows(u + 2 * kAhead, q.k));
     __syncwarp();
   }
 
-  __device__ S score(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u, int64_t i) const {
+  __device__ __forceinline__ S score(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u, int64_t i) const {
     const int64_t from_side = d.backwards ? u + i : u;
     return ring[from_side % rows * q.k + i];
   }

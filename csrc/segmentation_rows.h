@@ -188,10 +188,12 @@ static void forward_chain(Chain<S, A>& c) {
       const I place = lane + (typename Format<A>::Int)(i - at);
       split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
       const V gone = V{} - A(__builtin_inf());
-      const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n;
-      const V most = add > old ? add : old;
-      write(c.n + i, most);
-      write(c.a + i, read<V>(c.a + i) * power<A>(old - most) + (m * power<A>(add - most)) * a);
+      const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n, ahead = add - old;
+      const V have = read<V>(c.a + i), more = m * a;
+      // the larger exponent stays, the other number is shifted to it
+      const auto larger = add > old;
+      write(c.n + i, larger ? add : old);
+      write(c.a + i, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
     }
   }
   const int64_t at = size ? c.length % size : 0;
@@ -205,8 +207,9 @@ static void prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
   const int64_t size = rows + padded(c.k, W) + 1, inside = size < c.length - t0 + 1 ? size : c.length - t0 + 1;
   const double* exponent = c.exponent + t0;
   const A* alpha = c.alpha + t0;
-  double from = 0;
-  for (int64_t i = inside; i-- > 0;) from = exponent[i] > -__builtin_inf() ? exponent[i] : from;
+  int64_t reached = inside - 1;
+  while (reached > 0 && !(exponent[reached] > -__builtin_inf())) --reached;
+  const double from = exponent[reached] > -__builtin_inf() ? exponent[reached] : 0.0;
   // nothing flows into a boundary that is not reached: its exponent counts as +inf there
   for (int64_t i = 0; i < inside; ++i)
     c.n[i] = exponent[i] > -__builtin_inf() ? A(exponent[i] - from) : A(__builtin_inf());
@@ -252,35 +255,40 @@ SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
 template <int W, class A>
 static void marginal_chain(Chain<A, A>& c) {
   typedef typename Wide<A, W>::f V;
-  const int64_t size = padded(c.k, W);
+  const int64_t size = padded(c.k, W), stride = size > kTile ? size : kTile;
   for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0;
+  for (int64_t i = 0; i < kTile * stride; ++i) c.tile[i] = 0;
   c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
   for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
   for (int64_t end = c.length; end > 0; end -= kTile) {
     const int64_t t0 = end > kTile ? end - kTile : 0, rows = end - t0;
     A* w = c.w + t0;
-    A behind[kTile];
+    A mass[kTile];
     prepare<W>(c, t0, rows);
     for (int64_t i = 0; i < rows; ++i) {
       const Source<A> from = source<W>(c, t0 + i, i);
       V sum{};
       for (int64_t k = 0; k < size; k += W) {
         const V share = inflow<V>(from, k);
-        write(c.tile + i * size + k, share);
+        write(c.tile + i * stride + k, share);
         sum += share * read<V>(w + i + 1 + k);
       }
-      behind[i] = sum_lanes<W>(sum);
+      mass[i] = sum_lanes<W>(sum);
     }
-    for (int64_t i = rows; i-- > 0;) {
-      const A* share = c.tile + i * size;
-      A mass = behind[i];  // the mass that has just been found is added last: rows overlap up to there
-      for (int64_t j = rows - 1 < i + c.k ? rows - 1 : i + c.k; j > i; --j) mass += share[j - i - 1] * w[j];
-      w[i] = mass;
+    if (rows == kTile) {  // a whole tile, unrolled
+#pragma GCC unroll 8
+      for (int j = kTile - 1; j > 0; --j)
+#pragma GCC unroll 8
+        for (int i = 0; i < j; ++i) mass[i] += c.tile[i * stride + j - i - 1] * mass[j];
+    } else {
+      for (int64_t j = rows - 1; j > 0; --j)
+        for (int64_t i = 0; i < j; ++i) mass[i] += c.tile[i * stride + j - i - 1] * mass[j];
     }
+    for (int64_t i = 0; i < rows; ++i) w[i] = mass[i];
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < c.k; k += W)
         write_row<W, A, A>(c.out + (t0 + i) * c.k + k,
-                           read<V>(c.tile + i * size + k) * read<V>(w + i + 1 + k), c.k - k);
+                           read<V>(c.tile + i * stride + k) * read<V>(w + i + 1 + k), c.k - k);
   }
 }
 
@@ -381,6 +389,8 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
   const int64_t size = padded(c.k, W);
   for (int64_t s = 0; s < d.samples; ++s) {
     d.position[s] = c.length;
+    int64_t* out = d.segments + s * d.sequences * c.stored;
+    for (int64_t t = c.length; t < c.stored; ++t) out[t] = 0;
     d.stream[s] = mixed(d.seed + kStep * uint64_t(s * d.sequences + d.sequence + 1));
   }
   for (int64_t end = c.length; end > 0; end -= kDrawTile) {
@@ -405,10 +415,15 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
     }
     for (int64_t s = 0; s < d.samples; s += kTogether) {  // several walks at a time: each waits for its own step only
       const int64_t count = d.samples - s < kTogether ? d.samples - s : kTogether;
+      int64_t found[kTogether][kDrawTile] = {}, at[kTogether];
+      for (int64_t i = 0; i < count; ++i) {
+        at[i] = d.position[s + i];
+        if (at[i] >= first && at[i] < end) found[i][at[i] - first] = d.segment[s + i];  // which starts here, ends behind
+      }
       for (bool more = true; more;) {
         more = false;
         for (int64_t i = 0; i < count; ++i) {
-          int64_t j = d.position[s + i];
+          const int64_t j = at[i];
           if (j <= first) continue;
           const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t(j)) >> (63 - Format<A>::kMantissa);
           const A u = A(int64_t(bits)) * (A(0.5) / A(int64_t(1) << Format<A>::kMantissa));
@@ -416,11 +431,15 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
           I below{};
           for (int64_t k = 0; k < size; k += W) below -= (I)(read<V>(p + k) <= u);
           const int64_t length = 1 + sum_lanes<W>(below);
-          j -= length;
-          d.segments[(s + i) * d.sequences * c.stored + j] = length;
-          d.position[s + i] = j;
+          at[i] = j - length;
+          d.segment[s + i] = length;
+          if (at[i] >= first) found[i][at[i] - first] = length;
           more = true;
         }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        d.position[s + i] = at[i];
+        __builtin_memcpy(d.segments + (s + i) * d.sequences * c.stored + first, found[i], (end - first) * 8);
       }
     }
   }

@@ -9,8 +9,10 @@
 
 #ifdef __CUDACC__
 #define SUKHOPS_BOTH __host__ __device__ __forceinline__
+#define SUKHOPS_UNROLL _Pragma("unroll")  // what a lane owns stays in registers
 #else
 #define SUKHOPS_BOTH inline
+#define SUKHOPS_UNROLL
 #endif
 
 namespace sukhops::warp {
@@ -106,21 +108,25 @@ SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, A* value, do
   const Direction d{backwards, q.length};
   A a[P::kOwn], n[P::kOwn];
   double base = 0;
+  SUKHOPS_UNROLL
   for (int i = 0; i < P::kOwn; ++i) a[i] = p.slot(i) == 0, n[i] = p.slot(i) == 0 ? A(0) : -A(infinity());
   p.open(q, d);
   int at = 0;
   for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
     if (u % P::kAhead == 0) p.advance(q, d, u);
     if (u % kRebase == 0) {
+      SUKHOPS_UNROLL
       for (int i = 0; i < P::kOwn; ++i) normalise(a[i], n[i]);
       const A top = p.max(n);
       if (top > -A(infinity())) {
+        SUKHOPS_UNROLL
         for (int i = 0; i < P::kOwn; ++i) n[i] -= top;
         base += top;
       }
     }
     const A a0 = p.broadcast(a, at), n0 = p.broadcast(n, at);
     if (p.lead()) value[d.boundary(u)] = a0, exponent[d.boundary(u)] = base + n0;
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       const bool there = slot < q.k && u + 1 + to <= q.length;
@@ -152,6 +158,7 @@ template <class P, class S>
 SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
   const Direction d{false, q.length};
   double v[P::kOwn], bad[P::kOwn];
+  SUKHOPS_UNROLL
   for (int i = 0; i < P::kOwn; ++i) v[i] = p.slot(i) == 0 ? 0.0 : -infinity(), bad[i] = 0;
   p.open(q, d);
   int at = 0;
@@ -159,6 +166,7 @@ SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
     if (u % P::kAhead == 0) p.advance(q, d, u);
     const double v0 = p.broadcast(v, at);
     if (p.lead()) best[u] = v0;
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       if (slot == at) v[i] = -infinity();
@@ -180,6 +188,7 @@ SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_
   p.sync();
   for (int64_t j = q.length; j > 0;) {
     double sum[P::kOwn];
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int64_t s = p.slot(i), t = j - 1 - s;
       sum[i] = s < q.k && t >= 0 ? best[t] + static_cast<double>(q.score[t * q.k + s]) : -infinity();
@@ -240,12 +249,14 @@ template <class P, class S>
 SUKHOPS_BOTH void expect(P& p, const Sequence<S>& q, const double* alpha, const double* exponent, const S* upstream,
                          double* mean) {
   double sum[P::kOwn];
+  SUKHOPS_UNROLL
   for (int i = 0; i < P::kOwn; ++i) sum[i] = 0;
   p.sync();
   int at = 0;
   for (int64_t t = 0; t < q.length; ++t, at = at + 1 < q.k ? at + 1 : 0) {
     const double before = p.broadcast(sum, at);
     if (p.lead()) mean[t] = before;
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       const int64_t j = t + 1 + to;
@@ -267,10 +278,12 @@ SUKHOPS_BOTH void covariance(P& p, const Sequence<S>& q, const double* alpha, co
   p.sync();
   const double all = mean[q.length];
   int at = q.k > 0 ? static_cast<int>(q.length % q.k) : 0;
+  SUKHOPS_UNROLL
   for (int i = 0; i < P::kOwn; ++i) w[i] = p.slot(i) == at && alpha[q.length] != 0.0, after[i] = 0;
   for (int64_t t = q.length; t-- > 0;) {
     at = at > 0 ? at - 1 : static_cast<int>(q.k) - 1;
     double mass[P::kOwn], behind[P::kOwn];
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       const int64_t j = t + 1 + to, at_out = t * q.k + to;
@@ -283,6 +296,7 @@ SUKHOPS_BOTH void covariance(P& p, const Sequence<S>& q, const double* alpha, co
       out[at_out] = s != 0.0 ? static_cast<S>(s * (w[i] * (mean[t] - all + v) + after[i]) * grad) : S(0);
     }
     const double mass_here = p.sum(mass), after_here = p.sum(behind);
+    SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i)
       if (p.slot(i) == at) w[i] = mass_here, after[i] = after_here;
   }
