@@ -189,7 +189,7 @@ static void forward_chain(Chain<S, A>& c) {
       split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
       const V gone = V{} - A(__builtin_inf());
       const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n, ahead = add - old;
-      const V have = read<V>(c.a + i), more = m * a;
+      const V have = place == 0 ? V{} : read<V>(c.a + i), more = m * a;
       // the larger exponent stays, the other number is shifted to it
       const auto larger = add > old;
       write(c.n + i, larger ? add : old);
