@@ -2,6 +2,8 @@
 // best segmentation, samples. A sequence has one owner; the recursions are in segmentation_rows.h.
 #include "common.h"
 
+#include <memory>
+
 namespace sukhops {
 
 constexpr int64_t kTile = 8;       // rows between two alignments of the window's exponents
@@ -21,7 +23,7 @@ struct Chain {
   A* room;              // [3, k + kPadding]
   A* tile;              // [kTile, k + kPadding]: shares
   A* w;                 // the mass of each boundary, [length + k + kPadding]
-  double *mean, *after; // likewise
+  A *mean, *after;      // likewise
   int bad;
   A grad;
   S* out;               // [stored, k]
@@ -67,26 +69,29 @@ Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   return g;
 }
 
-// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room
+// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room; `whole`
+// says how many of w, mean and after are taken
 template <class S, class A, class F>
-void each_chain(const Lattice& g, const Tensor* alpha, const Tensor* exponent, const F& f) {
-  const int64_t window = g.k + kPadding, own = g.t + 1, whole = g.t + window;
+void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
+  const int64_t window = g.k + kPadding, own = g.t + 1, size = g.t + window;
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
-    std::vector<A> room(2 * (kTile + window) + (3 + kTile) * window + 3 * whole + (alpha ? 0 : own));
-    std::vector<double> exponents(exponent ? 0 : own);
-    A* at = room.data();
+    // left as it comes: memory that is not used is not touched
+    const std::unique_ptr<A[]> room(new A[2 * (kTile + window) + (4 + kTile) * window + whole * size + (alpha ? 0 : own)]);
+    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
+    A* at = room.get();
     const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
     Chain<S, A> c{};
     c.k = g.k, c.stored = g.t;
     c.a = take(kTile + window), c.n = take(kTile + window);
-    c.room = take(3 * window), c.tile = take(kTile * window), c.w = take(whole);
-    if constexpr (std::is_same_v<A, double>) c.mean = take(whole), c.after = take(whole);
+    c.room = take(3 * window), c.tile = take((kTile + 1) * window);
+    if (whole > 0) c.w = take(size);
+    if (whole > 1) c.mean = take(size), c.after = take(size);
     A* const owned = at;
     for (int64_t b = lo; b < hi; ++b) {
       c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
       c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
-      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.data();
+      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.get();
       f(c, b);
     }
   });
@@ -112,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const Tensor exponent = empty({1, g.b, g.t + 1}, ScalarType::Double, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+    each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
       run_forward(c);
       const double end = c.alpha[c.length];
       data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
@@ -128,7 +133,7 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
   const Tensor out = empty({g.b, g.t, g.k}, scores.scalar_type(), scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+    each_chain<S, S>(g, 1, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
       c.grad = data<S>(grad)[b * grad.stride(0)];
       c.out = data<S>(out) + b * g.t * g.k;
       static const auto run = SUKHOPS_BEST(marginals<S>);
@@ -147,7 +152,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
   const Tensor mean = empty({g.b}, dtype, scores), out = empty({grad ? g.b : 0, g.t, g.k}, dtype, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_chain<S, double>(g, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+    each_chain<S, double>(g, 3, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
       if (upstream) c.upstream = data<S>(*upstream) + b * g.t * g.k;
       if (grad) c.grad = data<S>(*grad)[b * grad->stride(0)], c.out = data<S>(out) + b * g.t * g.k;
       run_forward(c);
@@ -200,8 +205,8 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
   const Tensor segments = zeros({g.b, g.t}, ScalarType::Long, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_chain<S, double>(g, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
-      c.a = c.mean;
+    each_chain<S, double>(g, 1, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+      c.a = c.w;
       static const auto run = SUKHOPS_BEST(best_sums<S>);
       run(c);
       data<S>(score)[b] = trace(c, data<int64_t>(segments) + b * g.t);
@@ -220,7 +225,7 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
       const S end = data<S>(alpha)[b * (g.t + 1) + g.lengths[b]];
       STD_TORCH_CHECK(end == end, "scores: NaN or +inf in sequence ", b, ", which has no distribution to sample");
     }
-    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+    each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
       int64_t* const out = data<int64_t>(segments) + b * g.t;
       if (c.alpha[c.length] == 0) {
         for (int64_t i = 0; i < num_samples; ++i) std::fill_n(out + i * g.b * g.t, g.t, 0);

@@ -49,10 +49,13 @@ struct Warp {
 
   template <class A>
   __device__ __forceinline__ A broadcast(const A* v, int slot) const {
-    A x = v[0];
+    A x = __shfl_sync(kAll, v[0], slot % 32);
 #pragma unroll
-    for (int i = 1; i < C; ++i) x = slot / 32 == i ? v[i] : x;
-    return __shfl_sync(kAll, x, slot % 32);
+    for (int i = 1; i < C; ++i) {  // a choice among v[i] before the shuffle would put v into memory
+      const A y = __shfl_sync(kAll, v[i], slot % 32);
+      x = slot / 32 == i ? y : x;
+    }
+    return x;
   }
 
   template <class A>
