@@ -62,4 +62,24 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_span, Tensor grad_rel_pos)");
   m.def("adaptive_span_pairs() -> int");  // query-key pairs that CPU kernels have multiplied so far, for tests
+
+  // sums over the segmentations of scores [B, T, K] (float32 or float64), lengths [B] int64 or all T.
+  // alpha * 2^exponent (float64), both [1, B, T + 1], is the sum over the segmentations of the first t positions;
+  // on CUDA with need_gradient both are [2, B, T + 1], the second half that over the positions from t on
+  m.def(
+      "segmentation_logz(Tensor scores, Tensor? lengths, bool need_gradient) "
+      "-> (Tensor logz, Tensor alpha, Tensor exponent)");
+  // grad [B] times the posterior of each segment [B, T, K]: the gradient of logz
+  m.def(
+      "segmentation_marginals(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, Tensor grad) "
+      "-> Tensor");
+  m.def(
+      "segmentation_marginals_backward(Tensor scores, Tensor? lengths, Tensor grad, Tensor upstream, "
+      "bool need_scores) -> (Tensor grad_grad, Tensor grad_scores)");
+  m.def("segmentation_entropy(Tensor scores, Tensor? lengths) -> Tensor");
+  m.def("segmentation_entropy_backward(Tensor scores, Tensor? lengths, Tensor grad) -> Tensor");
+  m.def("segmentation_viterbi(Tensor scores, Tensor? lengths) -> (Tensor score, Tensor segments)");
+  m.def(  // seed [1] int64
+      "segmentation_sample(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, int num_samples, "
+      "Tensor seed) -> Tensor");
 }

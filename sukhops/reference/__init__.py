@@ -2,6 +2,24 @@
 
 from sukhops.reference.adaptive_span import adaptive_span_attention
 from sukhops.reference.director import director_logp, director_topk
+from sukhops.reference.segmentation import (
+    segmentation_entropy,
+    segmentation_logz,
+    segmentation_marginals,
+    segmentation_sample,
+    segmentation_viterbi,
+)
 from sukhops.reference.vocab_head import linear_logp, linear_topk
 
-__all__ = ["adaptive_span_attention", "director_logp", "director_topk", "linear_logp", "linear_topk"]
+__all__ = [
+    "adaptive_span_attention",
+    "director_logp",
+    "director_topk",
+    "linear_logp",
+    "linear_topk",
+    "segmentation_entropy",
+    "segmentation_logz",
+    "segmentation_marginals",
+    "segmentation_sample",
+    "segmentation_viterbi",
+]

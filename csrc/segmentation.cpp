@@ -1,0 +1,257 @@
+// Sums over all segmentations of a sequence on the CPU: log-partition, posterior and its gradient, entropy, the
+// best segmentation, samples. A sequence has one owner; the recursions are in segmentation_rows.h.
+#include "common.h"
+
+#include <memory>
+
+namespace sukhops {
+
+constexpr int64_t kTile = 8;       // rows between two alignments of the window's exponents
+constexpr int64_t kDrawTile = 64;  // boundaries whose inflow is tabulated at a time
+constexpr int64_t kTogether = 4;   // walks taken side by side
+constexpr int64_t kPadding = 32;   // numbers behind an array that whole vectors run into
+
+// one sequence: its scores, what its recursion leaves, and the room that it needs
+template <class S, class A>
+struct Chain {
+  const S* scores;      // [length, k]
+  int64_t length, k;
+  A* alpha;             // [length + 1]
+  double* exponent;     // [length + 1]
+  double base;          // what the window's exponents are relative to
+  A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
+  A* room;              // [3, k + kPadding]
+  A* tile;              // [kTile, k + kPadding]: shares
+  A* w;                 // the mass of each boundary, [length + k + kPadding]
+  A *mean, *after;      // likewise
+  int bad;
+  A grad;
+  S* out;               // [stored, k]
+  int64_t stored;       // rows of out; those behind length are 0
+  const S* upstream;    // [length, k]
+};
+
+template <class A>
+struct Draw {
+  uint64_t seed;
+  int64_t sequence, sequences, samples;
+  A* table;           // [kDrawTile, padded k]
+  int64_t* position;  // [samples]
+  int64_t* segment;   // the length of the segment that starts there, likewise
+  uint64_t* stream;
+  int64_t* segments;  // [samples, sequences, T], at this sequence
+};
+
+}  // namespace sukhops
+
+#define SUKHOPS_BODY "segmentation_rows.h"
+#include "isa.h"
+
+namespace sukhops {
+namespace {
+
+struct Lattice {
+  Tensor scores;  // [B, T, K], contiguous
+  int64_t b, t, k;
+  std::vector<int64_t> lengths;  // [B]
+};
+
+Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
+  const int64_t b = scores.size(0), t = scores.size(1);
+  Lattice g{scores.is_contiguous() ? scores : torch::stable::contiguous(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
+  if (lengths)
+    for (int64_t i = 0; i < b; ++i) {
+      const int64_t length = data<int64_t>(*lengths)[i * lengths->stride(0)];
+      STD_TORCH_CHECK(length >= 0 && length <= t, "lengths: expected values in [0, T = ", t, "], got ", length,
+                      " at sequence ", i);
+      g.lengths[i] = length;
+    }
+  return g;
+}
+
+// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room; `whole`
+// says how many of w, mean and after are taken
+template <class S, class A, class F>
+void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
+  const int64_t window = g.k + kPadding, own = g.t + 1, size = g.t + window;
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
+  torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
+    // left as it comes: memory that is not used is not touched
+    const std::unique_ptr<A[]> room(new A[2 * (kTile + window) + (4 + kTile) * window + whole * size + (alpha ? 0 : own)]);
+    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
+    A* at = room.get();
+    const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
+    Chain<S, A> c{};
+    c.k = g.k, c.stored = g.t;
+    c.a = take(kTile + window), c.n = take(kTile + window);
+    c.room = take(3 * window), c.tile = take((kTile + 1) * window);
+    if (whole > 0) c.w = take(size);
+    if (whole > 1) c.mean = take(size), c.after = take(size);
+    A* const owned = at;
+    for (int64_t b = lo; b < hi; ++b) {
+      c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
+      c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
+      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.get();
+      f(c, b);
+    }
+  });
+}
+
+template <class S, class A>
+void run_forward(Chain<S, A>& c) {
+  static const auto run = SUKHOPS_BEST(forward<S, A>);
+  run(c);
+}
+
+// calls f(S{}) with the type of the scores: float or double
+template <class F>
+void with_score(const Lattice& g, const F& f) {
+  g.scores.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// alpha alone, with or without need_gradient: the posterior takes the mass of boundaries back from the end
+std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths, bool) {
+  const Lattice g = lattice(scores, lengths);
+  const ScalarType dtype = scores.scalar_type();
+  const Tensor logz = empty({g.b}, dtype, scores), alpha = empty({1, g.b, g.t + 1}, dtype, scores);
+  const Tensor exponent = empty({1, g.b, g.t + 1}, ScalarType::Double, scores);
+  with_score(g, [&](auto s) {
+    using S = decltype(s);
+    each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      run_forward(c);
+      const double end = c.alpha[c.length];
+      data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
+      for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
+    });
+  });
+  return {logz, alpha, exponent};
+}
+
+Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                              const Tensor& exponent, const Tensor& grad) {
+  const Lattice g = lattice(scores, lengths);
+  const Tensor out = empty({g.b, g.t, g.k}, scores.scalar_type(), scores);
+  with_score(g, [&](auto s) {
+    using S = decltype(s);
+    each_chain<S, S>(g, 1, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      c.grad = data<S>(grad)[b * grad.stride(0)];
+      c.out = data<S>(out) + b * g.t * g.k;
+      static const auto run = SUKHOPS_BEST(marginals<S>);
+      run(c);
+    });
+  });
+  return out;
+}
+
+// The mean over segmentations of what their segments are worth (see `worth`) and, where a grad is given, grad times
+// its gradient through the posterior. In double throughout: differences of such means are what is wanted.
+std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::optional<Tensor>& lengths,
+                                             const Tensor* upstream, const Tensor* grad) {
+  const Lattice g = lattice(scores, lengths);
+  const ScalarType dtype = scores.scalar_type();
+  const Tensor mean = empty({g.b}, dtype, scores), out = empty({grad ? g.b : 0, g.t, g.k}, dtype, scores);
+  with_score(g, [&](auto s) {
+    using S = decltype(s);
+    each_chain<S, double>(g, 3, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+      if (upstream) c.upstream = data<S>(*upstream) + b * g.t * g.k;
+      if (grad) c.grad = data<S>(*grad)[b * grad->stride(0)], c.out = data<S>(out) + b * g.t * g.k;
+      run_forward(c);
+      static const auto run = SUKHOPS_BEST(moments<S>);
+      run(c, grad != nullptr);
+      data<S>(mean)[b] = c.mean[c.length];
+    });
+  });
+  return {mean, out};
+}
+
+std::tuple<Tensor, Tensor> segmentation_marginals_backward(
+    const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
+    bool need_scores) {
+  const Tensor given = torch::stable::contiguous(upstream);
+  return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
+}
+
+Tensor segmentation_entropy(const Tensor& scores, const std::optional<Tensor>& lengths) {
+  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr));
+}
+
+Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad) {
+  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
+}
+
+// follows the best sums back from the end, the shorter segment first among equals; the score is added along it
+template <class S>
+double trace(const Chain<S, double>& c, int64_t* segments) {
+  if (c.bad) return NAN;
+  double score = 0;
+  for (int64_t j = c.length; j > 0;) {
+    double best = -INFINITY;
+    int64_t length = 0;
+    for (int64_t k = 0; k < std::min(c.k, j); ++k) {
+      const double sum = c.a[j - 1 - k] + static_cast<double>(c.scores[(j - 1 - k) * c.k + k]);
+      if (sum > best) best = sum, length = k + 1;
+    }
+    if (!length) return -INFINITY;  // at the end, or nowhere: a boundary that is reached has a way back
+    j -= length;
+    segments[j] = length;
+    score += c.scores[j * c.k + length - 1];
+  }
+  return score;
+}
+
+std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std::optional<Tensor>& lengths) {
+  const Lattice g = lattice(scores, lengths);
+  const Tensor score = empty({g.b}, scores.scalar_type(), scores);
+  const Tensor segments = zeros({g.b, g.t}, ScalarType::Long, scores);
+  with_score(g, [&](auto s) {
+    using S = decltype(s);
+    each_chain<S, double>(g, 1, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+      c.a = c.w;
+      static const auto run = SUKHOPS_BEST(best_sums<S>);
+      run(c);
+      data<S>(score)[b] = trace(c, data<int64_t>(segments) + b * g.t);
+    });
+  });
+  return {score, segments};
+}
+
+Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                           const Tensor& exponent, int64_t num_samples, const Tensor& seed) {
+  const Lattice g = lattice(scores, lengths);
+  const Tensor segments = empty({num_samples, g.b, g.t}, ScalarType::Long, scores);
+  with_score(g, [&](auto s) {
+    using S = decltype(s);
+    for (int64_t b = 0; b < g.b; ++b) {
+      const S end = data<S>(alpha)[b * (g.t + 1) + g.lengths[b]];
+      STD_TORCH_CHECK(end == end, "scores: NaN or +inf in sequence ", b, ", which has no distribution to sample");
+    }
+    each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      int64_t* const out = data<int64_t>(segments) + b * g.t;
+      if (c.alpha[c.length] == 0) {
+        for (int64_t i = 0; i < num_samples; ++i) std::fill_n(out + i * g.b * g.t, g.t, 0);
+        return;
+      }
+      std::vector<S> table(kDrawTile * (g.k + kPadding));
+      std::vector<int64_t> position(num_samples), segment(num_samples);
+      std::vector<uint64_t> stream(num_samples);
+      const Draw<S> d{static_cast<uint64_t>(data<int64_t>(seed)[0]), b, g.b, num_samples, table.data(),
+                      position.data(), segment.data(), stream.data(), out};
+      static const auto run = SUKHOPS_BEST(samples<S>);
+      run(c, d);
+    });
+  });
+  return segments;
+}
+
+}  // namespace
+}  // namespace sukhops
+
+STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
+  m.impl("segmentation_logz", TORCH_BOX(&sukhops::segmentation_logz));
+  m.impl("segmentation_marginals", TORCH_BOX(&sukhops::segmentation_marginals));
+  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::segmentation_marginals_backward));
+  m.impl("segmentation_viterbi", TORCH_BOX(&sukhops::segmentation_viterbi));
+  m.impl("segmentation_sample", TORCH_BOX(&sukhops::segmentation_sample));
+  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::segmentation_entropy));
+  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::segmentation_entropy_backward));
+}
