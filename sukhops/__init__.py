@@ -8,11 +8,13 @@ from sukhops import (
     reference,
     testing,
 )
+from sukhops.lexicon import Lexicon
 from sukhops.ops.director import director_logp, director_topk
 from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"
 __all__ = [
+    "Lexicon",
     "director_logp",
     "director_topk",
     "linear_logp",
