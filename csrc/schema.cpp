@@ -49,4 +49,21 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "director_norm_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor label, "
       "Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
+
+  // sums over the segmentations of scores [B, T, K] (float32 or float64), lengths [B] int64 or all T. alpha
+  // [B, T + 1] * 2^exponent [B, T + 1] (float64) is the sum over the segmentations of the first t positions
+  m.def("segmentation_logz(Tensor scores, Tensor? lengths) -> (Tensor logz, Tensor alpha, Tensor exponent)");
+  // grad [B] times the posterior of each segment [B, T, K]: the gradient of logz
+  m.def(
+      "segmentation_marginals(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, Tensor grad) "
+      "-> Tensor");
+  m.def(
+      "segmentation_marginals_backward(Tensor scores, Tensor? lengths, Tensor grad, Tensor upstream, "
+      "bool need_scores) -> (Tensor grad_grad, Tensor grad_scores)");
+  m.def("segmentation_entropy(Tensor scores, Tensor? lengths) -> Tensor");
+  m.def("segmentation_entropy_backward(Tensor scores, Tensor? lengths, Tensor grad) -> Tensor");
+  m.def("segmentation_viterbi(Tensor scores, Tensor? lengths) -> (Tensor score, Tensor segments)");
+  m.def(  // seed [1] int64
+      "segmentation_sample(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, int num_samples, "
+      "Tensor seed) -> Tensor");
 }

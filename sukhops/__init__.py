@@ -10,6 +10,13 @@ from sukhops import (
 )
 from sukhops.lexicon import Lexicon
 from sukhops.ops.director import director_logp, director_topk
+from sukhops.ops.segmentation import (
+    segmentation_entropy,
+    segmentation_logz,
+    segmentation_marginals,
+    segmentation_sample,
+    segmentation_viterbi,
+)
 from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"
@@ -23,5 +30,10 @@ __all__ = [
     "nn",
     "pairs",
     "reference",
+    "segmentation_entropy",
+    "segmentation_logz",
+    "segmentation_marginals",
+    "segmentation_sample",
+    "segmentation_viterbi",
     "testing",
 ]

@@ -1,6 +1,23 @@
 """Plain PyTorch of every operator, with the operator's signature: readable, any device, float64."""
 
 from sukhops.reference.director import director_logp, director_topk
+from sukhops.reference.segmentation import (
+    segmentation_entropy,
+    segmentation_logz,
+    segmentation_marginals,
+    segmentation_sample,
+    segmentation_viterbi,
+)
 from sukhops.reference.vocab_head import linear_logp, linear_topk
 
-__all__ = ["director_logp", "director_topk", "linear_logp", "linear_topk"]
+__all__ = [
+    "director_logp",
+    "director_topk",
+    "linear_logp",
+    "linear_topk",
+    "segmentation_entropy",
+    "segmentation_logz",
+    "segmentation_marginals",
+    "segmentation_sample",
+    "segmentation_viterbi",
+]
