@@ -38,6 +38,7 @@ class Provider(NamedTuple):
     package: str = "sukhops"  # whose version the row names
     ours: bool = False
     compiles: bool = False  # its first call of a shape takes time and memory that later ones do not
+    seconds: float = 0.0  # predicted of a call
 
 
 def compiled(make: Callable[[Inputs], Callable[[], Tensor]], memory: float) -> Provider:
@@ -87,6 +88,9 @@ def run_case(case: Case, memory: dict[str, float | None]) -> list[dict]:
     for name, p in case.providers.items():
         if p.memory > MEMORY_LIMIT:
             gates[name] = {"skipped": f"predicted memory {p.memory / 2**30:.1f} GiB is above 8 GiB"}
+            continue
+        if p.seconds > TIME_LIMIT:
+            gates[name] = {"skipped": f"predicted time {p.seconds:.0f} s is above 60 s"}
             continue
         try:
             gates[name] = check(case, p)

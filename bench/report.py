@@ -60,6 +60,25 @@ def measured(found: list[dict]) -> str:
     return markdown(["case", "dtype", "provider", "ms", "× floor", "MiB", "error"], body)
 
 
+def grid(found: list[dict]) -> str:
+    """One line per shape: milliseconds of every provider, and how many times ours the peers take."""
+    body = []
+    for shape in [
+        s for i, s in enumerate(r["shape"] for r in found) if s not in [r["shape"] for r in found[:i]]
+    ]:
+        line = [str(v) for v in shape.values()]
+        ours = None
+        for r in (r for r in found if r["shape"] == shape):
+            if r.get("skipped"):
+                line.append(r["skipped"])
+                continue
+            ours = ours or r["p50_ms"]
+            time = number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
+            line.append(time if r["p50_ms"] is ours else f"{time} ({r['p50_ms'] / ours:,.0f} ×)")
+        body.append(line)
+    return markdown([*found[0]["shape"], *dict.fromkeys(r["provider"] for r in found)], body)
+
+
 def train_step(found: list[dict]) -> str:
     body = [
         [r["provider"], f"{r['tokens_per_second']:,}", number(r["memory_mib"]), f"{r['losses'][-1]:.4f}"]
@@ -106,6 +125,8 @@ def block(name: str) -> str:
         return train_step(found)
     if name == "pairs":
         return pairs(found)
+    if name.endswith("_grid"):
+        return grid(found)
     return example(found) if name.startswith("example_") else measured(found)
 
 
@@ -186,7 +207,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
             trade_off(path.stem, rows(path.stem))
-        found = [r for r in rows(path.stem) if "shape" in r]
+        found = [r for r in rows(path.stem) if "shape" in r and not path.stem.endswith("_grid")]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)
     print("README.md and the plots are made from bench/results")

@@ -50,9 +50,12 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
 
-  // sums over the segmentations of scores [B, T, K] (float32 or float64), lengths [B] int64 or all T. alpha
-  // [B, T + 1] * 2^exponent [B, T + 1] (float64) is the sum over the segmentations of the first t positions
-  m.def("segmentation_logz(Tensor scores, Tensor? lengths) -> (Tensor logz, Tensor alpha, Tensor exponent)");
+  // sums over the segmentations of scores [B, T, K] (float32 or float64), lengths [B] int64 or all T.
+  // alpha * 2^exponent (float64), both [1, B, T + 1], is the sum over the segmentations of the first t positions;
+  // on CUDA with need_gradient both are [2, B, T + 1], the second half that over the positions from t on
+  m.def(
+      "segmentation_logz(Tensor scores, Tensor? lengths, bool need_gradient) "
+      "-> (Tensor logz, Tensor alpha, Tensor exponent)");
   // grad [B] times the posterior of each segment [B, T, K]: the gradient of logz
   m.def(
       "segmentation_marginals(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, Tensor grad) "

@@ -4,29 +4,29 @@
 
 namespace sukhops {
 
-constexpr int64_t kTogether = 4;  // sequences that a thread takes side by side
-constexpr int64_t kRebase = 8;    // steps between two alignments of a window's exponents
+constexpr int64_t kTile = 16;      // rows between two alignments of the window's exponents
 constexpr int64_t kDrawTile = 64;  // boundaries whose inflow is tabulated at a time
-constexpr int64_t kPadding = 32;  // numbers behind a window that whole vectors run into
+constexpr int64_t kTogether = 4;   // walks taken side by side
+constexpr int64_t kPadding = 32;   // numbers behind an array that whole vectors run into
 
-// one sequence: rows [0, length) of k scores, `stride` apart, and the room its recursion needs
+// one sequence: its scores, what its recursion leaves, and the room that it needs
 template <class S, class A>
 struct Chain {
-  const S* scores;
-  int64_t length, stride, k;
-  A* alpha;          // [length + 1]
-  double* exponent;  // [length + 1]
-  A *a, *n;          // the window, [length + k + kPadding]
-  A* w;              // the mass of each boundary, likewise
-  A* room;           // one padded row
-  double base;       // what exponents in n are relative to
-  int64_t tile;      // the first row of the tile in hand
+  const S* scores;      // [length, k]
+  int64_t length, k;
+  A* alpha;             // [length + 1]
+  double* exponent;     // [length + 1]
+  double base;          // what the window's exponents are relative to
+  A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
+  A* room;              // [3, k + kPadding]
+  A* tile;              // [kTile, k + kPadding]
+  A* w;                 // the mass of each boundary, [length + k + kPadding]
+  double *mean, *after; // likewise
   int bad;
   A grad;
-  S* out;          // [stored, k]
-  int64_t stored;  // rows of out, those behind length 0
-  const S* upstream;
-  double *mean, *after, *log_alpha;  // as w
+  S* out;               // [stored, k]
+  int64_t stored;       // rows of out; those behind length are 0
+  const S* upstream;    // [length, k]
 };
 
 template <class A>
@@ -35,6 +35,7 @@ struct Draw {
   int64_t sequence, sequences, samples;
   A* table;           // [kDrawTile, padded k]
   int64_t* position;  // [samples]
+  uint64_t* stream;   // likewise
   int64_t* segments;  // [samples, sequences, T], at this sequence
 };
 
@@ -65,43 +66,35 @@ Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   return g;
 }
 
-// f(chains, first, count) on groups of sequences. alpha and exponent are rows of the given tensors, or room of
-// the thread's own; `arrays` says how many arrays of a window's length a chain needs, in the order of Chain.
+// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room
 template <class S, class A, class F>
-void each_group(const Lattice& g, int arrays, const Tensor* alpha, const Tensor* exponent, int64_t together, const F& f) {
-  const int64_t span = g.t + g.k + kPadding, grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
+void each_chain(const Lattice& g, const Tensor* alpha, const Tensor* exponent, const F& f) {
+  const int64_t window = g.k + kPadding, own = g.t + 1, whole = g.t + window;
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
-    const int64_t group = std::min(together, hi - lo), own = alpha ? 0 : g.t + 1;
-    std::vector<A> room(group * (arrays * span + g.k + kPadding + own));
-    std::vector<double> exponents(group * own);
-    std::vector<Chain<S, A>> chains(group);
-    for (int64_t first = lo; first < hi; first += group) {
-      const int64_t count = std::min(group, hi - first);
-      A* at = room.data();
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t b = first + i;
-        Chain<S, A>& c = chains[i] = {};
-        c.scores = data<S>(g.scores) + b * g.t * g.k;
-        c.length = g.lengths[b], c.stride = c.k = g.k, c.stored = g.t;
-        c.alpha = alpha ? data<A>(*alpha) + b * (g.t + 1) : std::exchange(at, at + own);
-        c.exponent = exponent ? data<double>(*exponent) + b * (g.t + 1) : exponents.data() + i * own;
-        c.room = std::exchange(at, at + g.k + kPadding);
-        A** const slots[] = {&c.a, &c.n, &c.w};
-        for (int s = 0; s < std::min(arrays, 3); ++s) *slots[s] = std::exchange(at, at + span);
-        if constexpr (std::is_same_v<A, double>) {
-          double** const more[] = {&c.mean, &c.after, &c.log_alpha};
-          for (int s = 3; s < arrays; ++s) *more[s - 3] = std::exchange(at, at + span);
-        }
-      }
-      f(chains.data(), first, count);
+    std::vector<A> room(2 * (kTile + window) + (3 + kTile) * window + 3 * whole + (alpha ? 0 : own));
+    std::vector<double> exponents(exponent ? 0 : own);
+    A* at = room.data();
+    const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
+    Chain<S, A> c{};
+    c.k = g.k, c.stored = g.t;
+    c.a = take(kTile + window), c.n = take(kTile + window);
+    c.room = take(3 * window), c.tile = take(kTile * window), c.w = take(whole);
+    if constexpr (std::is_same_v<A, double>) c.mean = take(whole), c.after = take(whole);
+    A* const owned = at;
+    for (int64_t b = lo; b < hi; ++b) {
+      c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
+      c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
+      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.data();
+      f(c, b);
     }
   });
 }
 
 template <class S, class A>
-void run_forward(Chain<S, A>* chains, int64_t count) {
+void run_forward(Chain<S, A>& c) {
   static const auto run = SUKHOPS_BEST(forward<S, A>);
-  run(chains, count);
+  run(c);
 }
 
 // calls f(S{}) with the type of the scores: float or double
@@ -110,21 +103,19 @@ void with_score(const Lattice& g, const F& f) {
   g.scores.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths) {
+// alpha alone, with or without need_gradient: the posterior takes the mass of boundaries back from the end
+std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths, bool) {
   const Lattice g = lattice(scores, lengths);
   const ScalarType dtype = scores.scalar_type();
-  const Tensor logz = empty({g.b}, dtype, scores), alpha = empty({g.b, g.t + 1}, dtype, scores);
-  const Tensor exponent = empty({g.b, g.t + 1}, ScalarType::Double, scores);
+  const Tensor logz = empty({g.b}, dtype, scores), alpha = empty({1, g.b, g.t + 1}, dtype, scores);
+  const Tensor exponent = empty({1, g.b, g.t + 1}, ScalarType::Double, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, S>(g, 2, &alpha, &exponent, kTogether, [&](Chain<S, S>* chains, int64_t first, int64_t count) {
-      run_forward(chains, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const Chain<S, S>& c = chains[i];
-        const double log = std::log(static_cast<double>(c.alpha[c.length]));
-        data<S>(logz)[first + i] = c.alpha[c.length] == 0 ? log : log + c.exponent[c.length] * 0.693147180559945309;
-        for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
-      }
+    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      run_forward(c);
+      const double end = c.alpha[c.length];
+      data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
+      for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
     });
   });
   return {logz, alpha, exponent};
@@ -136,38 +127,32 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
   const Tensor out = empty({g.b, g.t, g.k}, scores.scalar_type(), scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, S>(g, 3, &alpha, &exponent, kTogether, [&](Chain<S, S>* chains, int64_t first, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        chains[i].grad = data<S>(grad)[(first + i) * grad.stride(0)];
-        chains[i].out = data<S>(out) + (first + i) * g.t * g.k;
-      }
+    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      c.grad = data<S>(grad)[b * grad.stride(0)];
+      c.out = data<S>(out) + b * g.t * g.k;
       static const auto run = SUKHOPS_BEST(marginals<S>);
-      run(chains, count);
+      run(c);
     });
   });
   return out;
 }
 
-// the mean over segmentations of a sum over segments (`expect` says which) and, if asked for, grad times its
-// gradient through the posterior; in double throughout, since differences of such means are what is wanted
-std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor* upstream,
-                                             const Tensor* grad, bool need_gradient) {
+// The mean over segmentations of what their segments are worth (see `worth`) and, where a grad is given, grad times
+// its gradient through the posterior. In double throughout: differences of such means are what is wanted.
+std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::optional<Tensor>& lengths,
+                                             const Tensor* upstream, const Tensor* grad) {
   const Lattice g = lattice(scores, lengths);
   const ScalarType dtype = scores.scalar_type();
-  const Tensor mean = empty({g.b}, dtype, scores);
-  const Tensor out = empty({need_gradient ? g.b : 0, g.t, g.k}, dtype, scores);
+  const Tensor mean = empty({g.b}, dtype, scores), out = empty({grad ? g.b : 0, g.t, g.k}, dtype, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, double>(g, 6, nullptr, nullptr, 1, [&](Chain<S, double>* c, int64_t b, int64_t) {
-      if (upstream) c->upstream = data<S>(*upstream) + b * g.t * g.k;
-      if (need_gradient) {
-        c->grad = data<S>(*grad)[b * grad->stride(0)];
-        c->out = data<S>(out) + b * g.t * g.k;
-      }
-      run_forward(c, 1);
+    each_chain<S, double>(g, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+      if (upstream) c.upstream = data<S>(*upstream) + b * g.t * g.k;
+      if (grad) c.grad = data<S>(*grad)[b * grad->stride(0)], c.out = data<S>(out) + b * g.t * g.k;
+      run_forward(c);
       static const auto run = SUKHOPS_BEST(moments<S>);
-      run(c, need_gradient);
-      data<S>(mean)[b] = c->mean[c->length];
+      run(c, grad != nullptr);
+      data<S>(mean)[b] = c.mean[c.length];
     });
   });
   return {mean, out};
@@ -177,15 +162,15 @@ std::tuple<Tensor, Tensor> segmentation_marginals_backward(
     const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
     bool need_scores) {
   const Tensor given = torch::stable::contiguous(upstream);
-  return mean_and_gradient(scores, lengths, &given, &grad, need_scores);
+  return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
 }
 
 Tensor segmentation_entropy(const Tensor& scores, const std::optional<Tensor>& lengths) {
-  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr, false));
+  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr));
 }
 
 Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad) {
-  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad, true));
+  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
 }
 
 // follows the best sums back from the end, the shorter segment first among equals; the score is added along it
@@ -197,13 +182,13 @@ double trace(const Chain<S, double>& c, int64_t* segments) {
     double best = -INFINITY;
     int64_t length = 0;
     for (int64_t k = 0; k < std::min(c.k, j); ++k) {
-      const double sum = c.a[j - 1 - k] + static_cast<double>(c.scores[(j - 1 - k) * c.stride + k]);
+      const double sum = c.a[j - 1 - k] + static_cast<double>(c.scores[(j - 1 - k) * c.k + k]);
       if (sum > best) best = sum, length = k + 1;
     }
     if (!length) return -INFINITY;  // at the end, or nowhere: a boundary that is reached has a way back
     j -= length;
     segments[j] = length;
-    score += c.scores[j * c.stride + length - 1];
+    score += c.scores[j * c.k + length - 1];
   }
   return score;
 }
@@ -214,11 +199,11 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
   const Tensor segments = zeros({g.b, g.t}, ScalarType::Long, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, double>(g, 1, nullptr, nullptr, kTogether, [&](Chain<S, double>* chains, int64_t first, int64_t count) {
+    each_chain<S, double>(g, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
+      c.a = c.mean;
       static const auto run = SUKHOPS_BEST(best_sums<S>);
-      run(chains, count);
-      for (int64_t i = 0; i < count; ++i)
-        data<S>(score)[first + i] = trace(chains[i], data<int64_t>(segments) + (first + i) * g.t);
+      run(c);
+      data<S>(score)[b] = trace(c, data<int64_t>(segments) + b * g.t);
     });
   });
   return {score, segments};
@@ -230,14 +215,17 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
   const Tensor segments = zeros({num_samples, g.b, g.t}, ScalarType::Long, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, S>(g, 2, &alpha, &exponent, 1, [&](Chain<S, S>* c, int64_t b, int64_t) {
-      const S end = c->alpha[c->length];
+    for (int64_t b = 0; b < g.b; ++b) {
+      const S end = data<S>(alpha)[b * (g.t + 1) + g.lengths[b]];
       STD_TORCH_CHECK(end == end, "scores: NaN or +inf in sequence ", b, ", which has no distribution to sample");
-      if (end == 0) return;
+    }
+    each_chain<S, S>(g, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      if (c.alpha[c.length] == 0) return;
       std::vector<S> table(kDrawTile * (g.k + kPadding));
       std::vector<int64_t> position(num_samples);
+      std::vector<uint64_t> stream(num_samples);
       const Draw<S> d{static_cast<uint64_t>(data<int64_t>(seed)[0]), b, g.b, num_samples, table.data(),
-                      position.data(), data<int64_t>(segments) + b * g.t};
+                      position.data(), stream.data(), data<int64_t>(segments) + b * g.t};
       static const auto run = SUKHOPS_BEST(samples<S>);
       run(c, d);
     });

@@ -123,112 +123,118 @@ SUKHOPS_INLINE auto sum_lanes(V x) {
   }
 }
 
-// row t with -inf where a segment is too long: in place if it is whole, else in `room`
+SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return (k + w - 1) / w * w; }
+
+// row t with -inf where a segment is too long: in place if it is whole, else in the middle of `room`
 template <int W, class S, class A>
-SUKHOPS_INLINE const A* row(const Chain<S, A>& c, int64_t t, A* room) {
-  const S* x = c.scores + t * c.stride;
-  const int64_t valid = c.k < c.length - t ? c.k : c.length - t, padded = (c.k + W - 1) / W * W;
+SUKHOPS_INLINE const A* row(const Chain<S, A>& c, int64_t t) {
+  const S* x = c.scores + t * c.k;
+  const int64_t valid = c.k < c.length - t ? c.k : c.length - t, size = padded(c.k, W);
   if constexpr (sizeof(S) == sizeof(A)) {
-    if (valid == padded) return x;
+    if (valid == size && t > 0) return x;  // row 0 has no row before it, which a rotated read runs into
   }
+  A* room = c.room + size;
   for (int64_t k = 0; k < valid; ++k) room[k] = x[k];
-  for (int64_t k = valid; k < padded; ++k) room[k] = -__builtin_inf();
+  for (int64_t k = valid; k < size; ++k) room[k] = -__builtin_inf();
   return room;
 }
 
-// brings the mantissas of the window at t into [1, 2) and its exponents near 0
+// brings the mantissas of the window into [1, 2) and its exponents near 0
 template <int W, class S, class A>
-static void rebase(Chain<S, A>& c, int64_t t) {
+static void rebase(Chain<S, A>& c) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   using F = Format<A>;
-  A most = -__builtin_inf();
+  V most = V{} - A(__builtin_inf());
   for (int64_t k = 0; k < c.k; k += W) {
-    const V a = read<V>(c.a + t + k);
+    const V a = read<V>(c.a + k);
     const V e = __builtin_convertvector((((I)a >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-    const V n = read<V>(c.n + t + k) + e;
-    write(c.a + t + k, a * power<A>(-e));
-    write(c.n + t + k, n);
-    for (int l = 0; l < W; ++l) most = n[l] > most ? n[l] : most;
+    const V n = read<V>(c.n + k) + e;
+    write(c.a + k, a * power<A>(-e));
+    write(c.n + k, n);
+    most = n > most ? n : most;
   }
-  if (!(most > -__builtin_inf())) return;
-  for (int64_t k = 0; k < c.k; k += W) write(c.n + t + k, read<V>(c.n + t + k) - most);
-  c.base += most;
+  A top = most[0];
+  for (int l = 1; l < W; ++l) top = most[l] > top ? most[l] : top;
+  if (!(top > -__builtin_inf())) return;
+  for (int64_t k = 0; k < c.k; k += W) write(c.n + k, read<V>(c.n + k) - top);
+  c.base += top;
 }
 
-// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length]
+// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length]. The window
+// of boundaries t .. t + k is a ring: boundary j stays at j % size, and rows are read rotated instead.
 template <int W, class S, class A>
-static void forward_chains(Chain<S, A>* chains, int count) {
+static void forward_chain(Chain<S, A>& c) {
   typedef typename Wide<A, W>::f V;
-  int64_t longest = 0;
-  for (int i = 0; i < count; ++i) {
-    Chain<S, A>& c = chains[i];
-    for (int64_t j = 0; j <= c.length + c.k + W; ++j) c.a[j] = 0, c.n[j] = -__builtin_inf();
-    c.a[0] = 1, c.n[0] = 0, c.base = 0;
-    longest = c.length > longest ? c.length : longest;
-  }
-  for (int64_t t = 0; t < longest; ++t) {
-    for (int i = 0; i < count; ++i) {  // chains side by side: each waits for its own last step only
-      Chain<S, A>& c = chains[i];
-      if (t >= c.length) continue;
-      if (t % kRebase == 0) rebase<W>(c, t);
-      const A* x = row<W>(c, t, c.room);
-      const A a = c.a[t], n = c.n[t];
-      c.alpha[t] = a;
-      c.exponent[t] = c.base + n;
-      for (int64_t k = 0; k < c.k; k += W) {
-        V m, e;
-        split<A>(read<V>(x + k), m, e);
-        const V old = read<V>(c.n + t + 1 + k), add = e + n;
-        const V most = add > old ? add : old;
-        write(c.n + t + 1 + k, most);
-        write(c.a + t + 1 + k,
-              read<V>(c.a + t + 1 + k) * power<A>(old - most) + (m * power<A>(add - most)) * a);
-      }
+  typedef typename Wide<A, W>::i I;
+  const int64_t size = padded(c.k, W);
+  I lane{};
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  for (int64_t i = 0; i < size; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
+  c.base = 0;
+  if (size > 0) c.a[0] = 1, c.n[0] = 0;
+  for (int64_t t = 0, at = 0; t < c.length; ++t, at = at + 1 < size ? at + 1 : 0) {
+    if (size == 0) {
+      c.alpha[t] = t == 0, c.exponent[t] = t == 0 ? 0 : -__builtin_inf();
+      continue;
+    }
+    if (t % kTile == 0) rebase<W>(c);
+    const A* x = row<W>(c, t) - at - 1;  // lane i > at is segment i - at - 1, lane i <= at that plus size
+    const A a = c.a[at], n = c.n[at];
+    c.alpha[t] = a;
+    c.exponent[t] = c.base + n;
+    for (int64_t i = 0; i < size; i += W) {
+      V m, e;
+      const I place = lane + (typename Format<A>::Int)(i - at);
+      split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
+      const V gone = V{} - A(__builtin_inf());
+      const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n;
+      const V most = add > old ? add : old;
+      write(c.n + i, most);
+      write(c.a + i, read<V>(c.a + i) * power<A>(old - most) + (m * power<A>(add - most)) * a);
     }
   }
-  for (int i = 0; i < count; ++i) {
-    Chain<S, A>& c = chains[i];
-    c.alpha[c.length] = c.a[c.length];
-    c.exponent[c.length] = c.base + c.n[c.length];
-  }
+  const int64_t at = size ? c.length % size : 0;
+  c.alpha[c.length] = size ? c.a[at] : A(c.length == 0);
+  c.exponent[c.length] = size ? c.base + c.n[at] : c.length == 0 ? 0 : -__builtin_inf();
 }
 
-// per boundary j of the window behind row t: the exponent relative to row t0's tile, and 1 / alpha
+// for boundaries from t0 on: the exponent, relative to that tile, and alpha
 template <int W, class S, class A>
 static void prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
+  const int64_t size = rows + padded(c.k, W) + 1, inside = size < c.length - t0 + 1 ? size : c.length - t0 + 1;
+  const double* exponent = c.exponent + t0;
+  const A* alpha = c.alpha + t0;
   double from = 0;
-  bool found = false;
-  for (int64_t i = 0; i <= rows + c.k + W; ++i) {
-    const int64_t j = t0 + i;
-    const double e = j <= c.length ? c.exponent[j] : -__builtin_inf();
-    if (!found && e > -__builtin_inf()) found = true, from = e;
-    // nothing flows into a boundary that is not reached: its exponent counts as +inf there
-    c.n[i] = e > -__builtin_inf() ? A(e - from) : A(__builtin_inf());
-    c.a[i] = j <= c.length && c.alpha[j] != 0 ? 1 / c.alpha[j] : A(0);
-  }
+  for (int64_t i = inside; i-- > 0;) from = exponent[i] > -__builtin_inf() ? exponent[i] : from;
+  // nothing flows into a boundary that is not reached: its exponent counts as +inf there
+  for (int64_t i = 0; i < inside; ++i)
+    c.n[i] = exponent[i] > -__builtin_inf() ? A(exponent[i] - from) : A(__builtin_inf());
+  for (int64_t i = 0; i < inside; ++i) c.a[i] = alpha[i] != 0 ? alpha[i] : A(1);
+  for (int64_t i = inside; i < size; ++i) c.n[i] = __builtin_inf(), c.a[i] = 1;
 }
 
-// row t, the i-th of its tile, as its Inflow is computed from it
+// row t, the i-th of its tile, as its inflow is computed from it
 template <class A>
 struct Source {
   A alpha, n;
-  const A *x, *exponent, *inverse;
+  const A *x, *exponents, *alphas;
 };
 
 template <int W, class S, class A>
 SUKHOPS_INLINE Source<A> source(const Chain<S, A>& c, int64_t t, int64_t i) {
   const A n = c.n[i] < A(__builtin_inf()) ? c.n[i] : -A(__builtin_inf());
-  return {c.alpha[t], n, row<W>(c, t, c.room), c.n + i + 1, c.a + i + 1};
+  return {c.alpha[t], n, row<W>(c, t), c.n + i + 1, c.a + i + 1};
 }
 
-// the share of boundary t + 1 + k's weight that comes through segment (t, k), in [0, 1]
+// the share of boundary t + 1 + k's weight that comes through segment (t, k), in [0, 1]: the very term of the
+// forward sum over that sum, so that an only way has share 1 exactly and shares do not drift from a sum of 1
 template <class V, class A>
 SUKHOPS_INLINE V inflow(const Source<A>& s, int64_t k) {
   V m, e;
   split<A>(read<V>(s.x + k), m, e);
-  const V d = (e + s.n) - read<V>(s.exponent + k), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
-  const V share = m * (read<V>(s.inverse + k) * s.alpha) * power<A>(d > cap ? cap : d);
+  const V d = (e + s.n) - read<V>(s.exponents + k), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
+  const V share = (m * s.alpha) * power<A>(d > cap ? cap : d) / read<V>(s.alphas + k);
   return share > one ? one : share;
 }
 
@@ -240,131 +246,122 @@ SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
   for (int64_t l = 0; l < W && l < valid; ++l) p[l] = S(x[l]);
 }
 
-// the rows of a chain from its last one, a tile at a time; f(c, t, i) takes row t, the i-th of its tile
-template <int W, class S, class A, class F>
-SUKHOPS_INLINE void walk_back(Chain<S, A>* chains, int count, F f) {
-  int64_t longest = 0;
-  for (int i = 0; i < count; ++i) longest = chains[i].length > longest ? chains[i].length : longest;
-  for (int64_t u = 0; u < longest; ++u) {
-    for (int i = 0; i < count; ++i) {
-      Chain<S, A>& c = chains[i];
-      const int64_t t = c.length - 1 - u;
-      if (t < 0) continue;
-      if (u % kRebase == 0) {
-        c.tile = t - kRebase + 1 > 0 ? t - kRebase + 1 : 0;
-        prepare<W>(c, c.tile, t - c.tile + 1);
-      }
-      f(c, t, t - c.tile);
-    }
-  }
-}
-
 // c.grad times the posterior of every segment. The mass w of a boundary is the share of the segmentations that
-// have it; it flows back through the segments that end there.
-template <int W, class S, class A>
-static void marginal_chains(Chain<S, A>* chains, int count) {
+// have it; it flows back through the segments that end there. Behind a tile masses are known and taken whole
+// vectors at a time; inside it, where each row waits for the next, one by one.
+template <int W, class A>
+static void marginal_chain(Chain<A, A>& c) {
   typedef typename Wide<A, W>::f V;
-  for (int i = 0; i < count; ++i) {
-    Chain<S, A>& c = chains[i];
-    for (int64_t j = 0; j <= c.length + c.k + W; ++j) c.w[j] = 0;
-    c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
-    for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
-  }
-  walk_back<W>(chains, count, [](Chain<S, A>& c, int64_t t, int64_t i) {
-    const Source<A> from = source<W>(c, t, i);
-    V sum{};
-    for (int64_t k = 0; k < c.k; k += W) {
-      const V mass = inflow<V>(from, k) * read<V>(c.w + t + 1 + k);
-      write_row<W, S, A>(c.out + t * c.k + k, mass, c.k - k);
-      sum += mass;
+  const int64_t size = padded(c.k, W);
+  for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0;
+  c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
+  for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
+  for (int64_t end = c.length; end > 0; end -= kTile) {
+    const int64_t t0 = end > kTile ? end - kTile : 0, rows = end - t0;
+    A* w = c.w + t0;
+    A behind[kTile];
+    prepare<W>(c, t0, rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Source<A> from = source<W>(c, t0 + i, i);
+      V sum{};
+      for (int64_t k = 0; k < size; k += W) {
+        const V share = inflow<V>(from, k);
+        write(c.tile + i * size + k, share);
+        sum += share * read<V>(w + i + 1 + k);
+      }
+      behind[i] = sum_lanes<W>(sum);
     }
-    c.w[t] = sum_lanes<W>(sum);
-  });
+    for (int64_t i = rows; i-- > 0;) {
+      const A* share = c.tile + i * size;
+      A mass = behind[i];  // the mass that has just been found is added last: rows overlap up to there
+      for (int64_t j = rows - 1 < i + c.k ? rows - 1 : i + c.k; j > i; --j) mass += share[j - i - 1] * w[j];
+      w[i] = mass;
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < c.k; k += W)
+        write_row<W, A, A>(c.out + (t0 + i) * c.k + k,
+                           read<V>(c.tile + i * size + k) * read<V>(w + i + 1 + k), c.k - k);
+  }
 }
 
-// mean[t], the expected sum over the segments before boundary t of what `value` gives a segment: the upstream
-// gradient, or with none its surprise, -log of its inflow, whose sum over a segmentation is -log of its probability
-template <int W, class S>
-SUKHOPS_INLINE typename Wide<double, W>::f value(const Chain<S, double>& c, const double* x, int64_t t, int64_t k) {
-  typedef typename Wide<double, W>::f V;
-  if (!c.upstream) return (read<V>(c.log_alpha + t + 1 + k) - c.log_alpha[t]) - read<V>(x + k);
+// what a segment is worth: the upstream gradient or, without one, its surprise, -log of its share, whose sum over
+// a segmentation is -log of its probability
+template <int W, class S, class V>
+SUKHOPS_INLINE V worth(const Chain<S, double>& c, V share, int64_t t, int64_t k) {
   V g{};
-  const S* from = c.upstream + t * c.stride;
-  for (int64_t l = 0; l < W && k + l < c.k; ++l) g[l] = from[k + l];
+  for (int64_t l = 0; l < W && k + l < c.k; ++l) {
+    if (c.upstream)
+      g[l] = share[l] != 0 ? c.upstream[t * c.k + k + l] : 0;
+    else
+      g[l] = share[l] != 0 ? -std::log(share[l]) : 0;
+  }
   return g;
 }
 
+// mean[t], the expected worth of all segments before boundary t
 template <int W, class S>
 static void expect(Chain<S, double>& c) {
   typedef typename Wide<double, W>::f V;
-  const int64_t size = c.length + c.k + W;
-  for (int64_t j = 0; j <= size; ++j) c.mean[j] = 0, c.log_alpha[j] = 0;
-  for (int64_t j = 0; j <= c.length; ++j)
-    if (c.alpha[j] != 0) c.log_alpha[j] = std::log(c.alpha[j]) + c.exponent[j] * 0.693147180559945309;
+  const int64_t size = padded(c.k, W);
+  for (int64_t j = 0; j <= c.length + size; ++j) c.mean[j] = 0;
   for (int64_t t = 0; t < c.length; ++t) {
-    if (t % kRebase == 0) prepare<W>(c, t, kRebase < c.length - t ? kRebase : c.length - t);
-    const Source<double> from = source<W>(c, t, t % kRebase);
-    const double before = c.mean[t];
-    for (int64_t k = 0; k < c.k; k += W) {
-      const V share = inflow<V>(from, k), sum = before + value<W>(c, from.x, t, k);
-      write(c.mean + t + 1 + k, read<V>(c.mean + t + 1 + k) + (share != 0.0 ? share * sum : V{}));
+    if (t % kTile == 0) prepare<W>(c, t, kTile < c.length - t ? kTile : c.length - t);
+    const Source<double> from = source<W>(c, t, t % kTile);
+    for (int64_t k = 0; k < size; k += W) {
+      const V share = inflow<V>(from, k);
+      const V add = share * (c.mean[t] + worth<W>(c, share, t, k));
+      write(c.mean + t + 1 + k, read<V>(c.mean + t + 1 + k) + (share != 0.0 ? add : V{}));
     }
   }
 }
 
-// c.grad times the covariance, over segmentations, of every segment's presence with the sum that `expect` took
-// the mean of: posterior * (mean before + value + mean after - mean)
+// c.grad times the covariance, over segmentations, of the presence of each segment and the worth of all:
+// posterior * (mean before it + worth + mean behind it - mean), where `after` is mass times mean behind
 template <int W, class S>
-static void covariance(Chain<S, double>* chain) {
+static void covariance(Chain<S, double>& c) {
   typedef typename Wide<double, W>::f V;
-  Chain<S, double>& c = *chain;
-  const int64_t size = c.length + c.k + W;
-  for (int64_t j = 0; j <= size; ++j) c.w[j] = 0, c.after[j] = 0;
+  const int64_t size = padded(c.k, W);
+  for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0, c.after[j] = 0;
   c.w[c.length] = c.alpha[c.length] != 0;
   for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
-  walk_back<W>(chain, 1, [](Chain<S, double>& c, int64_t t, int64_t i) {
-    const Source<double> from = source<W>(c, t, i);
+  for (int64_t t = c.length, t0 = t; t-- > 0;) {
+    if (t < t0) {
+      t0 = t + 1 > kTile ? t + 1 - kTile : 0;
+      prepare<W>(c, t0, t + 1 - t0);
+    }
+    const Source<double> from = source<W>(c, t, t - t0);
     const double before = c.mean[t] - c.mean[c.length];
     V mass{}, after{};
-    for (int64_t k = 0; k < c.k; k += W) {
-      const V share = inflow<V>(from, k), v = value<W>(c, from.x, t, k);
+    for (int64_t k = 0; k < size; k += W) {
+      const V share = inflow<V>(from, k), worth_ = worth<W>(c, share, t, k);
       const V w = read<V>(c.w + t + 1 + k), f = read<V>(c.after + t + 1 + k);
       mass += share * w;
-      after += share != 0.0 ? share * (w * v + f) : V{};
-      const V out = share != 0.0 ? share * (w * (before + v) + f) * c.grad : V{};
-      write_row<W, S, double>(c.out + t * c.k + k, out, c.k - k);
+      after += share * (w * worth_ + f);
+      const V out = share * (w * (before + worth_) + f) * c.grad;
+      write_row<W, S, double>(c.out + t * c.k + k, share != 0.0 ? out : V{}, c.k - k);
     }
     c.w[t] = sum_lanes<W>(mass);
     c.after[t] = sum_lanes<W>(after);
-  });
+  }
 }
 
 // c.a[t], the largest sum of scores of the first t positions; c.bad where a score is NaN or +inf
 template <class S>
-static void best_sums(Chain<S, double>* chains, int count) {
-  int64_t longest = 0;
-  for (int i = 0; i < count; ++i) {
-    Chain<S, double>& c = chains[i];
-    for (int64_t j = 0; j <= c.length + c.k; ++j) c.a[j] = -__builtin_inf();
-    c.a[0] = 0, c.bad = 0;
-    longest = c.length > longest ? c.length : longest;
-  }
-  for (int64_t t = 0; t < longest; ++t) {
-    for (int i = 0; i < count; ++i) {
-      Chain<S, double>& c = chains[i];
-      if (t >= c.length) continue;
-      const int64_t valid = c.k < c.length - t ? c.k : c.length - t;
-      const S* __restrict__ x = c.scores + t * c.stride;
-      const double before = c.a[t];
-      double* __restrict__ to = c.a + t + 1;
-      int seen = 0;
-      for (int64_t k = 0; k < valid; ++k) {
-        const double sum = before + x[k];
-        to[k] = sum > to[k] ? sum : to[k];
-        seen |= !(x[k] < S(__builtin_inf()));
-      }
-      c.bad |= seen;
+static void best_sums(Chain<S, double>& c) {
+  for (int64_t j = 0; j <= c.length + c.k; ++j) c.a[j] = -__builtin_inf();
+  c.a[0] = 0, c.bad = 0;
+  for (int64_t t = 0; t < c.length; ++t) {
+    const int64_t valid = c.k < c.length - t ? c.k : c.length - t;
+    const S* __restrict__ x = c.scores + t * c.k;
+    const double before = c.a[t];
+    double* __restrict__ to = c.a + t + 1;
+    int seen = 0;
+    for (int64_t k = 0; k < valid; ++k) {
+      const double sum = before + x[k];
+      to[k] = sum > to[k] ? sum : to[k];
+      seen |= !(x[k] < S(__builtin_inf()));
     }
+    c.bad |= seen;
   }
 }
 
@@ -381,42 +378,50 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
-  const int64_t padded = (c.k + W - 1) / W * W;
-  for (int64_t s = 0; s < d.samples; ++s) d.position[s] = c.length;
+  const int64_t size = padded(c.k, W);
+  for (int64_t s = 0; s < d.samples; ++s) {
+    d.position[s] = c.length;
+    d.stream[s] = mixed(d.seed + kStep * uint64_t(s * d.sequences + d.sequence + 1));
+  }
   for (int64_t end = c.length; end > 0; end -= kDrawTile) {
     const int64_t first = end - kDrawTile > 0 ? end - kDrawTile : 0;  // boundaries (first, end]
-    for (int64_t i = 0; i < (end - first) * padded; ++i) d.table[i] = 0;
+    for (int64_t i = 0; i < (end - first) * size; ++i) d.table[i] = 0;
     for (int64_t t = first + 1 - c.k > 0 ? first + 1 - c.k : 0, tile = t; t < end; ++t) {
-      if ((t - tile) % kRebase == 0) prepare<W>(c, tile = t, kRebase < end - t ? kRebase : end - t);
+      if ((t - tile) % kTile == 0) prepare<W>(c, tile = t, kTile < end - t ? kTile : end - t);
       const Source<A> from = source<W>(c, t, t - tile);
       for (int64_t k = 0; k < c.k; k += W) {
         const V share = inflow<V>(from, k);
         for (int64_t l = 0; l < W; ++l) {
           const int64_t j = t + 1 + k + l;
-          if (j > first && j <= end && k + l < c.k) d.table[(j - first - 1) * padded + k + l] = share[l];
+          if (j > first && j <= end && k + l < c.k) d.table[(j - first - 1) * size + k + l] = share[l];
         }
       }
     }
     for (int64_t j = 0; j < end - first; ++j) {  // the running sums, of which the last is 1
-      A* p = d.table + j * padded;
+      A* p = d.table + j * size;
       A total = 0;
-      for (int64_t k = 0; k < padded; ++k) p[k] = total += p[k];
-      for (int64_t k = 0; k < padded; ++k) p[k] /= total;
+      for (int64_t k = 0; k < size; ++k) p[k] = total += p[k];
+      for (int64_t k = 0; k < size; ++k) p[k] /= total;
     }
-    for (int64_t s = 0; s < d.samples; ++s) {
-      const uint64_t stream = mixed(d.seed + kStep * uint64_t(s * d.sequences + d.sequence + 1));
-      int64_t j = d.position[s], *out = d.segments + s * d.sequences * c.stored;
-      while (j > first) {
-        const uint64_t bits = mixed(stream + kStep * uint64_t(j)) >> (63 - Format<A>::kMantissa);
-        const A u = A(bits) * (A(1) / A(uint64_t(2) << Format<A>::kMantissa));
-        const A* p = d.table + (j - first - 1) * padded;
-        I below{};
-        for (int64_t k = 0; k < padded; k += W) below -= (I)(read<V>(p + k) <= u);
-        const int64_t length = 1 + sum_lanes<W>(below);
-        j -= length;
-        out[j] = length;
+    for (int64_t s = 0; s < d.samples; s += kTogether) {  // several walks at a time: each waits for its own step only
+      const int64_t count = d.samples - s < kTogether ? d.samples - s : kTogether;
+      for (bool more = true; more;) {
+        more = false;
+        for (int64_t i = 0; i < count; ++i) {
+          int64_t j = d.position[s + i];
+          if (j <= first) continue;
+          const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t(j)) >> (63 - Format<A>::kMantissa);
+          const A u = A(int64_t(bits)) * (A(0.5) / A(int64_t(1) << Format<A>::kMantissa));
+          const A* p = d.table + (j - first - 1) * size;
+          I below{};
+          for (int64_t k = 0; k < size; k += W) below -= (I)(read<V>(p + k) <= u);
+          const int64_t length = 1 + sum_lanes<W>(below);
+          j -= length;
+          d.segments[(s + i) * d.sequences * c.stored + j] = length;
+          d.position[s + i] = j;
+          more = true;
+        }
       }
-      d.position[s] = j;
     }
   }
 }
@@ -424,24 +429,24 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
 // ---------------------------------------------------------------- what segmentation.cpp calls
 
 template <class S, class A>
-static void forward(Chain<S, A>* chains, int64_t count) {
-  with_lanes<A>(chains->k, [=](auto w) { forward_chains<decltype(w)::value>(chains, count); });
+static void forward(Chain<S, A>& c) {
+  with_lanes<A>(c.k, [&](auto w) { forward_chain<decltype(w)::value>(c); });
+}
+
+template <class A>
+static void marginals(Chain<A, A>& c) {
+  with_lanes<A>(c.k, [&](auto w) { marginal_chain<decltype(w)::value>(c); });
 }
 
 template <class S>
-static void marginals(Chain<S, S>* chains, int64_t count) {
-  with_lanes<S>(chains->k, [=](auto w) { marginal_chains<decltype(w)::value>(chains, count); });
-}
-
-template <class S>
-static void moments(Chain<S, double>* chain, bool gradient) {
-  with_lanes<double>(chain->k, [=](auto w) {
-    expect<decltype(w)::value>(*chain);
-    if (gradient) covariance<decltype(w)::value>(chain);
+static void moments(Chain<S, double>& c, bool gradient) {
+  with_lanes<double>(c.k, [&](auto w) {
+    expect<decltype(w)::value>(c);
+    if (gradient) covariance<decltype(w)::value>(c);
   });
 }
 
 template <class A>
-static void samples(Chain<A, A>* chain, const Draw<A>& d) {
-  with_lanes<A>(chain->k, [&](auto w) { draw<decltype(w)::value>(*chain, d); });
+static void samples(Chain<A, A>& c, const Draw<A>& d) {
+  with_lanes<A>(c.k, [&](auto w) { draw<decltype(w)::value>(c, d); });
 }

@@ -9,7 +9,7 @@ from importlib import metadata, util
 import torch
 
 import sukhops
-from sukhops import _library, losses, nn, reference, testing
+from sukhops import _checks, _library, losses, nn, reference, testing
 from sukhops.ops import director as ops
 from sukhops.reference import director as plain
 
@@ -106,6 +106,23 @@ def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
     return losses.cringe_loss(logp, logp + best.lse - rival, target, label).loss
 
 
+def segmentation_inputs() -> dict:
+    scores = torch.randn(4, 60, 6)
+    scores[torch.rand(scores.shape) < 0.2] = -torch.inf
+    scores[..., 0] = 0.0  # every end is reached
+    return {"scores": scores.requires_grad_(), "lengths": torch.tensor([60, 0, 17, 59])}
+
+
+def samples_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """How many positions each of three samples covers; the reference: all of them."""
+    samples = sukhops.segmentation_sample(scores, 3, lengths)
+    return samples.sum(-1).to(_checks.accumulation_dtype(scores.dtype))
+
+
+def lengths_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.expand(3, -1).to(_checks.accumulation_dtype(scores.dtype))
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
@@ -126,6 +143,15 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      ops.classifier_logit, plain.classifier_logit, classifier_inputs),
     ("classifier_norm", ["director_norm", "director_norm_backward"],
      ops.classifier_norm, plain.classifier_norm, classifier_inputs),
+    ("segmentation_logz", ["segmentation_logz", "segmentation_marginals"],
+     sukhops.segmentation_logz, reference.segmentation_logz, segmentation_inputs),
+    ("segmentation_marginals", ["segmentation_marginals", "segmentation_marginals_backward"],
+     sukhops.segmentation_marginals, reference.segmentation_marginals, segmentation_inputs),
+    ("segmentation_entropy", ["segmentation_entropy", "segmentation_entropy_backward"],
+     sukhops.segmentation_entropy, reference.segmentation_entropy, segmentation_inputs),
+    ("segmentation_viterbi", ["segmentation_viterbi"],
+     sukhops.segmentation_viterbi, reference.segmentation_viterbi, segmentation_inputs),
+    ("segmentation_sample", ["segmentation_sample"], samples_covered, lengths_covered, segmentation_inputs),
 ]  # fmt: skip
 
 
@@ -137,6 +163,8 @@ def backend(operator: str, device: str) -> str:
         return "-"
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if operator not in _library.launched:
+        return "CUDA C++"
     return "Triton" if util.find_spec("triton") else "Triton is not installed"
 
 

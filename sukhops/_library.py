@@ -25,6 +25,7 @@ def _load(name: str) -> bool:
 if not _load("_C"):
     raise ImportError(f"sukhops is not built: {_HERE / '_C.so'} is missing. Build it: {BUILD}")
 has_cuda_library = _load("_C_cuda")
+launched: set[str] = set()  # operators whose CUDA kernel is launched from Python
 
 
 def cuda_launcher(op: str, launcher: str) -> None:
@@ -38,6 +39,7 @@ def cuda_launcher(op: str, launcher: str) -> None:
         return getattr(importlib.import_module(module), function)(*args)
 
     torch.library.impl(f"sukhops::{op}", "CUDA", launch)
+    launched.add(op)
 
 
 def not_differentiable_twice(op: str) -> None:

@@ -1,14 +1,16 @@
-"""Every segmentation of a short sequence written out one by one, in Python floats: shares no code with the ops."""
+"""Every segmentation of a short sequence, written out, in 60 decimal digits: shares no code with the ops."""
 
 import itertools
-import math
+from decimal import Decimal, getcontext
 
 import torch
 from hypothesis import strategies as st
 
+getcontext().prec = 60
+
 
 def segmentations(length: int, k: int) -> list[list[int]]:
-    """Lengths of the segments of every segmentation: all subsets of the inner boundaries, none over k."""
+    """Lengths of the segments of every segmentation: subsets of the inner boundaries, none over k."""
     found = []
     for inner in itertools.product((False, True), repeat=max(0, length - 1)):
         edges = [0, *(i + 1 for i, there in enumerate(inner) if there), length] if length else [0]
@@ -19,53 +21,61 @@ def segmentations(length: int, k: int) -> list[list[int]]:
 
 
 class Sequence:
-    """One sequence [T, K] with its length: the possible segmentations, their scores and probabilities."""
+    """One sequence [T, K] with its length: its possible segmentations, their scores and probabilities."""
 
     def __init__(self, scores: torch.Tensor, length: int):
         self.t, self.k = scores.shape
         self.parts, self.scores = [], []
         for parts in segmentations(length, self.k):
-            starts = itertools.accumulate([0, *parts])
-            total = math.fsum(
-                s if math.isfinite(s := float(scores[t, p - 1])) else -1e300
-                for t, p in zip(starts, parts, strict=False)
-            )
-            if total > -1e299:
+            total = sum((Decimal(float(scores[t, p - 1])) for t, p in self.segments(parts)), Decimal(0))
+            if total.is_finite():
                 self.parts.append(parts)
                 self.scores.append(total)
-        self.best = max(self.scores, default=-math.inf)
-        weights = [math.exp(s - self.best) for s in self.scores]
-        self.logz = self.best + math.log(math.fsum(weights)) if weights else -math.inf
-        self.p = [w / math.fsum(weights) for w in weights]
+        best = max(self.scores, default=Decimal("-Infinity"))
+        weights = [(s - best).exp() for s in self.scores]
+        self.best = float(best)
+        self.logz = float(best + sum(weights).ln()) if weights else float("-inf")
+        self.p = [w / sum(weights) for w in weights]
 
-    def presence(self, parts: list[int]) -> torch.Tensor:
-        """[T, K], 1 at each segment."""
-        x = torch.zeros(self.t, self.k, dtype=torch.float64)
-        for t, p in zip(itertools.accumulate([0, *parts]), parts, strict=False):
-            x[t, p - 1] = 1.0
-        return x
+    @staticmethod
+    def segments(parts: list[int]) -> list[tuple[int, int]]:
+        return list(zip(itertools.accumulate([0, *parts]), parts, strict=False))
 
-    def encoded(self, parts: list[int]) -> list[int]:
-        """[T], the length of the segment that starts at t."""
-        return [int(row.argmax()) + 1 if row.any() else 0 for row in self.presence(parts)]
+    def weighted(self, weights: list[Decimal]) -> torch.Tensor:
+        """[T, K], the sum of the weights of the segmentations that have each segment."""
+        table = [[Decimal(0)] * self.k for _ in range(self.t)]
+        for parts, weight in zip(self.parts, weights, strict=True):
+            for t, p in self.segments(parts):
+                table[t][p - 1] += weight
+        return torch.tensor([[float(x) for x in row] for row in table], dtype=torch.float64).reshape(
+            self.t, self.k
+        )
 
     def marginals(self) -> torch.Tensor:
-        total = torch.zeros(self.t, self.k, dtype=torch.float64)
-        for parts, p in zip(self.parts, self.p, strict=True):
-            total += p * self.presence(parts)
-        return total
+        return self.weighted(self.p)
 
     def entropy(self) -> float:
-        return math.fsum(-p * math.log(p) for p in self.p if p > 0)
+        return float(sum((-p * p.ln() for p in self.p if p > 0), Decimal(0)))
 
     def covariance(self, upstream: torch.Tensor) -> torch.Tensor:
         """The gradient of (upstream * marginals).sum() [T, K]."""
-        sums = [float((upstream * self.presence(parts)).sum()) for parts in self.parts]
-        mean = math.fsum(p * s for p, s in zip(self.p, sums, strict=True))
-        total = torch.zeros(self.t, self.k, dtype=torch.float64)
-        for parts, p, s in zip(self.parts, self.p, sums, strict=True):
-            total += p * (s - mean) * self.presence(parts)
-        return total
+        values = [
+            sum((Decimal(float(upstream[t, p - 1])) for t, p in self.segments(parts)), Decimal(0))
+            for parts in self.parts
+        ]
+        return self.centred(values)
+
+    def entropy_gradient(self) -> torch.Tensor:
+        return self.centred([-p.ln() if p > 0 else Decimal(0) for p in self.p])
+
+    def centred(self, values: list[Decimal]) -> torch.Tensor:
+        mean = sum((p * v for p, v in zip(self.p, values, strict=True)), Decimal(0))
+        return self.weighted([p * (v - mean) for p, v in zip(self.p, values, strict=True)])
+
+    def encoded(self, parts: list[int]) -> list[int]:
+        """[T], the length of the segment that starts at t."""
+        there = dict(self.segments(parts))
+        return [there.get(t, 0) for t in range(self.t)]
 
 
 @st.composite

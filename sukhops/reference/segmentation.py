@@ -91,7 +91,7 @@ def _alphas(scores: Tensor, combine) -> Tensor:
     """[B, T + 1]; what `combine` makes of the K ways into each boundary."""
     s = _wide(scores)
     b, t, k = s.shape
-    alpha = [s.new_zeros(b)]
+    alpha = [s[:, :, :0].sum((1, 2))]  # 0, and part of the graph even where T is 0
     for j in range(1, t + 1):
         ways = [alpha[j - 1 - i] + s[:, j - 1 - i, i] for i in range(min(j, k))]
         alpha.append(combine(torch.stack(ways, -1)) if ways else s.new_full((b,), -torch.inf))

@@ -1,0 +1,137 @@
+"""Segmentations: log-partition and gradient against a loop, pytorch-struct and the least work there is.
+
+`python bench/bench_segmentation.py` writes bench/results/segmentation.jsonl, `--sweep` the grid of shapes in
+bench/results/segmentation_grid.jsonl; `pytest bench` runs the first under pytest-benchmark.
+"""
+
+import argparse
+import itertools
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Inputs, Provider, test_provider  # noqa: F401  (pytest bench runs it)
+
+import sukhops
+from sukhops import reference
+
+SAMPLES = 100
+
+
+def make(b: int, t: int, k: int) -> Inputs:
+    g = torch.Generator().manual_seed(0)
+    return {"scores": torch.randn(b, t, k, generator=g).requires_grad_()}
+
+
+def logz(f):
+    return lambda i: lambda: f(i["scores"])
+
+
+def loop(scores: torch.Tensor) -> torch.Tensor:
+    """What one writes by hand: the log mass that ends 0 .. K-1 positions from here, a step at a time."""
+    b, _, k = scores.shape
+    nothing = scores.new_full((b, 1), -1e30)
+    ahead = F.pad(scores.new_zeros(b, 1), (0, k - 1), value=-1e30)  # [B, K]
+    for row in scores.unbind(1):
+        ahead = torch.logaddexp(torch.cat([ahead[:, 1:], nothing], 1), ahead[:, :1] + row)
+    return ahead[:, 0]
+
+
+def pytorch_struct(scores: torch.Tensor) -> torch.Tensor:
+    """Its edges are [B, T, K + 1, C, C] with the length as index; what runs over the end has to be masked."""
+    from torch_struct import SemiMarkovCRF
+
+    b, t, k = scores.shape
+    over = torch.arange(t).unsqueeze(1) + torch.arange(k) >= t
+    edges = F.pad(scores.masked_fill(over, -1e5), (1, 0), value=-1e5)
+    return SemiMarkovCRF(edges[..., None, None], torch.full((b,), t + 1)).partition
+
+
+def floor(i: Inputs):
+    """An exponential of every score, and 2 * B chains of T dependent products, the steps of two sweeps."""
+    scores = i["scores"].detach()
+    b, t, _ = scores.shape
+    exponentials, factors = torch.ones_like(scores), torch.ones(2 * b, t)
+    sums = torch.ones_like(factors)
+
+    def call():
+        torch.exp(scores, out=exponentials)
+        torch.cumprod(factors, 1, out=sums)
+
+    return call
+
+
+def peers(b: int, t: int, k: int) -> dict[str, Provider]:
+    """Predicted: memory of the loop's tape and of charts of [B, T, K + 1, K + 1], time from T = 1024."""
+    steps = b * t * k * 4.0
+    return {
+        "a loop": Provider(logz(loop), 8 * steps, "torch", seconds=1.2e-3 * t),
+        "pytorch-struct": Provider(
+            logz(pytorch_struct), 40 * steps * (k + 2), "torch-struct", seconds=5e-9 * b * t * (k + 1) ** 2
+        ),
+    }
+
+
+def gradient_case(name: str, b: int, t: int, k: int, rounds: int = 7, compared: bool = True) -> Case:
+    return Case(
+        "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
+        lambda: make(b, t, k), lambda: make(min(b, 3), 60, k), logz(reference.segmentation_logz),
+        {"sukhops": Provider(logz(sukhops.segmentation_logz), ours=True)}
+        | (peers(b, t, k) if compared else {}),
+        floor, rounds,
+    )  # fmt: skip
+
+
+def forward(times: int):
+    def bare(i: Inputs):
+        scores = i["scores"].detach()
+        return lambda: [sukhops.segmentation_logz(scores) for _ in range(times)]
+
+    return bare
+
+
+def decoding_case(name: str, ours, exact, times: int = 1) -> Case:
+    """Over `times` forward passes of the log-partition."""
+    b, t, k = 16, 1024, 16
+    return Case(
+        "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
+        lambda: make(b, t, k), lambda: {"scores": make(3, 60, k)["scores"].detach()}, logz(exact),
+        {"sukhops": Provider(logz(ours), ours=True)}, forward(times), 15, ("fwd_nograd",),
+    )  # fmt: skip
+
+
+def first_segments(scores: torch.Tensor) -> torch.Tensor:
+    """1 for every sample that has a segment at its start: all of them."""
+    return sukhops.segmentation_sample(scores, SAMPLES)[..., 0].clamp(max=1).to(scores.dtype)
+
+
+def cases() -> list[Case]:
+    return [
+        gradient_case("log-partition and gradient", 16, 1024, 16),
+        *(gradient_case("one sequence", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
+        decoding_case(
+            "best segmentation, over the log-partition",
+            lambda s: sukhops.segmentation_viterbi(s).score,
+            lambda s: reference.segmentation_viterbi(s).score,
+        ),
+        decoding_case(
+            f"{SAMPLES} samples, over {SAMPLES} log-partitions",
+            first_segments,
+            lambda s: s.new_ones(SAMPLES, s.shape[0]),
+            SAMPLES,
+        ),
+    ]
+
+
+def grid() -> list[Case]:
+    shapes = itertools.product((512, 4096, 65536), (8, 16, 64), (1, 32))
+    return [gradient_case("grid", b, t, k, 3) for t, k, b in shapes]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="the grid of T, K and B instead, some minutes")
+    if parser.parse_args().sweep:
+        harness.run(grid(), harness.RESULTS / "segmentation_grid.jsonl", measure_memory=False)
+    else:
+        harness.run(cases(), harness.RESULTS / "segmentation.jsonl")

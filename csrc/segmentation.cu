@@ -1,0 +1,374 @@
+// The segmentation operators on CUDA: a warp per recursion, its window in registers. The recursions are in
+// segmentation_warp.h and are tested on the host.
+//
+// alpha and beta of a sequence run at the same time in two warps of a block, and the posterior is then one
+// independent product per segment. A single long sequence still has two chains of T steps and no more: cutting
+// it into chunks takes, per chunk, the k x k transfer matrix between two windows, k times the work and k times
+// the window, and pays only where the chunks outnumber k, which a batch of a training step does without it.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "segmentation_warp.h"
+
+namespace sukhops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kMostSlots = 128;  // of a window: four to a lane
+
+// a warp as the owner of a window of up to 32 * C slots. Rows of scores come coalesced into a ring in shared memory,
+// one advance ahead of the steps that read them, so that the sweep from the end can read them aslant.
+template <int C, class S>
+struct Warp {
+  static constexpr int kOwn = C, kAhead = 8;
+  S* ring;             // [rows, k]
+  int rows;            // k - 1 + 2 * kAhead
+  int64_t loaded = 0;  // rows, from the side of the sweep
+
+  __host__ __device__ static constexpr int64_t shared(int64_t k) { return (k - 1 + 2 * kAhead) * k; }
+
+  __device__ int lane() const { return threadIdx.x % 32; }
+  __device__ int slot(int i) const { return lane() + 32 * i; }
+  __device__ bool lead() const { return lane() == 0; }
+  __device__ void sync() const { __syncwarp(); }
+
+  template <class A>
+  __device__ A broadcast(const A* v, int slot) const {
+    A x = v[0];
+#pragma unroll
+    for (int i = 1; i < C; ++i) x = slot / 32 == i ? v[i] : x;
+    return __shfl_sync(kAll, x, slot % 32);
+  }
+
+  template <class A>
+  __device__ A max(const A* v) const {
+    A m = v[0];
+#pragma unroll
+    for (int i = 1; i < C; ++i) m = v[i] > m ? v[i] : m;
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      const A other = __shfl_xor_sync(kAll, m, d);
+      m = other > m ? other : m;
+    }
+    return m;
+  }
+
+  __device__ double sum(const double* v) const {
+    double s = v[0];
+#pragma unroll
+    for (int i = 1; i < C; ++i) s += v[i];
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) s += __shfl_xor_sync(kAll, s, d);
+    return s;
+  }
+
+  // the first slot whose value is `top`
+  __device__ int64_t first(const double* v, double top) const {
+#pragma unroll
+    for (int i = 0; i < C; ++i) {
+      const unsigned there = __ballot_sync(kAll, v[i] == top);
+      if (there) return 32 * i + __ffs(there) - 1;
+    }
+    return 0;
+  }
+
+  __device__ void load(const warp::Sequence<S>& q, const warp::Direction& d, int64_t to) {
+    for (; loaded < to; ++loaded) {
+      const int64_t t = d.backwards ? q.length - 1 - loaded : loaded;
+      for (int i = lane(); i < q.k; i += 32) ring[loaded % rows * q.k + i] = q.score[t * q.k + i];
+    }
+  }
+
+  __device__ void open(const warp::Sequence<S>& q, const warp::Direction& d) {
+    loaded = 0;
+    if (q.k > 0) load(q, d, d.rows(kAhead, q.k));
+    __syncwarp();
+  }
+
+  // before step u, a multiple of kAhead: the rows of the steps after the next kAhead ones
+  __device__ void advance(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u) {
+    __syncwarp();  // everyone has read what is overwritten here
+    load(q, d, d.rows(u + 2 * kAhead, q.k));
+    __syncwarp();
+  }
+
+  __device__ S score(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u, int64_t i) const {
+    const int64_t from_side = d.backwards ? u + i : u;
+    return ring[from_side % rows * q.k + i];
+  }
+};
+
+template <class S>
+struct Batch {
+  const S* scores;
+  const int64_t* lengths;  // or null
+  int64_t b, t, k;
+
+  // length -1: out of range
+  __device__ warp::Sequence<S> sequence(int64_t i) const {
+    const int64_t n = lengths ? lengths[i] : t;
+    return {scores + i * t * k, n < 0 || n > t ? -1 : n, k};
+  }
+};
+
+// ------------------------------------------------------------------ kernels
+
+// one block per sequence: warp 0 alpha and logz, warp 1, where there is one, beta
+template <int C, class S>
+__global__ void __launch_bounds__(64) sweeps(Batch<S> g, S* logz, S* value, double* exponent) {
+  extern __shared__ char memory[];
+  const int64_t b = blockIdx.x, side = threadIdx.x / 32, at = (side * g.b + b) * (g.t + 1);
+  Warp<C, S> p{reinterpret_cast<S*>(memory) + side * Warp<C, S>::shared(g.k),
+               static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
+  const warp::Sequence<S> q = g.sequence(b);
+  for (int64_t j = (q.length < 0 ? 0 : q.length + 1) + p.lane(); j <= g.t; j += 32)
+    value[at + j] = q.length < 0 ? S(NAN) : S(0), exponent[at + j] = q.length < 0 ? 0 : -warp::infinity();
+  if (q.length >= 0) warp::sweep(p, q, side == 1, value + at, exponent + at);
+  __syncwarp();
+  if (side == 0 && p.lead()) {
+    const S end = q.length < 0 ? S(NAN) : value[at + q.length];
+    logz[b] = end == S(0) ? -S(warp::infinity())
+              : q.length < 0 ? end
+                             : S(log(double(end)) + exponent[at + q.length] * 0.693147180559945309);
+  }
+}
+
+template <class S>
+__global__ void posteriors(Batch<S> g, const S* value, const double* exponent, const S* grad, int64_t grad_stride,
+                           S* out) {
+  const int64_t all = g.b * g.t * g.k, sides = g.b * (g.t + 1);
+  for (int64_t e = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; e < all; e += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t b = e / (g.t * g.k), t = e / g.k % g.t, j = t + 1 + e % g.k, at = b * (g.t + 1);
+    const warp::Sequence<S> q = g.sequence(b);
+    S p = q.length < 0 ? S(NAN) : S(0);
+    if (j <= q.length && value[at + q.length] != S(0))
+      p = warp::posterior(g.scores[e], value[at + t], exponent[at + t], value[sides + at + j], exponent[sides + at + j],
+                          value[at + q.length], exponent[at + q.length]);
+    out[e] = p == S(0) ? S(0) : p * grad[b * grad_stride];
+  }
+}
+
+template <int C, class S>
+__global__ void __launch_bounds__(32) best(Batch<S> g, double* sums, S* score, int64_t* segments) {
+  extern __shared__ char memory[];
+  const int64_t b = blockIdx.x;
+  Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
+  const warp::Sequence<S> q = g.sequence(b);
+  double found = NAN;
+  if (q.length >= 0 && warp::best_sums(p, q, sums + b * (g.t + 1)))
+    found = warp::trace(p, q, sums + b * (g.t + 1), segments + b * g.t);
+  if (p.lead()) score[b] = S(found);
+}
+
+template <class S>
+__global__ void draws(Batch<S> g, const S* alpha, const double* exponent, const int64_t* seed, int64_t samples,
+                      int64_t* segments) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, b = i % g.b, at = b * (g.t + 1);
+  if (i >= samples * g.b) return;
+  const warp::Sequence<S> q = g.sequence(b);
+  const S end = q.length < 0 ? S(NAN) : alpha[at + q.length];
+  if (end != end)
+    for (int64_t t = 0; t < g.t; ++t) segments[i * g.t + t] = -1;
+  else if (end != S(0))
+    warp::draw(q, alpha + at, exponent + at,
+               static_cast<uint64_t>(*seed) + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(i + 1), segments + i * g.t);
+}
+
+// `room`: alpha, exponent and mean, [3, B, T + 1]; out is null where no gradient is wanted
+template <int C, class S>
+__global__ void __launch_bounds__(32) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
+                                              double* room, S* mean, S* out) {
+  extern __shared__ char memory[];
+  const int64_t b = blockIdx.x, n = g.b * (g.t + 1), at = b * (g.t + 1), from = b * g.t * g.k;
+  Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
+  const warp::Sequence<S> q = g.sequence(b);
+  double *alpha = room + at, *exponent = room + n + at, *sum = room + 2 * n + at;
+  const S* worth = upstream ? upstream + from : nullptr;
+  if (q.length >= 0) {
+    warp::sweep(p, q, false, alpha, exponent);
+    warp::expect(p, q, alpha, exponent, worth, sum);
+    if (out) warp::covariance(p, q, alpha, exponent, worth, sum, double(grad[b * grad_stride]), out + from);
+  }
+  __syncwarp();
+  if (p.lead()) mean[b] = q.length < 0 ? S(NAN) : S(sum[q.length]);
+  if (out)
+    for (int64_t e = (q.length < 0 ? 0 : q.length * g.k) + p.lane(); e < g.t * g.k; e += 32)
+      out[from + e] = q.length < 0 ? S(NAN) : S(0);
+}
+
+// ------------------------------------------------------------------ launches
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+}
+
+struct Launch {
+  Tensor scores;
+  std::optional<Tensor> lengths;
+  int64_t b, t, k;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  Launch(const Tensor& given, const std::optional<Tensor>& given_lengths)
+      : scores(torch::stable::contiguous(given)), b(given.size(0)), t(given.size(1)), k(given.size(2)),
+        guard(given.get_device_index()) {
+    STD_TORCH_CHECK(k <= kMostSlots, "scores: CUDA takes segments of up to K = ", kMostSlots, " positions, got K = ", k);
+    if (given_lengths) lengths = torch::stable::contiguous(*given_lengths);
+    void* raw = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(given.get_device_index(), &raw));
+    stream = static_cast<cudaStream_t>(raw);
+  }
+
+  template <class S>
+  Batch<S> batch() const {
+    return {data<S>(scores), lengths ? data<int64_t>(*lengths) : nullptr, b, t, k};
+  }
+};
+
+// f(S{}, slots per lane as a type) for the dtype of the scores and the width of the window
+template <int C>
+struct Slots {
+  static constexpr int value = C;
+};
+
+template <class F>
+void choose(const Launch& l, const F& f) {
+  const auto width = [&](auto s) {
+    if (l.k <= 32) return f(s, Slots<1>());
+    if (l.k <= 64) return f(s, Slots<2>());
+    f(s, Slots<4>());
+  };
+  l.scores.scalar_type() == ScalarType::Double ? width(double{}) : width(float{});
+}
+
+template <class K, class... Args>
+void launch(K kernel, const Launch& l, int64_t blocks, int threads, int64_t shared, Args... args) {
+  if (blocks == 0) return;
+  if (shared > (48 << 10))
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), l.stream>>>(args...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths,
+                                                     bool need_gradient) {
+  const Launch l(scores, lengths);
+  const ScalarType dtype = scores.scalar_type();
+  const int64_t sides = need_gradient ? 2 : 1;
+  const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, dtype, scores);
+  const Tensor exponent = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
+  choose(l, [&](auto s, auto c) {
+    using S = decltype(s);
+    constexpr int C = decltype(c)::value;
+    launch(sweeps<C, S>, l, l.b, 32 * static_cast<int>(sides), sides * Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(),
+           data<S>(logz), data<S>(value), data<double>(exponent));
+  });
+  return {logz, value, exponent};
+}
+
+Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                              const Tensor& exponent, const Tensor& grad) {
+  const Launch l(scores, lengths);
+  STD_TORCH_CHECK(alpha.size(0) == 2, "alpha: expected both sweeps, as segmentation_logz with need_gradient leaves them");
+  const Tensor out = empty({l.b, l.t, l.k}, scores.scalar_type(), scores);
+  const int64_t blocks = (l.b * l.t * l.k + 255) / 256;
+  choose(l, [&](auto s, auto) {
+    using S = decltype(s);
+    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const S*>(data<S>(alpha)),
+           static_cast<const double*>(data<double>(exponent)), static_cast<const S*>(data<S>(grad)), grad.stride(0),
+           data<S>(out));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::optional<Tensor>& lengths,
+                                             const Tensor* upstream, const Tensor* grad) {
+  const Launch l(scores, lengths);
+  const ScalarType dtype = scores.scalar_type();
+  const Tensor mean = empty({l.b}, dtype, scores), out = empty({grad ? l.b : 0, l.t, l.k}, dtype, scores);
+  const Tensor room = empty({3, l.b, l.t + 1}, ScalarType::Double, scores);
+  choose(l, [&](auto s, auto c) {
+    using S = decltype(s);
+    constexpr int C = decltype(c)::value;
+    launch(moments<C, S>, l, l.b, 32, Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(),
+           static_cast<const S*>(upstream ? data<S>(*upstream) : nullptr),
+           static_cast<const S*>(grad ? data<S>(*grad) : nullptr), grad ? grad->stride(0) : 0, data<double>(room),
+           data<S>(mean), grad ? data<S>(out) : nullptr);
+  });
+  return {mean, out};
+}
+
+std::tuple<Tensor, Tensor> segmentation_marginals_backward(
+    const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
+    bool need_scores) {
+  const Tensor given = torch::stable::contiguous(upstream);
+  return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
+}
+
+Tensor segmentation_entropy(const Tensor& scores, const std::optional<Tensor>& lengths) {
+  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr));
+}
+
+Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad) {
+  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
+}
+
+std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std::optional<Tensor>& lengths) {
+  const Launch l(scores, lengths);
+  const Tensor score = empty({l.b}, scores.scalar_type(), scores);
+  const Tensor sums = empty({l.b, l.t + 1}, ScalarType::Double, scores);
+  const Tensor segments = torch::stable::new_zeros(scores, std::vector<int64_t>{l.b, l.t}, ScalarType::Long);
+  choose(l, [&](auto s, auto c) {
+    using S = decltype(s);
+    constexpr int C = decltype(c)::value;
+    launch(best<C, S>, l, l.b, 32, Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(), data<double>(sums), data<S>(score),
+           data<int64_t>(segments));
+  });
+  return {score, segments};
+}
+
+Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                           const Tensor& exponent, int64_t num_samples, const Tensor& seed) {
+  const Launch l(scores, lengths);
+  const Tensor segments = torch::stable::new_zeros(scores, std::vector<int64_t>{num_samples, l.b, l.t}, ScalarType::Long);
+  choose(l, [&](auto s, auto) {
+    using S = decltype(s);
+    launch(draws<S>, l, (num_samples * l.b + 127) / 128, 128, 0, l.batch<S>(), static_cast<const S*>(data<S>(alpha)),
+           static_cast<const double*>(data<double>(exponent)), static_cast<const int64_t*>(data<int64_t>(seed)),
+           num_samples, data<int64_t>(segments));
+  });
+  return segments;
+}
+
+}  // namespace
+}  // namespace sukhops
+
+STABLE_TORCH_LIBRARY_IMPL(sukhops, CUDA, m) {
+  m.impl("segmentation_logz", TORCH_BOX(&sukhops::segmentation_logz));
+  m.impl("segmentation_marginals", TORCH_BOX(&sukhops::segmentation_marginals));
+  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::segmentation_marginals_backward));
+  m.impl("segmentation_viterbi", TORCH_BOX(&sukhops::segmentation_viterbi));
+  m.impl("segmentation_sample", TORCH_BOX(&sukhops::segmentation_sample));
+  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::segmentation_entropy));
+  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::segmentation_entropy_backward));
+}

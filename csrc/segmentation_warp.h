@@ -1,0 +1,328 @@
+// The recursions of segmentation.cu, written for an owner P of one sequence: a warp, whose lanes hold the slots of
+// a window between them, or a host thread that holds them all, on which tests run the same arithmetic.
+// As on the CPU (segmentation_rows.h) a number is a * 2^n and the window a ring: boundary j stays in slot j % k.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define SUKHOPS_BOTH __host__ __device__ __forceinline__
+#else
+#define SUKHOPS_BOTH inline
+#endif
+
+namespace sukhops::warp {
+
+constexpr int kRebase = 16;  // steps between two alignments of the window's exponents
+
+SUKHOPS_BOTH double infinity() { return HUGE_VAL; }
+
+template <class A>
+struct Number {
+  A m, n;
+};
+
+// m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
+template <class A>
+SUKHOPS_BOTH Number<A> split(A x) {
+  constexpr bool narrow = sizeof(A) == 4;
+  constexpr A coarse = narrow ? A(4194304) : A(2251799813685248);
+  const A y = x * A(1.44269504088896341);
+  if (!(y < coarse && y > -coarse)) {  // no fraction left that counts: the score is its own exponent
+    return {x < A(infinity()) ? A(1) : A(NAN), x < A(infinity()) ? y : A(0)};
+  }
+  const A k = rint(y);
+  A r = fma(k, narrow ? A(-0.693359375) : A(-6.93145751953125e-1), x);
+  r = fma(k, narrow ? A(2.12194440e-4) : A(-1.42860682030941723212e-6), r);
+  if constexpr (!narrow) return {exp(r), k};
+  A p = fma(r, A(1.9875691500e-4), A(1.3981999507e-3));
+  p = fma(p, r, A(8.3334519073e-3));
+  p = fma(p, r, A(4.1665795894e-2));
+  p = fma(p, r, A(1.6666665459e-1));
+  p = fma(p, r, A(5.0000001201e-1));
+  return {fma(p, r * r, r) + A(1), k};
+}
+
+// 2^d for an integer d, 0 below the smallest exponent or where d is NaN, at most 2^(half of the largest)
+SUKHOPS_BOTH float power(float d) {
+  if (!(d >= -126.0f)) return 0.0f;
+  const int32_t bits = (static_cast<int32_t>(d > 63.0f ? 63.0f : d) + 127) << 23;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+SUKHOPS_BOTH double power(double d) {
+  if (!(d >= -1022.0)) return 0.0;
+  const int64_t bits = (static_cast<int64_t>(d > 511.0 ? 511.0 : d) + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// a * 2^n += (a0 * 2^n0) * exp(x); a slot that its boundary has left starts from nothing
+template <class A>
+SUKHOPS_BOTH void add(A& a, A& n, bool gone, A a0, A n0, A x) {
+  const Number<A> e = split(x);
+  const A old = gone ? -A(infinity()) : n, sum = e.n + n0, most = sum > old ? sum : old;
+  a = a * power(old - most) + (e.m * power(sum - most)) * a0;
+  n = most;
+}
+
+// the mantissa into [1/2, 1)
+template <class A>
+SUKHOPS_BOTH void normalise(A& a, A& n) {
+  int e = 0;
+  if (a > A(0) && a < A(infinity())) a = frexp(a, &e);
+  n += A(e);
+}
+
+// what all recursions of a sequence share: segment (t, i) covers t .. t + i and has score[t * k + i]
+template <class S>
+struct Sequence {
+  const S* score;
+  int64_t length, k;
+};
+
+// the i-th segment that leaves boundary u towards u + 1 + i, boundaries counted from the side that a sweep starts at
+struct Direction {
+  bool backwards;
+  int64_t length;
+  SUKHOPS_BOTH int64_t boundary(int64_t u) const { return backwards ? length - u : u; }
+  SUKHOPS_BOTH int64_t row(int64_t u, int64_t i) const { return backwards ? length - u - 1 - i : u; }
+  // rows, counted from the same side, that steps before u have read
+  SUKHOPS_BOTH int64_t rows(int64_t u, int64_t k) const {
+    const int64_t n = backwards ? u + k - 1 : u;
+    return n < length ? n : length;
+  }
+};
+
+// value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
+// forwards, beta backwards. Rows come through P's store, P::kAhead steps ahead of their use.
+template <class P, class A, class S>
+SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, A* value, double* exponent) {
+  const Direction d{backwards, q.length};
+  A a[P::kOwn], n[P::kOwn];
+  double base = 0;
+  for (int i = 0; i < P::kOwn; ++i) a[i] = p.slot(i) == 0, n[i] = p.slot(i) == 0 ? A(0) : -A(infinity());
+  p.open(q, d);
+  int at = 0;
+  for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
+    if (u % P::kAhead == 0) p.advance(q, d, u);
+    if (u % kRebase == 0) {
+      for (int i = 0; i < P::kOwn; ++i) normalise(a[i], n[i]);
+      const A top = p.max(n);
+      if (top > -A(infinity())) {
+        for (int i = 0; i < P::kOwn; ++i) n[i] -= top;
+        base += top;
+      }
+    }
+    const A a0 = p.broadcast(a, at), n0 = p.broadcast(n, at);
+    if (p.lead()) value[d.boundary(u)] = a0, exponent[d.boundary(u)] = base + n0;
+    for (int i = 0; i < P::kOwn; ++i) {
+      const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
+      const bool there = slot < q.k && u + 1 + to <= q.length;
+      add(a[i], n[i], slot == at, a0, n0, there ? A(p.score(q, d, u, to)) : -A(infinity()));
+    }
+  }
+  const A a0 = q.k > 0 ? p.broadcast(a, at) : A(q.length == 0);
+  const A n0 = q.k > 0 ? p.broadcast(n, at) : q.length == 0 ? A(0) : -A(infinity());
+  if (p.lead()) value[d.boundary(q.length)] = a0, exponent[d.boundary(q.length)] = base + n0;
+}
+
+// the share of segment x, from a boundary with sum (a0, n0), in a boundary's sum (a1, n1): at most 1
+template <class A>
+SUKHOPS_BOTH A share(A x, A a0, double n0, A a1, double n1) {
+  const Number<A> e = split(x);
+  const A d = n1 > -infinity() && n0 > -infinity() ? e.n + A(n0 - n1) : -A(infinity());
+  const A r = (e.m * a0) * power(d) / (a1 == A(0) ? A(1) : a1);
+  return r > A(1) ? A(1) : r;
+}
+
+// the posterior of a segment between boundaries with alpha (a0, n0) and beta (b1, m1); logz is (z, nz)
+template <class A>
+SUKHOPS_BOTH A posterior(A x, A a0, double n0, A b1, double m1, A z, double nz) {
+  return share<A>(x, a0 * b1, n0 + m1, z, nz);
+}
+
+// best[j], the largest sum of scores of the first j positions, in double; false where a score is NaN or +inf
+template <class P, class S>
+SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
+  const Direction d{false, q.length};
+  double v[P::kOwn], bad[P::kOwn];
+  for (int i = 0; i < P::kOwn; ++i) v[i] = p.slot(i) == 0 ? 0.0 : -infinity(), bad[i] = 0;
+  p.open(q, d);
+  int at = 0;
+  for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
+    if (u % P::kAhead == 0) p.advance(q, d, u);
+    const double v0 = p.broadcast(v, at);
+    if (p.lead()) best[u] = v0;
+    for (int i = 0; i < P::kOwn; ++i) {
+      const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
+      if (slot == at) v[i] = -infinity();
+      if (slot >= q.k || u + 1 + to > q.length) continue;
+      const double x = p.score(q, d, u, to), sum = v0 + x;
+      if (!(x < infinity())) bad[i] = 1;
+      if (sum > v[i]) v[i] = sum;
+    }
+  }
+  const double end = q.k > 0 ? p.broadcast(v, at) : q.length == 0 ? 0.0 : -infinity();
+  if (p.lead()) best[q.length] = end;
+  return p.max(bad) == 0;
+}
+
+// follows the best sums back from the end, the shorter segment first among equals
+template <class P, class S>
+SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_t* segments) {
+  double score = 0;
+  p.sync();
+  for (int64_t j = q.length; j > 0;) {
+    double sum[P::kOwn];
+    for (int i = 0; i < P::kOwn; ++i) {
+      const int64_t s = p.slot(i), t = j - 1 - s;
+      sum[i] = s < q.k && t >= 0 ? best[t] + static_cast<double>(q.score[t * q.k + s]) : -infinity();
+    }
+    const double top = p.max(sum);
+    if (!(top > -infinity())) return -infinity();
+    const int64_t length = 1 + p.first(sum, top);
+    j -= length;
+    if (p.lead()) segments[j] = length;
+    score += q.score[j * q.k + length - 1];
+  }
+  return score;
+}
+
+SUKHOPS_BOTH uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// walks one segmentation back from the end; `stream` is seed + step * (sample * sequences + sequence + 1)
+template <class A>
+SUKHOPS_BOTH void draw(const Sequence<A>& q, const A* alpha, const double* exponent, uint64_t stream,
+                       int64_t* segments) {
+  constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
+  constexpr int bits = sizeof(A) == 4 ? 24 : 53;
+  stream = mixed(stream);
+  for (int64_t j = q.length; j > 0;) {
+    const uint64_t number = mixed(stream + kStep * static_cast<uint64_t>(j)) >> (64 - bits);
+    const A u = A(number) / A(uint64_t(1) << bits);
+    A total = 0;
+    const int64_t most = q.k < j ? q.k : j;
+    for (int64_t i = 0; i < most; ++i)
+      total += share(q.score[(j - 1 - i) * q.k + i], alpha[j - 1 - i], exponent[j - 1 - i], alpha[j], exponent[j]);
+    A sum = 0;
+    int64_t length = 0;
+    for (int64_t i = 0; i < most; ++i) {
+      const int64_t t = j - 1 - i;
+      const A s = share(q.score[t * q.k + i], alpha[t], exponent[t], alpha[j], exponent[j]);
+      sum += s;
+      if (s > A(0)) length = i + 1;
+      if (s > A(0) && sum > u * total) break;
+    }
+    j -= length;
+    segments[j] = length;
+  }
+}
+
+// what a segment is worth: the upstream gradient, or without one its surprise, -log of its share
+template <class S>
+SUKHOPS_BOTH double worth(const S* upstream, int64_t at, double share) {
+  if (!(share != 0.0)) return 0.0;
+  return upstream ? static_cast<double>(upstream[at]) : -log(share);
+}
+
+// mean[j], the expected worth of all segments before boundary j
+template <class P, class S>
+SUKHOPS_BOTH void expect(P& p, const Sequence<S>& q, const double* alpha, const double* exponent, const S* upstream,
+                         double* mean) {
+  double sum[P::kOwn];
+  for (int i = 0; i < P::kOwn; ++i) sum[i] = 0;
+  p.sync();
+  int at = 0;
+  for (int64_t t = 0; t < q.length; ++t, at = at + 1 < q.k ? at + 1 : 0) {
+    const double before = p.broadcast(sum, at);
+    if (p.lead()) mean[t] = before;
+    for (int i = 0; i < P::kOwn; ++i) {
+      const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
+      const int64_t j = t + 1 + to;
+      if (slot == at) sum[i] = 0;
+      if (slot >= q.k || j > q.length) continue;
+      const double s = share<double>(q.score[t * q.k + to], alpha[t], exponent[t], alpha[j], exponent[j]);
+      if (s != 0.0) sum[i] += s * (before + worth(upstream, t * q.k + to, s));
+    }
+  }
+  const double end = q.k > 0 ? p.broadcast(sum, at) : 0.0;
+  if (p.lead()) mean[q.length] = end;
+}
+
+// grad times the covariance of each segment's presence and the worth of all; `after` is mass times mean behind
+template <class P, class S>
+SUKHOPS_BOTH void covariance(P& p, const Sequence<S>& q, const double* alpha, const double* exponent,
+                             const S* upstream, const double* mean, double grad, S* out) {
+  double w[P::kOwn], after[P::kOwn];
+  p.sync();
+  const double all = mean[q.length];
+  int at = q.k > 0 ? static_cast<int>(q.length % q.k) : 0;
+  for (int i = 0; i < P::kOwn; ++i) w[i] = p.slot(i) == at && alpha[q.length] != 0.0, after[i] = 0;
+  for (int64_t t = q.length; t-- > 0;) {
+    at = at > 0 ? at - 1 : static_cast<int>(q.k) - 1;
+    double mass[P::kOwn], behind[P::kOwn];
+    for (int i = 0; i < P::kOwn; ++i) {
+      const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
+      const int64_t j = t + 1 + to, at_out = t * q.k + to;
+      mass[i] = behind[i] = 0;
+      if (slot >= q.k) continue;
+      const double s =
+          j <= q.length ? share<double>(q.score[at_out], alpha[t], exponent[t], alpha[j], exponent[j]) : 0.0;
+      const double v = worth(upstream, at_out, s);
+      if (s != 0.0) mass[i] = s * w[i], behind[i] = s * (w[i] * v + after[i]);
+      out[at_out] = s != 0.0 ? static_cast<S>(s * (w[i] * (mean[t] - all + v) + after[i]) * grad) : S(0);
+    }
+    const double mass_here = p.sum(mass), after_here = p.sum(behind);
+    for (int i = 0; i < P::kOwn; ++i)
+      if (p.slot(i) == at) w[i] = mass_here, after[i] = after_here;
+  }
+}
+
+// a host thread as the owner of a window of up to N slots
+template <int N>
+struct Host {
+  static constexpr int kOwn = N, kAhead = 8;
+  int slot(int i) const { return i; }
+  bool lead() const { return true; }
+  void sync() const {}
+  template <class A>
+  A broadcast(const A* v, int slot) const {
+    return v[slot];
+  }
+  template <class A>
+  A max(const A* v) const {
+    A m = v[0];
+    for (int i = 1; i < N; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
+  double sum(const double* v) const {
+    double s = 0;
+    for (int i = 0; i < N; ++i) s += v[i];
+    return s;
+  }
+  int64_t first(const double* v, double top) const {
+    for (int i = 0; i < N; ++i)
+      if (v[i] == top) return i;
+    return 0;
+  }
+  template <class Q>
+  void open(const Q&, const Direction&) const {}
+  template <class Q>
+  void advance(const Q&, const Direction&, int64_t) const {}
+  template <class S>
+  S score(const Sequence<S>& q, const Direction& d, int64_t u, int64_t i) const {
+    return q.score[d.row(u, i) * q.k + i];
+  }
+};
+
+}  // namespace sukhops::warp

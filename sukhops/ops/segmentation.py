@@ -1,0 +1,243 @@
+"""Exact sums over all segmentations of a sequence: log-partition, posterior, entropy, the best one, samples.
+
+scores[b, t, k] is the log-score of the segment that covers positions t .. t+k of sequence b, -inf where
+there is no such segment. A segmentation covers [0, length) with segments end to end; its log-score is
+their sum. Segments that run past the end do not count.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sukhops import _checks, _library
+
+_ops = torch.ops.sukhops
+
+
+class Viterbi(NamedTuple):
+    score: Tensor  # [B]
+    segments: Tensor  # [B, T], int64
+
+
+def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Log of the sum, over all segmentations, of the exponential of their score.
+
+    Exact for scores of any size, positions that nothing reaches and sequences of any length: numbers are
+    kept as a mantissa and an exponent, and the logarithm is taken at the end. The gradient is the posterior
+    of each segment, exactly 0 for an impossible one; it is differentiable once more. Time and memory are
+    linear in T; beside the gradient, B * T numbers are kept.
+
+    Args:
+        scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). K is the length of
+            the longest segment.
+        lengths: [B], int64 or int32, each in [0, T], or None where every sequence has T positions.
+
+    Returns:
+        [B], in nats, float32 (float64 for float64 inputs): -inf, with a gradient of zero, where no
+        segmentation exists; 0 for length 0; NaN where a score that counts is NaN or +inf.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128,
+            on CUDA.
+
+    Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
+    """
+    scores, lengths = _prepare(scores, lengths)
+    need = torch.is_grad_enabled() and scores.requires_grad
+    return _ops.segmentation_logz(scores, lengths, need)[0]
+
+
+def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The posterior probability of every segment: in how many segmentations, by weight, it occurs.
+
+    Args, Raises: as `segmentation_logz`.
+
+    Returns:
+        [B, T, K], float32 (float64 for float64 inputs), differentiable once; 0 for impossible segments, rows
+        behind the length and sequences without a segmentation. Its sum over K is the probability of a
+        boundary at t; the sum of (k + 1) * posterior is the length.
+
+    Source: the gradient of the marginal likelihood of Grave et al. 2019.
+    """
+    scores, lengths = _prepare(scores, lengths)
+    _, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
+    ones = scores.new_ones(scores.shape[0])
+    return _ops.segmentation_marginals(scores, lengths, alpha, exponent, ones)
+
+
+def segmentation_entropy(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Entropy of the distribution over segmentations.
+
+    Args, Raises: as `segmentation_logz`.
+
+    Returns:
+        [B], in nats, float32 (float64 for float64 inputs), computed in float64; differentiable once; 0 where
+        no segmentation exists.
+
+    Source: the distribution of Grave et al. 2019; the entropy by the chain rule over boundaries.
+    """
+    return _ops.segmentation_entropy(*_prepare(scores, lengths))
+
+
+def segmentation_viterbi(scores: Tensor, lengths: Tensor | None = None) -> Viterbi:
+    """The segmentation with the largest score.
+
+    Args, Raises: as `segmentation_logz`.
+
+    Returns:
+        The named tuple (score [B], segments [B, T]): the score in nats, float32 (float64 for float64 inputs),
+        added in float64; segments, int64, holds the length of the segment that starts at t, 0 elsewhere. Of
+        equal ones the last segment is the shortest, then the one before it. Where none exists the score is
+        -inf, where a score is NaN or +inf it is NaN, and the segments are all 0. No gradient: that of the
+        score is the segmentation itself.
+
+    Source: Viterbi 1967, over the lattice of Grave et al. 2019.
+    """
+    scores, lengths = _prepare(scores, lengths)
+    return Viterbi(*_ops.segmentation_viterbi(scores.detach(), lengths))
+
+
+def segmentation_sample(
+    scores: Tensor,
+    num_samples: int,
+    lengths: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Segmentations drawn from their distribution, exactly and independently.
+
+    Args:
+        scores, lengths: as in `segmentation_logz`.
+        num_samples: how many of each sequence, >= 0; drawn together they share one forward recursion.
+        generator: where the seed is drawn from, on the device of `scores`; None is torch's default one.
+
+    Returns:
+        [num_samples, B, T], int64, as segments of `segmentation_viterbi`; all 0 where no segmentation exists.
+        The same seed gives the same samples for any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; num_samples < 0.
+        RuntimeError: a length outside [0, T], or a score that is NaN or +inf, on the CPU; on CUDA the
+            segments of that sequence are -1.
+
+    Source: forward filtering, backward sampling (Frühwirth-Schnatter 1994) over the lattice of Grave et al.
+    2019.
+    """
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
+        raise ValueError(f"num_samples: expected an int >= 0, got {num_samples!r}")
+    scores, lengths = _prepare(scores, lengths)
+    scores = scores.detach()
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != scores.device.type:
+        raise ValueError(f"generator: expected on {scores.device} like scores, got {generator.device}")
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=scores.device)
+    _, alpha, exponent = _ops.segmentation_logz(scores, lengths, False)
+    return _ops.segmentation_sample(scores, lengths, alpha, exponent, num_samples, seed)
+
+
+def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The operators' checked arguments; half precision becomes float32 here, and its gradient half again."""
+    (scores,) = _checks.as_floats(scores=scores)
+    if scores.dim() != 3:
+        raise ValueError(f"scores: expected shape [B, T, K], got {list(scores.shape)}")
+    if scores.device.type == "cuda" and not _library.has_cuda_library:
+        raise NotImplementedError(
+            "scores: the CUDA kernels of segmentation are not built; with nvcc and a CUDA torch: "
+            f"{_library.BUILD}"
+        )
+    if lengths is not None:
+        _checks.check_integers("lengths", lengths)
+        _checks.check_device("scores", scores, "lengths", lengths)
+        _checks.check_shape("lengths", lengths, (scores.shape[0],), "[B]")
+        lengths = lengths.long()
+    return scores.to(_checks.accumulation_dtype(scores.dtype)), lengths
+
+
+# ------------------------------------------------------------------ fakes
+
+
+@torch.library.register_fake("sukhops::segmentation_logz")
+def _(scores, lengths, need_gradient):
+    b, t, _ = scores.shape
+    shape = (2 if need_gradient and scores.device.type == "cuda" else 1, b, t + 1)
+    return scores.new_empty(b), scores.new_empty(shape), scores.new_empty(shape, dtype=torch.float64)
+
+
+@torch.library.register_fake("sukhops::segmentation_marginals")
+def _(scores, lengths, alpha, exponent, grad):
+    return scores.new_empty(scores.shape)
+
+
+@torch.library.register_fake("sukhops::segmentation_marginals_backward")
+def _(scores, lengths, grad, upstream, need_scores):
+    b, t, k = scores.shape
+    return scores.new_empty(b), scores.new_empty(b if need_scores else 0, t, k)
+
+
+@torch.library.register_fake("sukhops::segmentation_entropy")
+def _(scores, lengths):
+    return scores.new_empty(scores.shape[0])
+
+
+@torch.library.register_fake("sukhops::segmentation_entropy_backward")
+def _(scores, lengths, grad):
+    return scores.new_empty(scores.shape)
+
+
+@torch.library.register_fake("sukhops::segmentation_viterbi")
+def _(scores, lengths):
+    b, t, _ = scores.shape
+    return scores.new_empty(b), scores.new_empty(b, t, dtype=torch.int64)
+
+
+@torch.library.register_fake("sukhops::segmentation_sample")
+def _(scores, lengths, alpha, exponent, num_samples, seed):
+    b, t, _ = scores.shape
+    return scores.new_empty(num_samples, b, t, dtype=torch.int64)
+
+
+# ------------------------------------------------------------------ autograd
+
+
+def _save_logz(ctx, inputs, output):
+    scores, lengths, _ = inputs
+    _, alpha, exponent = output
+    ctx.mark_non_differentiable(alpha, exponent)
+    ctx.save_for_backward(scores, lengths, alpha, exponent)
+
+
+def _gradient_logz(ctx, grad, *_):
+    return _ops.segmentation_marginals(*ctx.saved_tensors, grad), None, None
+
+
+def _save_marginals(ctx, inputs, output):
+    scores, lengths, _, _, grad = inputs
+    ctx.save_for_backward(scores, lengths, grad)
+
+
+def _gradient_marginals(ctx, upstream):
+    """The way through alpha and exponent is counted in the gradient of the scores."""
+    need = ctx.needs_input_grad
+    grad_grad, grad_scores = _ops.segmentation_marginals_backward(*ctx.saved_tensors, upstream, need[0])
+    return grad_scores if need[0] else None, None, None, None, grad_grad if need[4] else None
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient_entropy(ctx, grad):
+    return _ops.segmentation_entropy_backward(*ctx.saved_tensors, grad), None
+
+
+torch.library.register_autograd("sukhops::segmentation_logz", _gradient_logz, setup_context=_save_logz)
+torch.library.register_autograd(
+    "sukhops::segmentation_marginals", _gradient_marginals, setup_context=_save_marginals
+)
+torch.library.register_autograd("sukhops::segmentation_entropy", _gradient_entropy, setup_context=_save)
+for _name in ("segmentation_marginals_backward", "segmentation_entropy_backward"):
+    _library.not_differentiable_twice(_name)
+for _name in ("logz", "marginals", "entropy", "viterbi", "sample"):
+    _library.not_vmappable(f"segmentation_{_name}")

@@ -1,0 +1,305 @@
+"""The segmentation operators against enumeration, the reference, and facts that need neither."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from segmentation_oracle import Sequence, problems, sequences
+from torch.autograd import gradcheck, gradgradcheck
+
+import sukhops
+from sukhops import reference
+from sukhops.testing import assert_close, budget, distance
+
+NAMES = ("logz", "marginals", "entropy")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# windows of every register layout: part of one, whole, several, several and a part
+WIDTHS = [1, 3, 4, 5, 8, 13, 16, 17, 64, 70]
+EXAMPLES = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def op(name):
+    return getattr(sukhops, f"segmentation_{name}")
+
+
+def plain(name):
+    return getattr(reference, f"segmentation_{name}")
+
+
+def make(b=5, t=40, k=6, dtype=torch.float64, missing=0.0, size=1.0, ragged=True):
+    scores = size * torch.randn(b, t, k, dtype=torch.float64)
+    scores[torch.rand(b, t, k) < missing] = -torch.inf
+    lengths = torch.randint(0, t + 1, (b,)) if ragged else torch.full((b,), t)
+    return {"scores": scores.to(dtype).requires_grad_(), "lengths": lengths}
+
+
+# ------------------------------------------------------------------ enumeration
+
+
+def close(ours, low, exact):
+    exact = torch.as_tensor(exact, dtype=torch.float64)
+    assert distance(ours, exact) <= budget(ours, low, exact), (ours, exact)
+
+
+def gradient(x, s):
+    """Zero where x does not depend on s, as for the reference without positions."""
+    return torch.autograd.grad(x, s, retain_graph=True)[0] if x.requires_grad else torch.zeros_like(s)
+
+
+@EXAMPLES
+@given(problems())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_enumeration(dtype, problem):
+    scores, lengths = problem[0].to(dtype), problem[1]
+    every = sequences(scores, lengths)
+    upstream = torch.randn_like(scores)
+
+    def results(module):
+        s = scores.clone().requires_grad_()
+        found = {name: getattr(module, f"segmentation_{name}")(s, lengths) for name in NAMES}
+        found["gradient"] = gradient(found["logz"].sum(), s)
+        found["covariance"] = gradient((found["marginals"] * upstream).sum(), s)
+        found["entropy's gradient"] = gradient(found["entropy"].sum(), s)
+        found["best"] = module.segmentation_viterbi(s, lengths).score
+        return found
+
+    exact = {
+        "logz": [e.logz for e in every],
+        "marginals": torch.stack([e.marginals() for e in every]),
+        "entropy": [e.entropy() for e in every],
+        "gradient": torch.stack([e.marginals() for e in every]),
+        "covariance": torch.stack([e.covariance(u) for e, u in zip(every, upstream, strict=True)]),
+        "entropy's gradient": torch.stack([e.entropy_gradient() for e in every]),
+        "best": [e.best for e in every],
+    }
+    ours, low = results(sukhops), results(reference)
+    for name, value in exact.items():
+        close(ours[name], low[name], value)
+    assert not (ours["gradient"][scores == -torch.inf]).any()
+
+
+@EXAMPLES
+@given(problems())
+def test_the_best_segmentation_is_one_of_the_best(problem):
+    scores, lengths = problem
+    found = sukhops.segmentation_viterbi(scores, lengths)
+    assert torch.equal(found.segments, reference.segmentation_viterbi(scores, lengths).segments)
+    for e, segments in zip(sequences(scores, lengths), found.segments.tolist(), strict=True):
+        best = [e.encoded(p) for p, s in zip(e.parts, e.scores, strict=True) if float(s) == e.best]
+        assert segments in best if e.parts else not any(segments)
+
+
+@EXAMPLES
+@given(problems())
+def test_samples_are_possible_segmentations(problem):
+    scores, lengths = problem
+    drawn = sukhops.segmentation_sample(scores, 5, lengths, torch.Generator().manual_seed(1))
+    for b, e in enumerate(sequences(scores, lengths)):
+        possible = [e.encoded(p) for p in e.parts] or [[0] * e.t]
+        assert all(s in possible for s in drawn[:, b].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [2, 8, 11])
+def test_sampling_frequencies(dtype, k):
+    """Chi-square of 20,000 draws: no further from its mean than six of its standard deviations."""
+    scores = torch.randn(2, 6, k, dtype=dtype)
+    scores[0, 2, 1] = -torch.inf
+    lengths = torch.tensor([6, 5])
+    for sample in (sukhops.segmentation_sample,):
+        drawn = sample(scores, 20_000, lengths, torch.Generator().manual_seed(3))
+        for b, e in enumerate(sequences(scores, lengths)):
+            counts = {tuple(e.encoded(p)): 0 for p in e.parts}
+            for s in drawn[:, b].tolist():
+                counts[tuple(s)] += 1
+            expected = [20_000 * float(p) for p in e.p]
+            common = [(c, x) for c, x in zip(counts.values(), expected, strict=True) if x >= 5]
+            statistic = sum((c - x) ** 2 / x for c, x in common)
+            assert abs(statistic - len(common)) < 6 * math.sqrt(2 * len(common))
+
+
+def test_sampling_frequencies_of_the_reference():
+    scores = torch.randn(1, 4, 3, dtype=torch.float64)
+    drawn = reference.segmentation_sample(scores, 400, None, torch.Generator().manual_seed(3))
+    (e,) = sequences(scores, None)
+    for parts, p in zip(e.parts, e.p, strict=True):
+        count = (drawn[:, 0] == torch.tensor(e.encoded(parts))).all(-1).sum().item()
+        assert abs(count - 400 * float(p)) < 6 * math.sqrt(400 * float(p))
+
+
+# ------------------------------------------------------------------ against the reference
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_within_budget_at_every_width(name, k):
+    assert_close(op(name), plain(name), make(b=4, k=k, t=70), torch.float32)
+    assert_close(op(name), plain(name), make(k=k, t=30, missing=0.5), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [0.1, 20.0, 1e4])
+def test_within_budget_at_every_dtype_and_size(name, dtype, size):
+    if dtype != torch.float64:
+        assert_close(op(name), plain(name), make(b=9, t=60, size=size, missing=0.1), dtype)
+    else:
+        inputs = make(b=3, t=30, size=min(size, 20.0))
+        assert distance(op(name)(**inputs), plain(name)(**inputs)) < 1e-9
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_gradcheck(k):
+    inputs = make(3, 7, k, missing=0.1)
+    s, lengths = inputs["scores"], torch.tensor([7, 4, 0])
+    s = s.detach().where(s > -torch.inf, 0.3).requires_grad_()
+    assert gradcheck(lambda x: op("logz")(x, lengths), (s,))
+    assert gradgradcheck(lambda x: op("logz")(x, lengths), (s,))
+    assert gradcheck(lambda x: op("marginals")(x, lengths), (s,))
+    assert gradcheck(lambda x: op("entropy")(x, lengths), (s,))
+
+
+def test_gradcheck_with_impossible_segments():
+    s = make(2, 6, 4)["scores"].detach()
+    missing = torch.rand(2, 6, 4) < 0.3
+    free = s[~missing].requires_grad_()
+
+    def build(x):
+        return torch.full_like(s, -torch.inf).masked_scatter(~missing, x)
+
+    assert gradcheck(lambda x: op("logz")(build(x)), (free,))
+    assert gradgradcheck(lambda x: op("logz")(build(x)), (free,))
+    assert gradcheck(lambda x: op("entropy")(build(x)), (free,))
+
+
+# ------------------------------------------------------------------ facts
+
+
+def test_all_zero_scores_count_segmentations():
+    counts = [1]
+    for j in range(1, 41):
+        counts.append(sum(counts[max(0, j - 4) : j]))
+    assert counts[10] == 401
+    for t in (1, 2, 5, 10, 40):
+        assert math.isclose(op("logz")(torch.zeros(1, t, 4).double()).item(), math.log(counts[t]))
+        wide = op("logz")(torch.zeros(1, t, t + 3).double()).item()
+        assert math.isclose(wide, (t - 1) * math.log(2), abs_tol=1e-15)
+        assert math.isclose(op("entropy")(torch.zeros(1, t, 4).double()).item(), math.log(counts[t]))
+    (e,) = sequences(torch.zeros(1, 7, 4), None)
+    assert len(e.parts) == 56
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_every_position_is_covered_once(size, missing):
+    given = make(6, 500, 7, torch.float64, missing, size)
+    scores, lengths = given["scores"].detach().float(), given["lengths"]
+    scores[..., 0] = scores[..., 0].where(scores[..., 0] > -torch.inf, 0.0)  # every end can be reached
+    posterior = op("marginals")(scores, lengths).double()
+    covered = torch.zeros(6, 507, dtype=torch.float64)
+    inflow = torch.zeros(6, 508, dtype=torch.float64)
+    for k in range(7):
+        for d in range(k + 1):
+            covered[:, d : d + 500] += posterior[:, :, k]
+        inflow[:, k + 1 : k + 501] += posterior[:, :, k]
+    outflow = posterior.sum(-1)
+    eps = torch.finfo(torch.float32).eps
+    for b, n in enumerate(lengths.tolist()):
+        assert (covered[b, :n] - 1).abs().max() <= 4 * eps * 500 if n else True
+        assert not covered[b, n:].any()
+        assert (inflow[b, 1:n] - outflow[b, 1:n]).abs().max() <= 4 * eps * 7 if n > 1 else True
+        assert abs(outflow[b, 0] - 1) <= 4 * eps * 500 if n else True
+
+
+def test_shifts():
+    given = make(4, 30, 5)
+    scores, lengths = given["scores"].detach(), given["lengths"]
+    base = op("logz")(scores, lengths)
+    by_length = scores + 0.7 * torch.arange(1, 6)
+    torch.testing.assert_close(op("logz")(by_length, lengths), base + 0.7 * lengths)
+    torch.testing.assert_close(op("marginals")(by_length, lengths), op("marginals")(scores, lengths))
+    expected = op("marginals")(scores, lengths)[..., 2].sum(1)
+    moved = scores.clone()
+    moved[..., 2] += 1e-6
+    torch.testing.assert_close((op("logz")(moved, lengths) - base) / 1e-6, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bounds_between_the_best_and_all():
+    given = make(6, 8, 3)
+    scores, lengths = given["scores"].detach(), given["lengths"]
+    best, logz = op("viterbi")(scores, lengths).score, op("logz")(scores, lengths)
+    count = torch.tensor([max(1, len(e.parts)) for e in sequences(scores, lengths)])
+    assert (best <= logz + 1e-12).all() and (logz <= best + count.log() + 1e-12).all()
+
+
+def test_segments_of_one_position_are_a_character_model():
+    scores = torch.randn(3, 50, 6, dtype=torch.float64)
+    scores[..., 1:] = -torch.inf
+    lengths = torch.tensor([50, 20, 0])
+    for s in (scores, scores[..., :1]):
+        s = s.clone().requires_grad_()
+        logz = op("logz")(s, lengths)
+        expected = torch.stack([s[b, :n, 0].sum() for b, n in enumerate(lengths)])
+        torch.testing.assert_close(logz, expected)
+        (gradient,) = torch.autograd.grad(logz.sum(), s)
+        assert torch.equal(gradient[..., 0], (torch.arange(50) < lengths.unsqueeze(1)).double())
+        assert not gradient[..., 1:].any()
+
+
+def test_entropy_is_the_log_of_equal_choices():
+    scores = torch.full((1, 60, 2), -torch.inf).double()
+    scores[:, ::2] = 1e4 * torch.randn(1, 30, 2).double()
+    scores[:, ::2, 0] = scores[:, ::2, 1] - 3e3
+    scores[:, 1::2, 0] = 3e3
+    torch.testing.assert_close(op("entropy")(scores), torch.tensor([30 * math.log(2)]).double())
+
+
+# ------------------------------------------------------------------ size
+
+
+@pytest.mark.parametrize("k", [2, 16])
+def test_a_hundred_thousand_positions(k):
+    """All-zero scores have a known sum; a known best; and every position is covered."""
+    t = 100_000
+    root = 2.0
+    for _ in range(200):  # the largest root of 1 = sum_k x**-k: the growth of the number of segmentations
+        f = sum(root**-i for i in range(1, k + 1)) - 1
+        root -= f / sum(-i * root ** -(i + 1) for i in range(1, k + 1))
+    logz = op("logz")(torch.zeros(1, t, k, dtype=torch.float64)).item()
+    shorter = op("logz")(torch.zeros(1, t - 1000, k, dtype=torch.float64)).item()
+    assert math.isclose(logz - shorter, 1000 * math.log(root), rel_tol=1e-12)
+    for size in (1.0, 1e4):
+        scores = size * torch.randn(1, t, k)
+        exact, ours = op("logz")(scores.double()), op("logz")(scores)
+        assert distance(ours, exact) <= 4 * torch.finfo(torch.float32).eps * exact.abs().item()
+        best = op("viterbi")(scores)
+        assert best.score.item() <= ours.item() * (1 + 1e-7) and best.segments.sum() == t
+        posterior = op("marginals")(scores)
+        exact = op("marginals")(scores.double())
+        covered = (posterior.double() * torch.arange(1, k + 1)).sum().item()
+        assert abs(covered - t) < 1e-4 * t and distance(posterior, exact) < 1e-3
+
+
+def test_long_sequence_within_budget():
+    scores = torch.randn(1, 10_000, 3)
+    exact, low = (reference.segmentation_logz(scores.to(d)) for d in (torch.float64, torch.float32))
+    ours = op("logz")(scores)
+    assert distance(ours, exact) <= budget(ours, low, exact)
+    assert distance(op("logz")(scores.double()), exact) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_that_are_numbers_not_infinities(dtype):
+    scores = torch.randn(2, 12, 4, dtype=dtype)
+    masked = torch.rand(2, 12, 4) < 0.4
+    masked[..., 0] = False
+    exact = op("marginals")(scores.masked_fill(masked, -torch.inf))
+    for low in (-1e5, -1e9, -1e30, torch.finfo(dtype).min):
+        posterior = op("marginals")(scores.masked_fill(masked, low))
+        assert torch.equal(posterior, exact)
+    only = torch.full((1, 1, 1), -1e9, dtype=dtype)
+    assert op("logz")(only).item() == pytest.approx(-1e9, rel=4 * torch.finfo(dtype).eps)
+    assert isinstance(sequences(scores, None)[0], Sequence)

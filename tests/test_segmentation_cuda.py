@@ -1,0 +1,199 @@
+"""segmentation.cu without a GPU: its recursions on the host against enumeration, and its compilation."""
+
+import ctypes
+import hashlib
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_build import CACHE
+from hypothesis import HealthCheck, given, settings
+from segmentation_oracle import problems, sequences
+from torch.utils.cpp_extension import include_paths
+
+import sukhops
+from sukhops import reference
+from sukhops.testing import budget, distance
+
+ROOT = Path(__file__).parent.parent
+HEADER, KERNELS = ROOT / "csrc" / "segmentation_warp.h", ROOT / "csrc" / "segmentation.cu"
+ARCHITECTURES = ["80", "90a", "100"]
+EXAMPLES = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def host():
+    source = ROOT / "tests" / "segmentation_host.cpp"
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"segmentation_host-{key(source.read_text(), HEADER.read_text())}.so"
+    if not path.exists():
+        built = path.with_suffix(f".{os.getpid()}")
+        command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{HEADER.parent}", source, "-o", built]
+        subprocess.run(command, check=True)
+        built.rename(path)
+    return ctypes.CDLL(str(path))
+
+
+class OnHost:
+    """The operators' results on [B, T, K], from one call of the host's recursions per sequence."""
+
+    def __init__(self, library, scores, lengths):
+        self.library, self.scores = library, scores.contiguous()
+        self.name = str(scores.dtype).removeprefix("torch.")
+        self.lengths = [scores.shape[1]] * scores.shape[0] if lengths is None else lengths.tolist()
+
+    def call(self, function, b, *arguments):
+        given = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in arguments]
+        x = self.scores[b]
+        f = getattr(self.library, f"{function}_{self.name}")
+        f(*(ctypes.c_int64(v) for v in (x.data_ptr(), self.lengths[b], x.shape[1], *given)))
+
+    def each(self, function, *shapes_and_rest):
+        """Zeros of the shapes, filled by `function`; other arguments are passed, tensors by their row."""
+        found = []
+        for b in range(len(self.lengths)):
+            made = [self.scores.new_zeros(a) if isinstance(a, tuple) else a[b] for a in shapes_and_rest]
+            self.call(function, b, *made)
+            found.append([m for m, a in zip(made, shapes_and_rest, strict=True) if isinstance(a, tuple)])
+        return [torch.stack(f) for f in zip(*found, strict=True)]
+
+    def posterior(self):
+        logz, out = self.each("posterior", (2,), tuple(self.scores.shape[1:]))
+        return logz[:, 0], logz[:, 1], out
+
+    def moments(self, upstream):
+        nothing = [0] * len(self.lengths)
+        mean, out = self.each(
+            "moments", nothing if upstream is None else upstream, (1,), tuple(self.scores.shape[1:])
+        )
+        return mean[:, 0], out
+
+    def best(self):
+        segments = torch.zeros(self.scores.shape[:2], dtype=torch.int64)
+        (score,) = self.each("best", (1,), segments)
+        return score[:, 0], segments
+
+    def samples(self, b, count, seed):
+        segments = torch.zeros(count, self.scores.shape[1], dtype=torch.int64)
+        self.call("samples", b, self.scores.shape[1], count, seed, segments)
+        return segments
+
+
+def gradient(x, s):
+    return torch.autograd.grad(x, s, retain_graph=True)[0] if x.requires_grad else torch.zeros_like(s)
+
+
+@EXAMPLES
+@given(problems())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_enumeration(host, dtype, problem):
+    scores, lengths = problem[0].to(dtype), problem[1]
+    every, upstream = sequences(scores, lengths), torch.randn_like(scores)
+    ours = OnHost(host, scores, lengths)
+    s = scores.clone().requires_grad_()
+    logz, marginals = (
+        reference.segmentation_logz(s, lengths),
+        reference.segmentation_marginals(s, lengths),
+    )
+    entropy = reference.segmentation_entropy(s, lengths)
+
+    def close(result, low, exact):
+        exact = torch.stack(exact) if isinstance(exact[0], torch.Tensor) else torch.tensor(exact)
+        assert distance(result, exact) <= budget(result, low, exact), (result, exact)
+
+    alpha, beta, posterior = ours.posterior()
+    for sweep in (alpha, beta):
+        close(sweep, logz, [e.logz for e in every])
+    close(posterior, marginals, [e.marginals() for e in every])
+    assert not posterior[scores == -torch.inf].any()
+    _, covariance = ours.moments(upstream)
+    low = gradient((marginals * upstream).sum(), s)
+    close(covariance, low, [e.covariance(u) for e, u in zip(every, upstream, strict=True)])
+    mean, change = ours.moments(None)
+    close(mean, entropy, [e.entropy() for e in every])
+    close(change, gradient(entropy.sum(), s), [e.entropy_gradient() for e in every])
+    score, segments = ours.best()
+    best = sukhops.segmentation_viterbi(scores, lengths)
+    assert torch.equal(score, best.score) and torch.equal(segments, best.segments)
+
+
+@pytest.mark.parametrize("k", [1, 16, 31, 40, 100])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_long_sequences_agree_with_the_cpu(host, k, size):
+    scores, lengths = size * torch.randn(3, 300, k), torch.tensor([300, 0, 123])
+    scores[torch.rand(scores.shape) < 0.3] = -torch.inf
+    exact = sukhops.segmentation_logz(scores.double(), lengths)
+    alpha, beta, posterior = OnHost(host, scores, lengths).posterior()
+    cpu = sukhops.segmentation_logz(scores, lengths), sukhops.segmentation_marginals(scores, lengths)
+    for sweep in (alpha, beta):
+        assert distance(sweep, exact) <= budget(sweep, cpu[0], exact)
+    exact = sukhops.segmentation_marginals(scores.double(), lengths)
+    low = reference.segmentation_marginals(scores, lengths)
+    assert distance(posterior, exact) <= budget(posterior, low, exact)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_show(host, bad):
+    scores = torch.randn(2, 9, 4)
+    scores[0, 3, 1] = bad
+    alpha, beta, posterior = OnHost(host, scores, None).posterior()
+    assert (
+        alpha[0].isnan() and beta[0].isnan() and posterior[0].isnan().any() and posterior[1].isfinite().all()
+    )
+    score, segments = OnHost(host, scores, None).best()
+    assert score[0].isnan() and score[1].isfinite() and not segments[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampling_frequencies(host, dtype):
+    """Chi-square of 20,000 draws: no further from its mean than six of its standard deviations."""
+    scores = torch.randn(1, 6, 3, dtype=dtype)
+    scores[0, 2, 1] = -torch.inf
+    (e,) = sequences(scores, None)
+    counts = {tuple(e.encoded(p)): 0 for p in e.parts}
+    for s in OnHost(host, scores, None).samples(0, 20_000, 7).tolist():
+        counts[tuple(s)] += 1
+    common = [
+        (c, 20_000 * float(p)) for c, p in zip(counts.values(), e.p, strict=True) if 20_000 * float(p) >= 5
+    ]
+    statistic = sum((c - x) ** 2 / x for c, x in common)
+    assert abs(statistic - len(common)) < 6 * math.sqrt(2 * len(common))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_spills(architecture):
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("nvcc is not installed")
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    CACHE.mkdir(exist_ok=True)
+    name = key(KERNELS.read_text(), HEADER.read_text(), torch.__version__, release)
+    path = CACHE / f"segmentation-sm_{architecture}-{name}.txt"
+    if not path.exists():
+        flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
+        flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v", "-o", "/dev/null"]
+        target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        includes = [f"-I{p}" for p in [HEADER.parent, *include_paths()]]
+        run = subprocess.run(
+            [nvcc, *flags, *target, *includes, "-c", KERNELS], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        path.write_text(run.stderr)
+    report = path.read_text()
+    kernels = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    names = re.findall(r"Compiling entry function '(\w+)'", report)
+    assert len(names) == len(set(names)) >= 22  # 3 widths of 3 kernels and 2 of one, in two dtypes
+    assert all(spills == ("0", "0") for _, *spills in kernels for spills in [tuple(spills)])
