@@ -1,4 +1,4 @@
-"""A hybrid language model over characters and n-grams against a character model, on the standard library's source.
+"""A hybrid language model over characters and n-grams against a character model, on source text.
 
 The same small transformer reads characters. As a character model it predicts the next one; as a hybrid it
 predicts, with one softmax, whichever character or n-gram starts next, and its likelihood of a text is the sum
@@ -8,10 +8,10 @@ hybrid takes longer, so the character model gets more of them.
 
     python examples/hybrid_lm.py [--data FILE] [--seeds 0 1 2] [--quick]
 
-Bits per character are those of the true likelihood of held-out text. One lattice spans all of it, so no boundary
-is forced anywhere; the states are those of windows that overlap by half, the same for both models. Prints mean ±
-deviation over seeds and the likeliest segmentation of some held-out lines; saves
-bench/results/example_hybrid_lm.jsonl.
+The text is the standard library's source unless a file is given. Bits per character are those of the true
+likelihood of held-out text: one lattice spans all of it, so no boundary is forced anywhere, not even between
+blocks; the states are those of windows that overlap by half, the same for both models. Prints mean ± deviation
+over seeds and the likeliest segmentation of some held-out lines; saves bench/results/example_hybrid_lm.jsonl.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import sukhops
 from sukhops.losses import unit_targets
 
-WIDTH, LAYERS, LENGTH, BATCH = 128, 2, 128, 16
+WIDTH, LAYERS, LENGTH, BATCH, STEPS = 128, 2, 128, 16, 600
 MAX_LENGTH, MIN_COUNT = 4, 200
 FLAT = 0.1  # share of the hybrid's steps that train the flat loss
 RATE = 3e-3
@@ -86,4 +86,66 @@ def lattice(model: Transformer, units: Tensor) -> Tensor:
 
 
 def bits_per_character(scores: Tensor) -> float:
-    return -sukhops.ops.segmentation.segmentation_logz(scores.double()).item() / scores.shape[1] / math.log(2)
+    return -sukhops.segmentation_logz(scores).item() / scores.shape[1] / math.log(2)
+
+
+def show(scores: Tensor, text: str, count: int) -> None:
+    """Lines of a text, cut as the likeliest segmentation is, over tenths of the posterior of a boundary."""
+    starts = sukhops.segmentation_viterbi(scores).segments[0] > 0  # [N - 1], of text[1:]
+    boundary = sukhops.segmentation_marginals(scores)[0].sum(-1)
+    print(
+        "\nlikeliest segmentation; below each character, in tenths, the probability that a unit starts there"
+    )
+    at = 0
+    for line in text.split("\n"):
+        if count and 0 < at and 30 <= len(line.strip()) and len(line) <= 70 and at + len(line) <= len(starts):
+            cut = starts[at - 1 :].tolist()
+            tenths = (10 * boundary[at - 1 :]).int().clamp(max=9).tolist()
+            print("  " + "".join("|" * cut[i] + c for i, c in enumerate(line)))
+            print("  " + "".join(" " * cut[i] + str(tenths[i]) for i in range(len(line))))
+            count -= 1
+        at += len(line) + 1
+
+
+def run(seed: int, text: str, quick: bool) -> list[dict]:
+    torch.manual_seed(seed)
+    steps, tail = (20, 4_000) if quick else (STEPS, 50_000)
+    learn, held_out = text[: -len(text) // 10], text[-len(text) // 10 :][:tail]
+    characters = sukhops.Lexicon.from_text([learn], max_length=1)
+    units = sukhops.Lexicon.from_text([learn], MAX_LENGTH, MIN_COUNT)
+    rows = []
+
+    def compare(variant: str, lexicon: sukhops.Lexicon, steps: int) -> float:
+        learned, tested = parts(lexicon, learn, held_out)
+        model = language_model(lexicon, len(characters))
+        seconds = fit(model, learned, steps, seed, variant)
+        scores = lattice(model, tested.units)
+        rows.append({
+            "variant": variant, "seed": seed, "bits per character": bits_per_character(scores),
+            "steps": steps, "seconds": seconds, "units": len(lexicon),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        })  # fmt: skip
+        if lexicon is units and seed == 0:
+            show(scores, held_out, 4)
+        return seconds
+
+    alone = compare("characters", characters, steps)
+    both = compare("hybrid", units, steps)
+    compare("characters, in the time of the hybrid", characters, round(steps * both / alone))
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="a text file; without it the standard library's source")
+    options = parser.parse_args()
+    text = corpus(options.data, 200_000 if options.quick else 2_000_000)
+    rows = [row for seed in options.seeds for row in run(seed, text, options.quick)]
+    columns = {
+        "bits per character": ".3f", "steps": ",.0f", "seconds": ".0f", "units": ",.0f", "parameters": ",.0f",
+    }  # fmt: skip
+    report("hybrid_lm", rows, columns, save=not options.quick)
+
+
+if __name__ == "__main__":
+    main()

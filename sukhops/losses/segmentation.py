@@ -1,5 +1,6 @@
 """The likelihood of texts under a hybrid language model, summed over all their segmentations into units."""
 
+import contextlib
 import math
 
 import torch
@@ -67,8 +68,8 @@ def segmentation_loss(
         none. No symbol at all gives 0.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, shapes or devices; on the CPU lengths out of range or an
-            id below -1.
+        TypeError, ValueError: wrong types, dtypes, shapes or devices; on the CPU an id below -1.
+        RuntimeError: a length outside [0, T], on the CPU; on CUDA NaN.
 
     Source: Grave et al. 2019 (hybrid language models); flat is its public training code's.
     """
@@ -84,7 +85,8 @@ def segmentation_loss(
     if lengths is None:
         lengths = torch.full((b,), t, device=unit_ids.device)
     scores = logp.masked_fill(none, -torch.inf)  # [B, T, K]
-    logz = segmentation_logz(scores.detach() if flat else scores, lengths)  # [B]
+    with _full_precision(scores.device.type):
+        logz = segmentation_logz(scores.detach() if flat else scores, lengths)  # [B]
     reached = logz != -torch.inf
     symbols = lengths.where(reached, 0).sum()
     nats = -logz.where(reached, 0.0).sum() / symbols.clamp(min=1)
@@ -93,3 +95,8 @@ def segmentation_loss(
         loss = -logp.masked_fill(none, 0.0).sum() / (k * lengths.sum()).clamp(min=1)
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager:
+    """Without autocast, which would round log-probs."""
+    return torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext()

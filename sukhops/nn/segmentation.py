@@ -57,9 +57,9 @@ class SegmentationLoss(nn.Module):
             `sukhops.losses.segmentation_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU lengths
-                out of range or an id below -1.
-            RuntimeError: an id that is V or more, on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU an id
+                below -1.
+            RuntimeError: an id that is V or more, or a length outside [0, T], on the CPU; on CUDA NaN.
         """
         targets = unit_targets(unit_ids, lengths)
         logp = linear_logp(hidden, weight, targets, bias)
