@@ -26,6 +26,7 @@ bench: setup  ## checks and times every op; rows in bench/results, tables in the
 	set -e; for f in bench/bench_*.py; do $(PY) $$f; done
 	$(PY) bench/train_step.py
 	$(PY) bench/pairs.py
+	$(PY) bench/lexicon.py
 	$(PY) bench/report.py
 
 test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own

@@ -96,6 +96,11 @@ def pairs(found: list[dict]) -> str:
     return markdown(["", "by", "s for all", "per second", "gradient norm"], body)
 
 
+def lexicon(found: list[dict]) -> str:
+    body = [[r["case"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
+    return markdown(["", "by", "million characters per second"], body)
+
+
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -125,6 +130,8 @@ def block(name: str) -> str:
         return train_step(found)
     if name == "pairs":
         return pairs(found)
+    if name == "lexicon":
+        return lexicon(found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)

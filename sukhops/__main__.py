@@ -142,6 +142,24 @@ def lengths_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor
     return lengths.expand(3, -1).to(_checks.accumulation_dtype(scores.dtype))
 
 
+def segmentation_loss_inputs() -> dict:
+    inputs = vocab_head_inputs()
+    units = torch.randint(-1, 1000, (4, 16, 3))
+    units[..., 0] = units[..., 0].abs()  # every character is a unit
+    return {
+        "hidden": inputs["hidden"].detach()[:64].unflatten(0, (4, 16)).requires_grad_(),
+        "weight": inputs["weight"],
+        "unit_ids": units,
+        "bias": inputs["bias"],
+        "lengths": torch.tensor([16, 0, 7, 12]),
+    }
+
+
+def segmentation_loss_reference(hidden, weight, unit_ids, bias, lengths) -> torch.Tensor:
+    logp = reference.linear_logp(hidden, weight, losses.unit_targets(unit_ids, lengths), bias)
+    return losses.segmentation_loss(logp, unit_ids, lengths=lengths).loss
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
@@ -154,6 +172,9 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      lambda **given: nn.StepKTOLoss()(**given).loss, kto_reference, kto_inputs),
     ("CringeLoss", ["vocab_head", "vocab_head_backward"],
      lambda **given: nn.CringeLoss()(**given).loss, cringe_reference, cringe_inputs),
+    ("SegmentationLoss", ["vocab_head", "vocab_head_backward", "segmentation_logz", "segmentation_marginals"],
+     lambda **given: nn.SegmentationLoss()(**given).loss, segmentation_loss_reference,
+     segmentation_loss_inputs),
     ("director_logp", ["director", "director_backward"],
      sukhops.director_logp, reference.director_logp, director_inputs),
     ("director_topk", ["director_topk"],

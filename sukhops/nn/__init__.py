@@ -4,6 +4,7 @@ from sukhops.nn.cringe import CringeLoss, PairwiseCringeLoss
 from sukhops.nn.director import DirectorHead, DirectorLoss
 from sukhops.nn.dpo import DPOLoss
 from sukhops.nn.kto import KTOLoss, StepKTOLoss
+from sukhops.nn.segmentation import SegmentationLoss
 
 __all__ = [
     "CringeLoss",
@@ -12,5 +13,6 @@ __all__ = [
     "DirectorLoss",
     "KTOLoss",
     "PairwiseCringeLoss",
+    "SegmentationLoss",
     "StepKTOLoss",
 ]
