@@ -34,7 +34,7 @@ def sweeps(found: list[dict]) -> dict[str, str]:
     for r in found:
         if "shape" in r and r["shape"] not in shapes.setdefault(r["case"], []):
             shapes[r["case"]].append(r["shape"])
-    axis = {c: [k for k in s[0] if len({shape.get(k) for shape in s}) > 2] for c, s in shapes.items()}
+    axis = {c: [k for k in s[0] if len({str(shape.get(k)) for shape in s}) > 2] for c, s in shapes.items()}
     return {c: keys[0] for c, keys in axis.items() if keys}
 
 
@@ -77,6 +77,16 @@ def pairs(found: list[dict]) -> str:
     return markdown(["", "by", "s for all", "per second", "gradient norm"], body)
 
 
+def roofline(found: list[dict]) -> str:
+    """What a GPU is predicted to take, from the model alone."""
+    body = []
+    for r in found:
+        shape = ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
+        times = [f"{r[field]:.3g}" for field in ("floor_ms", "predicted_ms")]
+        body.append([r["case"], shape, times[0], r["bound"], times[1]])
+    return markdown(["case", "shape", "floor, ms", "bound by", "predicted, ms"], body)
+
+
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -104,8 +114,8 @@ def block(name: str) -> str:
         return machine(found)
     if name == "train_step":
         return train_step(found)
-    if name == "pairs":
-        return pairs(found)
+    if name in ("pairs", "roofline"):
+        return {"pairs": pairs, "roofline": roofline}[name](found)
     return example(found) if name.startswith("example_") else measured(found)
 
 
