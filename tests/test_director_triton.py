@@ -34,7 +34,7 @@ def check(ours, cpu, exact):
         return [t for y in x for t in (y if isinstance(y, list) else [y])]
 
     for i, (a, low, b) in enumerate(zip(flat(ours), flat(cpu), flat(exact), strict=True)):
-        assert a.shape == b.shape and a.dtype == low.dtype, i
+        assert a.shape == b.shape and a.dtype == low.dtype and a.stride() == low.stride(), i
         if a.is_floating_point():
             assert distance(a, b) <= budget(a, low, b), (i, distance(a, b), budget(a, low, b))
 

@@ -47,11 +47,22 @@ def test_launchers_match_the_cpu(dtype, frozen, bias, softcap, scale, monkeypatc
 
 def check(ours, cpu, exact):
     for i, (a, low, b) in enumerate(zip(ours, cpu, exact, strict=True)):
-        assert a.shape == b.shape and a.dtype == low.dtype, i
+        assert a.shape == b.shape and a.dtype == low.dtype and a.stride() == low.stride(), i
         if a.is_floating_point():
             assert distance(a, b) <= budget(a, low, b), (i, distance(a, b), budget(a, low, b))
         else:
             assert torch.equal(a, b), i
+
+
+@pytest.mark.interpreter
+def test_topk_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 6 * 16 * 3)
+    given = torch.randn(6, 5), torch.randn(107, 5), torch.empty(6, 0, dtype=torch.int64), None, 4
+    options = (None, 1.0, -100, False, False, False)
+    ours, cpu = kernels.forward(*given, *options), torch.ops.sukhops.vocab_head(*given, *options)
+    exact = torch.ops.sukhops.vocab_head(*(t.double() for t in given[:2]), *given[2:], *options)
+    check(ours, cpu, exact)
 
 
 @pytest.mark.interpreter

@@ -209,7 +209,7 @@ def forward(
     mean = h.new_zeros(0, dtype=acc) if mean is None else mean / total.unsqueeze(1)
     return (
         _spread(lse, rows, n), _spread(logit, rows, n), _spread(top_value, rows, n),
-        _spread(top_index, rows, n), _spread(mean, rows, n) if keep_mean else mean,
+        _spread(top_index.contiguous(), rows, n), _spread(mean, rows, n) if keep_mean else mean,
     )  # fmt: skip
 
 
