@@ -75,7 +75,10 @@ def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Te
     # every array below has problems last, where memory is contiguous, and each pair of players once
     won, lost = (battles[:, i, j].T.contiguous() for i, j in ((first, second), (second, first)))
     met = won + lost
-    scores = battles.new_zeros(size, len(battles))
+    # a player's odds against all others together, spread out: near enough to save a third of the steps
+    wins, losses = battles.sum(2).T, battles.sum(1).T
+    some = 0.02 * (wins + losses)
+    scores = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: never met anyone
     square = battles.new_zeros(size, size, len(battles))  # of all ordered pairs; the diagonal stays 0
 
     def spread(upper: Tensor, lower: Tensor) -> Tensor:
