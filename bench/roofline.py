@@ -219,7 +219,8 @@ def rows(device: Device) -> list[dict]:
     for op, case, shape, build in CASES:
         done = build(**shape)
         found.append({
-            "op": op, "case": case, "dtype": "bfloat16", "device": device.name, "shape": shape,
+            "op": op, "case": case, "dtype": "float32" if op == "segmentation" else "bfloat16",
+            "device": device.name, "shape": shape,
             "floor_ms": round(1e3 * done.floor.seconds(device), 4), "bound": done.floor.bound(device),
             "predicted_ms": round(1e3 * done.predicted(device), 4),
         })  # fmt: skip
