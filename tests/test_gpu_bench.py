@@ -115,7 +115,8 @@ def test_a_run_gives_rows_a_page_and_verdicts(monkeypatch, tmp_path):
 
     case = small_case(Liger=harness.Provider(broken), CCE=harness.Provider(broken, memory=1e13))
     chosen = {n: case.providers[n] for n in ("sukhops", "eager", "Liger", "CCE")}
-    reach = [gpu_cases.Reach(1e6), gpu_cases.Reach(1e-6), gpu_cases.Reach(1.0, "CCE")]
+    reach = [gpu_cases.Reach(1e6), gpu_cases.Reach(1e-6), gpu_cases.Reach(1.0, "CCE"),
+             gpu_cases.Reach(3.5, field="memory_mib")]  # fmt: skip
     rows = gpu_run.run(gpu_cases.Measured(case._replace(providers=chosen), reach), roofline.H200)
     found = {r["provider"]: r for r in rows}
     ours = found["sukhops"]
@@ -124,7 +125,7 @@ def test_a_run_gives_rows_a_page_and_verdicts(monkeypatch, tmp_path):
         and ours["memory_mib"] == 3.0
         and ours["machine"] == "Some GPU 1"
     )
-    assert [v.rpartition(" ")[2] for v in ours["reach"]] == ["reached", "MISSED", "measured"]
+    assert [v.rpartition(" ")[2] for v in ours["reach"]] == ["reached", "MISSED", "measured", "reached"]
     assert "no kernel image" in found["Liger"]["skipped"] and "does not fit" in found["CCE"]["skipped"]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "rows").mkdir()
