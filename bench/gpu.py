@@ -85,9 +85,11 @@ def run(step: Step, limit: float) -> Outcome:
         code = process.wait(timeout=min(step.seconds, limit))
         status = "ok" if code == 0 else f"FAILED ({code})"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait()
         status = "out of time"
+    finally:
+        if process.poll() is None:  # out of time, or interrupted: its children end with it
+            os.killpg(process.pid, 9)
+            process.wait()
     return Outcome(step.name, status, time.monotonic() - start)
 
 
