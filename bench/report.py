@@ -34,7 +34,7 @@ def sweeps(found: list[dict]) -> dict[str, str]:
     for r in found:
         if "shape" in r and r["shape"] not in shapes.setdefault(r["case"], []):
             shapes[r["case"]].append(r["shape"])
-    axis = {c: [k for k in s[0] if len({shape.get(k) for shape in s}) > 2] for c, s in shapes.items()}
+    axis = {c: [k for k in s[0] if len({str(shape.get(k)) for shape in s}) > 2] for c, s in shapes.items()}
     return {c: keys[0] for c, keys in axis.items() if keys}
 
 
@@ -101,6 +101,16 @@ def lexicon(found: list[dict]) -> str:
     return markdown(["", "by", "million characters per second"], body)
 
 
+def roofline(found: list[dict]) -> str:
+    """What a GPU is predicted to take, from the model alone."""
+    body = []
+    for r in found:
+        shape = ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
+        times = [f"{r[field]:.3g}" for field in ("floor_ms", "predicted_ms")]
+        body.append([r["case"], shape, times[0], r["bound"], times[1]])
+    return markdown(["case", "shape", "floor, ms", "bound by", "predicted, ms"], body)
+
+
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -128,10 +138,8 @@ def block(name: str) -> str:
         return machine(found)
     if name == "train_step":
         return train_step(found)
-    if name == "pairs":
-        return pairs(found)
-    if name == "lexicon":
-        return lexicon(found)
+    if name in ("pairs", "roofline", "lexicon"):
+        return {"pairs": pairs, "roofline": roofline, "lexicon": lexicon}[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)

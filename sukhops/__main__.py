@@ -13,7 +13,7 @@ from sukhops import _checks, _library, losses, nn, reference, testing
 from sukhops.ops import director as ops
 from sukhops.reference import director as plain
 
-DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.float32, torch.bfloat16]}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def vocab_head_inputs() -> dict:
@@ -235,7 +235,7 @@ def check() -> int:
     print(f"{'op':<26}{'device':<8}{'dtype':<10}{'result':<18}{'max error':>12}{'budget':>12}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for name, _, op, ref, make in OPS:
-            for dtype in DTYPES[device]:
+            for dtype in DTYPES:
                 torch.manual_seed(0)
                 inputs = {
                     n: t.detach().to(device).requires_grad_(t.requires_grad)
