@@ -1,11 +1,14 @@
 """Modules: options and parameters; forward is one call."""
 
+from sukhops.nn.adaptive_span import AdaptiveSpan, AdaptiveSpanAttention
 from sukhops.nn.cringe import CringeLoss, PairwiseCringeLoss
 from sukhops.nn.director import DirectorHead, DirectorLoss
 from sukhops.nn.dpo import DPOLoss
 from sukhops.nn.kto import KTOLoss, StepKTOLoss
 
 __all__ = [
+    "AdaptiveSpan",
+    "AdaptiveSpanAttention",
     "CringeLoss",
     "DPOLoss",
     "DirectorHead",
