@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SUKHOPS_X86 1
 #pragma GCC push_options
