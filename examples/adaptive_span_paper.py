@@ -1,4 +1,4 @@
-"""The published adaptive-span model of 12 layers on enwik8, run by `examples/adaptive_span.py --paper enwik8`.
+"""The published adaptive-span model of 12 layers: `examples/adaptive_span.py --paper enwik8`.
 
 Post-norm blocks with ReLU, one table of relative positions for all layers and heads, spans that start before
 the token itself, Adagrad with a linear warm-up, each tensor's gradient clipped by itself, and text read in

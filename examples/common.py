@@ -213,8 +213,8 @@ def train(
 ) -> Training:
     """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss.
 
-    With a checkpoint it saves there ten times and goes on from it; `loss` must depend on nothing but the model
-    and the step then.
+    With a checkpoint it saves there ten times and goes on from it; `loss` must depend on nothing but the
+    model and the step then.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
