@@ -13,7 +13,7 @@
 namespace sukhops {
 
 constexpr int64_t kTile = 60;     // keys: whole blocks of 6 rows of the product
-constexpr int64_t kRun = 256;     // least queries of a run in the backward
+constexpr int64_t kRun = 1 << 20;  // terms of a product in one go
 template <class A>
 constexpr A kFar = A(1e30);       // beyond every position
 
@@ -33,14 +33,14 @@ struct SpanCall {
   A* lse;        // [B, H, M]
   void* grad_q;  // like out [B, H, M, d]
   A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
-  bool need_q, need_kv, need_rel;
+  bool need_q, need_kv;
   int64_t longest;  // keys that a query sees at most
 };
 
 // the buffers of a thread, one behind the other
 template <class A>
 struct SpanWork {
-  A *q_lanes, *q_rows, *g_lanes, *g_rows, *sum, *score, *slope, *keys, *values;
+  A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *slope, *keys, *values;
   A *lo, *hi, *reach, *top, *total, *fade, *rel, *grad_rel;
   int64_t size = 0;
 
@@ -49,7 +49,7 @@ struct SpanWork {
       p = base + size;
       size += (count + 15) / 16 * 16;
     };
-    for (A** p : {&q_lanes, &g_lanes, &sum}) take(*p, c.d * lanes);
+    for (A** p : {&q_panels, &g_panels, &sum}) take(*p, c.d * lanes);
     for (A** p : {&q_rows, &g_rows}) take(*p, c.wide * lanes);
     for (A** p : {&score, &slope}) take(*p, kTile * lanes);
     for (A** p : {&keys, &values}) take(*p, kTile * c.d);
@@ -149,7 +149,9 @@ struct Problem {
     std::vector<Run> out;
     const SpanCall<A>& c = call;
     for (size_t i = 0; i < window.size(); ++i) {
-      const int64_t lanes = std::min<int64_t>(window[i] <= 64 ? 16 : window[i] <= 256 ? 32 : 64, (c.m + 15) / 16 * 16);
+      const int64_t panel = cpu_isa() == Isa::avx512 ? 32 : 16;
+      const int64_t wish = window[i] <= 64 ? panel : window[i] <= 256 ? 32 : 64;
+      const int64_t lanes = std::min(wish, (c.m + panel - 1) / panel * panel);
       const int64_t whole = (std::max(least, apart ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;
       for (int64_t first = 0, phase = 0; first < c.m; first += whole, phase ^= 1) {
         const int64_t last = std::min(c.m, first + whole);
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const ScalarType dtype = q.scalar_type(), acc = acc_dtype(dtype);
   const Strided g(grad, c.grad, c.grad_stride);
   const Tensor none = empty({0}, dtype, q);
-  c.need_q = need_q, c.need_kv = need_kv, c.need_rel = need_rel;
+  c.need_q = need_q, c.need_kv = need_kv;
   c.out = out.data_ptr();
   c.lse = data<A>(lse);
   const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1, table = rel_pos ? p.rel.size(1) * c.wide : 0;
@@ -218,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor work = empty({threads, size}, acc, q);
   const Tensor drel = zeros({need_rel ? threads : 0, tables * table}, acc, q);  // each thread's own sum
   static const auto block = SUKHOPS_BEST(span_backward<S, A>);
-  const std::vector<Run> all = p.runs(kRun, true);
+  const std::vector<Run> all = p.runs(256, true);
   for (int64_t phase : {0, 1}) {
     std::vector<Run> runs;
     for (const Run& run : all)

@@ -1,7 +1,7 @@
 // The blocks of adaptive_span. Included once per instruction set, after vec.h. S is how tensors are stored
-// (float, double, the bits of a half), A what is computed in. The lanes of a vector are queries: a block holds
-// `lanes` of them, and tiles of keys pass by, [keys][lanes]. Every product is one kernel, a row of numbers
-// broadcast against rows of vectors.
+// (float, double, the bits of a half), A what is computed in. The lanes of a vector are queries: a block's lanes
+// lie in panels of two registers, a tile of keys as [panel][key][lane], so every product is one kernel whose
+// operands stay in the first cache: a column of numbers, each broadcast against a row of two registers.
 
 template <class A>
 SUKHOPS_INLINE typename Register<A>::type get(const A* p) {
@@ -21,23 +21,38 @@ SUKHOPS_INLINE typename Register<A>::type fill(A x) {
   return x - typename Register<A>::type{};
 }
 
-// C[r] (+)= sum_k a[r * ars + k * aks] * B[k], R rows of W registers
+template <class A>
+constexpr int64_t kPanel = 2 * Register<A>::lanes;
+
+// The left side of a product: element (row, k) is at[row * rows + k], k counting on at the next part after
+// `run` of them.
+template <class A>
+struct Left {
+  const A* at;
+  int64_t rows, step, run, part;
+};
+
+// C[r] (+)= sum_k left(r, k) * B[k] for R rows of W registers
 template <int R, int W, class A>
 static inline void product_block(
-    const A* a, int64_t ars, int64_t aks, const A* b, int64_t bs, int64_t depth, A* c, int64_t cs, bool add) {
+    const Left<A>& left, const A* b, int64_t bs, int64_t depth, A* c, int64_t cs, bool add) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   V acc[R][W] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V y[W];
-    for (int w = 0; w < W; ++w) {
-      y[w] = get(b + k * bs + w * n);
-      hold(y[w]);
-    }
-    for (int r = 0; r < R; ++r) {
-      V x = fill(a[r * ars + k * aks]);
-      hold(x);
-      for (int w = 0; w < W; ++w) acc[r][w] += x * y[w];
+  const A* part = left.at;
+  for (; depth > 0; depth -= left.run, part += left.part) {
+    const A* a = part;
+    for (int64_t k = depth < left.run ? depth : left.run; k > 0; --k, a += left.step, b += bs) {
+      V y[W];
+      for (int w = 0; w < W; ++w) {
+        y[w] = get(b + w * n);
+        hold(y[w]);
+      }
+      for (int r = 0; r < R; ++r) {
+        V x = fill(a[r * left.rows]);
+        hold(x);
+        for (int w = 0; w < W; ++w) acc[r][w] += x * y[w];
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -48,58 +63,58 @@ static inline void product_block(
 }
 
 template <int R, class A>
-static inline void product_rows(const A* a, int64_t ars, int64_t aks, const A* b, int64_t bs, int64_t width,
-                                int64_t depth, A* c, int64_t cs, bool add) {
+static inline void product_rows(const Left<A>& left, const A* b, int64_t bs, int64_t width, int64_t depth, A* c,
+                                int64_t cs, bool add) {
   constexpr int64_t n = Register<A>::lanes;
   int64_t at = 0;
-  if constexpr (kRegisterBytes == 64)
-    for (; at + 4 * n <= width; at += 4 * n)
-      product_block<R, 4>(a, ars, aks, b + at, bs, depth, c + at, cs, add);
-  for (; at + 2 * n <= width; at += 2 * n)
-    product_block<R, 2>(a, ars, aks, b + at, bs, depth, c + at, cs, add);
-  for (; at < width; at += n) product_block<R, 1>(a, ars, aks, b + at, bs, depth, c + at, cs, add);
+  for (; at + 2 * n <= width; at += 2 * n) product_block<R, 2>(left, b + at, bs, depth, c + at, cs, add);
+  for (; at < width; at += n) product_block<R, 1>(left, b + at, bs, depth, c + at, cs, add);
 }
 
-// C [rows][width] (+)= a @ B [depth][width], a[row * ars + k * aks]; width in whole vectors of 16
+// C [rows][width] (+)= left [rows][depth] @ B [depth][width], width in whole registers
 template <class A>
-static void product(const A* a, int64_t ars, int64_t aks, int64_t rows, const A* b, int64_t bs, int64_t width,
-                    int64_t depth, A* c, int64_t cs, bool add) {
-  int64_t r = 0;
-  for (; r + 6 <= rows; r += 6)
-    product_rows<6>(a + r * ars, ars, aks, b, bs, width, depth, c + r * cs, cs, add);
-  for (; r + 2 <= rows; r += 2)
-    product_rows<2>(a + r * ars, ars, aks, b, bs, width, depth, c + r * cs, cs, add);
-  if (r < rows) product_rows<1>(a + r * ars, ars, aks, b, bs, width, depth, c + r * cs, cs, add);
+static void product(Left<A> left, int64_t rows, const A* b, int64_t bs, int64_t width, int64_t depth, A* c,
+                    int64_t cs, bool add) {
+  constexpr int R = kRegisterBytes == 64 ? 12 : 6;
+  const auto next = [&](int64_t n) { left.at += n * left.rows, c += n * cs, rows -= n; };
+  for (; rows >= R && rows != 8; next(R)) product_rows<R>(left, b, bs, width, depth, c, cs, add);  // 8: twice 4
+  for (; rows >= 4; next(4)) product_rows<4>(left, b, bs, width, depth, c, cs, add);
+  for (; rows > 0; next(1)) product_rows<1>(left, b, bs, width, depth, c, cs, add);
 }
 
-// rows of a tensor, times `factor`, as lanes [d][lanes] and, if asked, as rows [lanes][wide]; zeros beyond `count`
+// rows [n][d] of a tensor on the left, and their transpose
+template <class A>
+static Left<A> as_rows(const A* at, int64_t stride) {
+  return {at, stride, 1, kRun, kRun};
+}
+template <class A>
+static Left<A> as_columns(const A* at, int64_t stride) {
+  return {at, 1, stride, kRun, kRun * stride};
+}
+
+// rows of a tensor times `factor` as panels [panel][d][lane], and as rows [lanes][wide] if asked; zeros beyond `count`
 template <class S, class A>
-static void pack(const S* from, int64_t stride, int64_t count, int64_t lanes, int64_t d, A factor, A* by_lane,
-                 A* by_row, int64_t wide) {
-  for (int64_t i = 0; i < lanes; ++i)
-    for (int64_t j = 0; j < wide; ++j) {
-      const A x = i < count && j < d ? factor * to_float(from[i * stride + j]) : A(0);
-      if (j < d) by_lane[j * lanes + i] = x;
-      if (by_row) by_row[i * wide + j] = x;
+static void pack(const S* from, int64_t stride, int64_t count, int64_t lanes, int64_t d, A factor, A* panels,
+                 A* rows, int64_t wide) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    A* panel = panels + i / kPanel<A> * d * kPanel<A> + i % kPanel<A>;
+    for (int64_t j = 0; j < d; ++j) {
+      const A x = i < count ? factor * to_float(from[i * stride + j]) : A(0);
+      panel[j * kPanel<A>] = x;
+      if (rows) rows[i * wide + j] = x;
     }
+    for (int64_t j = d; rows && j < wide; ++j) rows[i * wide + j] = 0;
+  }
 }
 
-template <class A>
-struct Rows {
-  const A* at;
-  int64_t stride;
-};
-
-// rows of keys or values in A: themselves, or converted into `buffer`
+// rows of keys or values in A, close together: themselves, or copied into `buffer`
 template <class S, class A>
-static inline Rows<A> in_acc(const S* from, int64_t stride, int64_t rows, int64_t d, A* buffer) {
+static const A* gather(const S* from, int64_t stride, int64_t rows, int64_t d, A* buffer) {
+  if constexpr (sizeof(S) == sizeof(A))
+    if (stride == d) return from;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < d; ++j) buffer[i * d + j] = to_float(from[i * stride + j]);
-  return {buffer, d};
-}
-template <class A>
-static inline Rows<A> in_acc(const A* from, int64_t stride, int64_t, int64_t, A*) {
-  return {from, stride};
+  return buffer;
 }
 
 // which keys a block sees: all within [first, last), and within [from, to] each row sees each at full weight
@@ -131,8 +146,7 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
     if ((A)hi < r.to) r.to = (A)hi;
     const A whole = (A)hi - (reach - c.ramp) + 1;  // from here on the weight is 1, a token to be safe
     if (!(whole <= r.from)) r.from = whole;        // NaN: nowhere
-    const int64_t near = hi - c.limit < 0 ? 0 : hi - c.limit;
-    int64_t first = reach < 0 ? c.n : reach < (A)(hi - near) ? hi - (int64_t)reach : near;
+    int64_t first = reach < 0 ? c.n : reach < (A)(hi - lo) ? hi - (int64_t)reach : lo;  // NaN: all of them
     if (first < lo) first = lo;
     if (first > hi) continue;
     if (first < r.first) r.first = first;
@@ -141,50 +155,86 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
   return r;
 }
 
-// out[r] lane t = in[r + t] lane t (forward) or the other way round, in each vector
+// Moves lane t of each register of [panel][row][lane] from row r + t to row r, or back.
 template <class A>
-static void shear(A* x, int64_t rows, int64_t lanes, bool forward) {
+static void shear(A* x, int64_t rows, int64_t lanes, bool back) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   typename Register<A>::ints lane;
   for (int64_t t = 0; t < n; ++t) lane[t] = t;
-  for (int64_t column = 0; column < lanes; column += n)
-    for (int64_t step = 1; step < n; step *= 2) {
-      const auto moves = (lane & (int)step) != 0;
-      for (int64_t at = 0; at < rows; ++at) {
-        const int64_t r = forward ? at : rows - 1 - at, other = forward ? r + step : r - step;
-        A* to = x + r * lanes + column;
-        const V there = other >= 0 && other < rows ? get(x + other * lanes + column) : V{};
-        set(to, moves ? there : get(to));
+  for (A* panel = x; panel < x + rows * lanes; panel += rows * kPanel<A>)
+    for (int64_t column = 0; column < kPanel<A>; column += n)
+      for (int64_t step = 1; step < n; step *= 2) {
+        const auto moves = (lane & (int)step) != 0;
+        for (int64_t at = 0; at < rows; ++at) {
+          const int64_t r = back ? rows - 1 - at : at, other = back ? r - step : r + step;
+          A* to = panel + r * kPanel<A> + column;
+          const V there = other >= 0 && other < rows ? get(panel + other * kPanel<A> + column) : V{};
+          set(to, moves ? there : get(to));
+        }
       }
+}
+
+// The queries of a block seen by distance: row r of [panel][row][lane] belongs to the distance nearest + r. Sheared,
+// the entry of a key is in one row for all lanes of a register: row_of(key) + the register's first lane.
+template <class A>
+struct Distances {
+  const A* table;  // rel_pos of the head, or null
+  int64_t rows, nearest, last;
+  int64_t lo, hi;  // rows whose distance is in the table
+
+  Distances(const SpanCall<A>& c, int64_t h, int64_t i0, int64_t lanes, const Reach<A>& r) {
+    table = c.rel && r.last > r.first ? c.rel + h * c.rel_stride : nullptr;
+    last = r.last;
+    rows = r.last - r.first + lanes - 1;
+    nearest = c.n - c.m + i0 - c.skip - (last - 1);
+    lo = nearest < 0 ? -nearest : 0;
+    hi = c.limit - nearest < rows ? c.limit - nearest : rows;
+    if (hi < lo) hi = lo;
+  }
+  int64_t row_of(int64_t key) const { return last - 1 - key; }
+};
+
+// the products of the queries with the table, sheared
+template <class A>
+static void by_distance(const SpanCall<A>& c, const Distances<A>& x, const A* q_panels, int64_t lanes, A* out) {
+  for (int64_t p = 0; p < lanes / kPanel<A>; ++p) {
+    A* panel = out + p * x.rows * kPanel<A>;
+    for (int64_t i = 0; i < x.lo * kPanel<A>; ++i) panel[i] = 0;
+    for (int64_t i = x.hi * kPanel<A>; i < x.rows * kPanel<A>; ++i) panel[i] = 0;
+    product(as_rows(x.table + (x.nearest + x.lo) * c.wide, c.wide), x.hi - x.lo, q_panels + p * c.d * kPanel<A>,
+            kPanel<A>, kPanel<A>, c.d, panel + x.lo * kPanel<A>, kPanel<A>, false);
+  }
+  shear(out, x.rows, lanes, false);
+}
+
+// copies a tile [panel][key][lane] from, or to, what is kept by distance
+template <bool TO, class A>
+static void skew(const Distances<A>& x, int64_t j0, int64_t keys, int64_t lanes, A* tile, A* kept) {
+  for (int64_t i = 0; i < lanes; i += Register<A>::lanes)
+    for (int64_t j = 0; j < keys; ++j) {
+      A* one = tile + (i / kPanel<A> * kTile + j) * kPanel<A> + i % kPanel<A>;
+      A* other = kept + (i / kPanel<A> * x.rows + x.row_of(j0 + j) + i) * kPanel<A> + i % kPanel<A>;
+      if (TO) set(other, get(one));
+      else set(one, get(other));
     }
 }
 
-// The products of a block with rel_pos, where the scores want them: key j of lane i at row (last - 1 - j) +
-// the first lane of its vector. `first` is the distance of row 0.
+// a tile (+)= rows [keys][d] @ panels [panel][d][lane]
 template <class A>
-static void distances(const SpanCall<A>& c, const A* rel, const A* q_lanes, int64_t rows, int64_t first,
-                      int64_t lanes, A* out) {
-  const int64_t lo = first < 0 ? -first : 0;
-  int64_t hi = c.limit - first;
-  hi = hi > rows ? rows : hi;
-  for (int64_t r = 0; r < rows; ++r)
-    if (r < lo || r >= hi)
-      for (int64_t i = 0; i < lanes; ++i) out[r * lanes + i] = 0;
-  if (lo < hi)
-    product(rel + (first + lo) * c.wide, c.wide, (int64_t)1, hi - lo, q_lanes, lanes, lanes, c.d, out + lo * lanes,
-            lanes, false);
-  shear(out, rows, lanes, true);
+static void tile_product(const A* rows, int64_t keys, const A* panels, int64_t lanes, int64_t d, A* tile, bool add) {
+  for (int64_t p = 0; p < lanes / kPanel<A>; ++p)
+    product(as_rows(rows, d), keys, panels + p * d * kPanel<A>, kPanel<A>, kPanel<A>, d, tile + p * kTile * kPanel<A>,
+            kPanel<A>, add);
 }
 
-// scores [keys][lanes] of keys j0 .. j0 + count
+// panels [panel][d][lane] += rows [keys][d] transposed @ a tile
 template <class A>
-static void scores(const SpanCall<A>& c, Rows<A> keys, int64_t j0, int64_t count, int64_t last, const A* q_lanes,
-                   int64_t lanes, const A* rel, A* out) {
-  for (int64_t j = 0; rel && j < count; ++j)
-    for (int64_t i = 0; i < lanes; i += Register<A>::lanes)
-      set(out + j * lanes + i, get(rel + (last - 1 - j0 - j + i) * lanes + i));
-  product(keys.at, keys.stride, (int64_t)1, count, q_lanes, lanes, lanes, c.d, out, lanes, rel != nullptr);
+static void panel_product(const A* rows, int64_t stride, int64_t keys, const A* tile, int64_t part, int64_t lanes,
+                          int64_t d, A* panels) {
+  for (int64_t p = 0; p < lanes / kPanel<A>; ++p)
+    product(as_columns(rows, stride), d, tile + p * part, kPanel<A>, kPanel<A>, keys, panels + p * d * kPanel<A>,
+            kPanel<A>, true);
 }
 
 template <class S>
@@ -192,7 +242,7 @@ static const S* row(const void* base, const int64_t* stride, int64_t b, int64_t 
   return (const S*)base + b * stride[0] + h * stride[1] + i * stride[2];
 }
 
-// One block of queries: out and lse.
+// One block of queries: out and lse. Returns the pairs that it multiplied.
 template <class S, class A>
 static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
                             A* base) {
@@ -200,118 +250,115 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
   const Reach<A> r = look(c, b, h, i0, count, lanes, w);
-  pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_lanes, (A*)nullptr, c.d);
+  const Distances<A> x(c, h, i0, lanes, r);
+  pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, (A*)nullptr, c.d);
+  if (x.table) by_distance(c, x, w.q_panels, lanes, w.rel);
   for (int64_t i = 0; i < lanes; ++i) w.top[i] = -__builtin_inf(), w.total[i] = 0;
   for (int64_t i = 0; i < c.d * lanes; ++i) w.sum[i] = 0;
-  const int64_t kv = h / c.group, keys = r.last > r.first ? r.last - r.first : 0;
-  if (c.rel && keys)
-    distances(c, c.rel + h * c.rel_stride, w.q_lanes, keys + lanes - 1, c.n - c.m + i0 - c.skip - (r.last - 1), lanes,
-              w.rel);
+  const int64_t kv = h / c.group;
   for (int64_t j0 = r.first; j0 < r.last; j0 += kTile) {
-    const int64_t tile = r.last - j0 < kTile ? r.last - j0 : kTile;
-    const Rows<A> k = in_acc(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], tile, c.d, w.keys);
-    scores(c, k, j0, tile, r.last, w.q_lanes, lanes, c.rel ? w.rel : nullptr, w.score);
-    const bool plain = (A)j0 >= r.from && (A)(j0 + tile - 1) <= r.to;
-    bool moved = false;
+    const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
+    const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
+    const A* v = gather(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], keys, c.d, w.values);
+    if (x.table) skew<false>(x, j0, keys, lanes, w.score, w.rel);
+    tile_product(k, keys, w.q_panels, lanes, c.d, w.score, x.table);
+    const bool plain = (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to;
     for (int64_t i = 0; i < lanes; i += n) {
+      A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
       const V lo = get(w.lo + i), hi = get(w.hi + i), reach = get(w.reach + i), before = get(w.top + i);
+      const V never = fill(-(A)__builtin_inf());
       V top = before;
-      for (int64_t j = 0; j < tile; ++j) {
-        V s = get(w.score + j * lanes + i);
+      for (int64_t j = 0; j < keys; ++j) {
+        V s = get(score + j * kPanel<A>);
         if (!plain) {
-          const V at = fill((A)(j0 + j)), a = reach - (hi - at);
-          s = (at >= lo) & (at <= hi) & ~(a <= 0) ? s : fill(-(A)__builtin_inf());
-          set(w.score + j * lanes + i, s);
+          const V key = fill((A)(j0 + j)), a = reach - (hi - key);
+          s = (key >= lo) & (key <= hi) & ~(a <= 0) ? s : never;
+          set(score + j * kPanel<A>, s);
         }
         top = s > top ? s : top;
       }
-      const V shift = top == -(A)__builtin_inf() ? V{} : top;
+      const V shift = top == never ? V{} : top, fade = register_exp(before - shift);
       V sum = {};
-      for (int64_t j = 0; j < tile; ++j) {
-        V p = register_exp(get(w.score + j * lanes + i) - shift);
+      for (int64_t j = 0; j < keys; ++j) {
+        const V s = get(score + j * kPanel<A>);
+        V p = register_exp(s - shift);
         if (!plain) {
-          const V a = reach - (hi - (fill((A)(j0 + j))));
-          p *= a > c.ramp ? fill(A(1)) : a * c.inverse_ramp;
-          p = get(w.score + j * lanes + i) == -(A)__builtin_inf() ? V{} : p;
+          const V a = reach - (hi - fill((A)(j0 + j)));
+          p = s == never ? V{} : a > c.ramp ? p : p * (a * c.inverse_ramp);
         }
-        set(w.score + j * lanes + i, p);
+        set(score + j * kPanel<A>, p);
         sum += p;
       }
-      const V fade = register_exp(before - shift);
-      set(w.fade + i, fade);
       set(w.total + i, get(w.total + i) * fade + sum);
       set(w.top + i, top);
+      A* out = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
+      bool moved = false;
       for (int64_t t = 0; t < n; ++t) moved |= !(before[t] == top[t]);
+      for (int64_t j = 0; moved && j < c.d; ++j) set(out + j * kPanel<A>, get(out + j * kPanel<A>) * fade);
     }
-    if (moved && j0 > r.first)
-      for (int64_t j = 0; j < c.d; ++j)
-        for (int64_t i = 0; i < lanes; i += n) {
-          A* at = w.sum + j * lanes + i;
-          set(at, get(at) * get(w.fade + i));
-        }
-    const Rows<A> v = in_acc(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], tile, c.d, w.values);
-    product(v.at, (int64_t)1, v.stride, c.d, w.score, lanes, lanes, tile, w.sum, lanes, true);
+    panel_product(v, c.d, keys, w.score, kTile * kPanel<A>, lanes, c.d, w.sum);
   }
   for (int64_t i = 0; i < count; ++i) {
     const A total = w.total[i], inverse = total == 0 ? A(0) : 1 / total;
+    const A* out = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
     const int64_t at = (b * c.heads + h) * c.m + i0 + i;
     c.lse[at] = total == 0 ? (A)__builtin_inf() : w.top[i] + std::log(total);
-    for (int64_t j = 0; j < c.d; ++j) put((S*)c.out + at * c.d + j, w.sum[j * lanes + i] * inverse);
+    for (int64_t j = 0; j < c.d; ++j) put((S*)c.out + at * c.d + j, out[j * kPanel<A>] * inverse);
   }
-  return keys * lanes;
+  return r.last > r.first ? (r.last - r.first) * lanes : 0;
 }
 
-// One block of queries: its dq and the gradients of its spans, and what it adds to dk, dv and drel.
+// One block of queries: its dq and the gradients of its spans, and what it adds to dk, dv and the table's gradient.
 template <class S, class A>
 static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
-                             A* base, A* grad_rel) {
+                             A* base, A* grad_table) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
   const Reach<A> r = look(c, b, h, i0, count, lanes, w);
-  const int64_t at = (b * c.heads + h) * c.m + i0, kv = h / c.group, keys = r.last > r.first ? r.last - r.first : 0;
-  const int64_t rows = keys + lanes - 1, nearest = c.n - c.m + i0 - c.skip - (r.last - 1);
-  const A* rel = c.rel ? c.rel + h * c.rel_stride : nullptr;
-  pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_lanes, w.q_rows, c.wide);
-  pack(row<S>(c.grad, c.grad_stride, b, h, i0), c.grad_stride[2], count, lanes, c.d, A(1), w.g_lanes, w.g_rows,
+  const Distances<A> x(c, h, i0, lanes, r);
+  const int64_t at = (b * c.heads + h) * c.m + i0, kv = h / c.group;
+  pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, w.q_rows, c.wide);
+  pack(row<S>(c.grad, c.grad_stride, b, h, i0), c.grad_stride[2], count, lanes, c.d, A(1), w.g_panels, w.g_rows,
        c.wide);
   for (int64_t i = 0; i < lanes; ++i) {
     A part[4] = {};
     for (int64_t j = 0; i < count && j < c.d; ++j)
       part[j % 4] += w.g_rows[i * c.wide + j] * to_float(((const S*)c.out)[(at + i) * c.d + j]);
-    w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // what softmax subtracts
+    w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // what the softmax subtracts
     w.top[i] = i < count ? c.lse[at + i] : (A)__builtin_inf();
     w.fade[i] = 0;  // the gradient of the span
   }
   for (int64_t i = 0; i < c.d * lanes; ++i) w.sum[i] = 0;
-  if (rel && keys) distances(c, rel, w.q_lanes, rows, nearest, lanes, w.rel);
-  const bool skewed = rel && keys && (c.need_q || c.need_rel);
-  if (skewed)
-    for (int64_t i = 0; i < rows * lanes; ++i) w.grad_rel[i] = 0;
+  const bool skewed = x.table && (c.need_q || grad_table);
+  if (x.table) by_distance(c, x, w.q_panels, lanes, w.rel);
+  for (int64_t i = 0; skewed && i < x.rows * lanes; ++i) w.grad_rel[i] = 0;
 
   for (int64_t j0 = r.first; j0 < r.last; j0 += kTile) {
-    const int64_t tile = r.last - j0 < kTile ? r.last - j0 : kTile;
-    const Rows<A> k = in_acc(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], tile, c.d, w.keys);
-    const Rows<A> v = in_acc(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], tile, c.d, w.values);
-    scores(c, k, j0, tile, r.last, w.q_lanes, lanes, rel ? w.rel : nullptr, w.score);
-    product(v.at, v.stride, (int64_t)1, tile, w.g_lanes, lanes, lanes, c.d, w.slope, lanes, false);
-    const bool plain = (A)j0 >= r.from && (A)(j0 + tile - 1) <= r.to;
+    const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
+    const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
+    const A* v = gather(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], keys, c.d, w.values);
+    if (x.table) skew<false>(x, j0, keys, lanes, w.score, w.rel);
+    tile_product(k, keys, w.q_panels, lanes, c.d, w.score, x.table);
+    tile_product(v, keys, w.g_panels, lanes, c.d, w.slope, false);
+    const bool plain = (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to;
     for (int64_t i = 0; i < lanes; i += n) {
+      A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
+      A* slope = w.slope + (score - w.score);
       const V lo = get(w.lo + i), hi = get(w.hi + i), reach = get(w.reach + i), lse = get(w.top + i);
       const V delta = get(w.total + i);
       V span = {};
-      for (int64_t j = 0; j < tile; ++j) {
-        A *score = w.score + j * lanes + i, *slope = w.slope + j * lanes + i;
+      for (int64_t j = 0; j < keys; ++j, score += kPanel<A>, slope += kPanel<A>) {
         V s = get(score) - lse;
         s = s > 80 ? fill(A(80)) : s;
-        V p = register_exp(s), d = get(slope) - delta;
+        V p = register_exp(s);
+        const V d = get(slope) - delta;
         if (!plain) {
           const V key = fill((A)(j0 + j)), a = reach - (hi - key);
           const auto seen = (key >= lo) & (key <= hi) & ~(a < 0);
           p = seen ? p : V{};
           span += seen & ~(a > c.ramp) ? p * d : V{};
-          p = a > c.ramp ? p : p * (a * c.inverse_ramp);
-          p = seen ? p : V{};
+          p = seen & ~(a > c.ramp) ? p * (a * c.inverse_ramp) : p;
         }
         set(score, p);
         set(slope, p * d);
@@ -319,31 +366,28 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
       set(w.fade + i, get(w.fade + i) + span);
     }
     if (c.need_kv) {
-      const int64_t to = ((b * c.heads / c.group + kv) * c.n + j0) * c.wide;
-      product(w.score, lanes, (int64_t)1, tile, w.g_rows, c.wide, c.wide, lanes, c.grad_v + to, c.wide, true);
-      product(w.slope, lanes, (int64_t)1, tile, w.q_rows, c.wide, c.wide, lanes, c.grad_k + to, c.wide, true);
+      const int64_t to = ((b * c.heads / c.group + kv) * c.n + j0) * c.wide, part = kTile * kPanel<A>;
+      product({w.score, kPanel<A>, 1, kPanel<A>, part}, keys, w.g_rows, c.wide, c.wide, lanes, c.grad_v + to, c.wide,
+              true);
+      product({w.slope, kPanel<A>, 1, kPanel<A>, part}, keys, w.q_rows, c.wide, c.wide, lanes, c.grad_k + to, c.wide,
+              true);
     }
-    if (c.need_q) product(k.at, (int64_t)1, k.stride, c.d, w.slope, lanes, lanes, tile, w.sum, lanes, true);
-    if (skewed)
-      for (int64_t j = 0; j < tile; ++j)
-        for (int64_t i = 0; i < lanes; i += n)
-          set(w.grad_rel + (r.last - 1 - j0 - j + i) * lanes + i, get(w.slope + j * lanes + i));
+    if (c.need_q) panel_product(k, c.d, keys, w.slope, kTile * kPanel<A>, lanes, c.d, w.sum);
+    if (skewed) skew<true>(x, j0, keys, lanes, w.slope, w.grad_rel);
   }
   if (skewed) {
-    shear(w.grad_rel, rows, lanes, false);
-    const int64_t lo = nearest < 0 ? -nearest : 0, hi = c.limit - nearest < rows ? c.limit - nearest : rows;
-    const int64_t x = nearest + lo;
-    if (lo < hi && c.need_q)
-      product(rel + x * c.wide, (int64_t)1, c.wide, c.d, w.grad_rel + lo * lanes, lanes, lanes, hi - lo, w.sum, lanes,
-              true);
-    if (lo < hi && c.need_rel)
-      product(w.grad_rel + lo * lanes, lanes, (int64_t)1, hi - lo, w.q_rows, c.wide, c.wide, lanes,
-              grad_rel + x * c.wide, c.wide, true);
+    shear(w.grad_rel, x.rows, lanes, true);
+    const int64_t first = (x.nearest + x.lo) * c.wide, part = x.rows * kPanel<A>;
+    const A* from = w.grad_rel + x.lo * kPanel<A>;
+    if (c.need_q) panel_product(x.table + first, c.wide, x.hi - x.lo, from, part, lanes, c.d, w.sum);
+    if (grad_table)
+      product({from, kPanel<A>, 1, kPanel<A>, part}, x.hi - x.lo, w.q_rows, c.wide, c.wide, lanes, grad_table + first,
+              c.wide, true);
   }
   for (int64_t i = 0; i < count; ++i) {
+    const A* dq = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
     c.grad_span[at + i] = w.fade[i] * c.inverse_ramp;
-    for (int64_t j = 0; c.need_q && j < c.d; ++j)
-      put((S*)c.grad_q + (at + i) * c.d + j, w.sum[j * lanes + i] * c.scale);
+    for (int64_t j = 0; c.need_q && j < c.d; ++j) put((S*)c.grad_q + (at + i) * c.d + j, dq[j * kPanel<A>] * c.scale);
   }
-  return keys * lanes;
+  return r.last > r.first ? (r.last - r.first) * lanes : 0;
 }

@@ -62,6 +62,7 @@ struct GateBackwardRows {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 namespace sukhops::avx512bf16 {
+constexpr int64_t kRegisterBytes = 64;
 #include "vec.h"
 
 #include "director_bf16.h"

@@ -1,5 +1,6 @@
 // Sixteen float32 lanes in the compiler's own vector type, which it lowers to whatever the current
-// target has. Included by isa.h inside a namespace per instruction set, so: no includes, no guard.
+// target has. Included by isa.h inside a namespace per instruction set, so: no includes, no guard; before it
+// kRegisterBytes says how wide the target's registers are.
 #define SUKHOPS_INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t kLanes = 16;
@@ -77,13 +78,6 @@ SUKHOPS_INLINE void put(uint16_t* p, float x) {
 
 // The vectors of one register of the target: sixteen lanes at once would pass through memory where a
 // register has fewer.
-#if defined(__AVX512F__)
-constexpr int64_t kRegisterBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kRegisterBytes = 32;
-#else
-constexpr int64_t kRegisterBytes = 16;
-#endif
 template <class A>
 struct Register;
 template <>
