@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -274,15 +275,15 @@ class AdaptiveSpanAttention(nn.Module):
             kept = window - int(self.include_self)  # the next token sees itself beside them
             keys.append(_last(k, kept, self.windows is not None))
             values.append(_last(v, kept, self.windows is not None))
-        out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]  # [B, H, T, d]
+        out = outs[0]  # [B, H, T, d]
         if len(outs) > 1:
-            out = self._select(out, 1, self._place)
+            out = self._select(torch.cat(outs, 1), 1, self._place)
         if key_start is not None and key_start.dim() == 2:
             key_start = key_start[:, -1]
         cache = SpanCache(tuple(keys), tuple(values), seen, key_start)
         return self.out_proj(out.transpose(1, 2).flatten(2)), cache
 
-    def _by_group(self, x: Tensor):
+    def _by_group(self, x: Tensor) -> Iterable[tuple]:
         """(q, k, v, span, rel_pos, window) of each group of heads, the heads in the order of the groups."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # [B, Hkv, T, d]
