@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import sukhops
 
-LENGTH, BATCH, WIDTH, LAYERS, HEADS = 1024, 2, 128, 3, 4
+LENGTH, BATCH, WIDTH, LAYERS, HEADS = 1024, 1, 128, 3, 4
 COEF = 2e-6  # of the penalty, in nats per token of mean span, as published for a small model
 
 
@@ -69,7 +69,7 @@ def run(seed: int, ids: Tensor, steps: int, tests: int, directory: Path | None) 
 
         saved = directory and directory / f"adaptive_span_{variant.replace(' ', '_')}_{seed}.pt"
         seconds = train(
-            model, loss, steps, lr=3e-3, name=f"{variant}, seed {seed}", weight_decay=0.0, checkpoint=saved
+            model, loss, steps, lr=2e-3, name=f"{variant}, seed {seed}", weight_decay=0.0, checkpoint=saved
         ).seconds
         before = torch.ops.sukhops.adaptive_span_pairs()
         bits = bits_per_token(model, test)
@@ -111,7 +111,7 @@ def main() -> None:
         train_paper(options.paper, options.data, options.steps, options.split, options.checkpoint)
         return
     ids = as_bytes(corpus(options.data))
-    steps, tests = (6, 2) if options.quick else (250, 64)
+    steps, tests = (6, 2) if options.quick else (500, 64)
     rows = [row for seed in options.seeds for row in run(seed, ids, steps, tests, options.checkpoint)]
     columns = {
         "bits per byte": ".3f", "mean span": ",.0f", "keys per query": ",.0f", "ms per step": ",.0f",
