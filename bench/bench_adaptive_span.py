@@ -45,8 +45,10 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float) -> T
 
 
 def published_scheme(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float, block: int = 512) -> Tensor:
-    """Blocks of queries over the window of the longest head, as the paper describes. Without the 1e-8 that its
-    code adds to the sum of the weights: it would cost two digits here."""
+    """Blocks of queries over the window of the longest head, as the paper describes.
+
+    Without the 1e-8 that its code adds to the sum of the weights, which costs two digits here.
+    """
     length = min(k.shape[2], math.ceil(span.max().item() + ramp))
     x = torch.arange(length - 1, -1, -1)
     k, v = (F.pad(t, (0, 0, length - 1, 0)) for t in (k, v))

@@ -211,6 +211,26 @@ def trade_off(name: str, found: list[dict]) -> None:
     plt.close(figure)
 
 
+def spans(name: str, found: list[dict]) -> None:
+    """The learned span of every head, by layer: r["spans"] [layers][heads], one colour per seed."""
+    plt = pyplot()
+    figure, panel = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    runs = [r for r in found if "spans" in r]
+    for i, r in enumerate(runs):
+        heads = [  # heads have no order of their own: shortest first
+            (layer + 0.7 * (rank + 0.5) / len(row) - 0.35 + 0.03 * (i - len(runs) / 2), span)
+            for layer, row in enumerate(r["spans"], 1)
+            for rank, span in enumerate(sorted(row))
+        ]
+        panel.plot(*zip(*heads, strict=True), "o", label=f"seed {r['seed']}")
+    panel.set(xlabel="layer, its heads side by side", ylabel="span in tokens")
+    panel.set_xticks(range(1, len(runs[0]["spans"]) + 1))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
@@ -222,6 +242,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
             trade_off(path.stem, rows(path.stem))
+        if any("spans" in r for r in rows(path.stem)):
+            spans(path.stem, rows(path.stem))
         found = [r for r in rows(path.stem) if "shape" in r and not path.stem.endswith("_grid")]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)
