@@ -19,9 +19,31 @@ FORWARD = {
     4: ((32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)),
     8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
+ROWS = {  # forward and gradient of q with rel_pos: as many keys as queries
+    2: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
 FEW = {  # at most 16 rows, all the query heads that share a key head among them
     2: ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
     4: ((16, 32, 4, 2), (16, 32, 4, 1), (16, 32, 4, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+
+
+BACKWARD = {  # gradients of q and span
+    2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+KEYS = {  # of k and v
+    2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+KEYS_REL = {  # of k, v and rel_pos with rel_pos: as many keys as queries
+    2: ((64, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 
@@ -43,6 +65,12 @@ def _rows(ptr, at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
         return (_part(at, 0, D1, D), _part(at, D1, D2, D))
     else:
         return (_part(at, 0, D1, D),)
+
+
+@triton.jit
+def _log2e(x):
+    """x log2(e): exponentials are taken by exp2."""
+    return x * tl.full((), 1.4426950408889634, x.dtype)
 
 
 @triton.jit
@@ -81,6 +109,14 @@ def _add_product(acc, w, y, ACC: tl.constexpr):
 
 
 @triton.jit
+def _scaled(acc, factor):
+    if len(acc) > 1:
+        return (acc[0] * factor, acc[1] * factor)
+    else:
+        return (acc[0] * factor,)
+
+
+@triton.jit
 def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     """acc * factor [R] or [] to rows `at`, where mask."""
     at, mask = ptr + at[:, None], mask[:, None]
@@ -92,18 +128,14 @@ def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl
 
 
 @triton.jit
-def _reach(span, ramp):
-    """Distance at which weights end; below 0 all are the same."""
-    reach = ramp + span
-    return tl.where(reach < -1.0, -1.0, reach)
+def _window(p, span_at, start_at, ramp, limit, n, CLOSED: tl.constexpr):
+    """Of rows at p: ramp + span, the first key that is seen, and one from which on all weigh 1.
 
-
-@triton.jit
-def _window(p, reach, ramp, limit, start_ptr, at, n, CLOSED: tl.constexpr):
-    """The first key that a row at p sees, and one from which on all weigh 1; a NaN sees every key, none whole.
-
-    CLOSED: the key at the very end of the ramp, where the weight is 0, is seen as well.
+    A NaN sees every key, and gives none the weight 1. CLOSED: the key at the very end of the ramp, where the
+    weight is 0, is seen as well.
     """
+    reach = ramp + tl.load(span_at)
+    reach = tl.where(reach < -1.0, -1.0, reach)  # nothing is seen below 0
     if CLOSED:
         end = tl.floor(reach)
     else:
@@ -111,10 +143,18 @@ def _window(p, reach, ramp, limit, start_ptr, at, n, CLOSED: tl.constexpr):
     first = p - tl.where(reach < limit, end, limit - 1.0).to(tl.int32)
     near = tl.where(reach == reach, reach - ramp, 0.0)
     whole = p - tl.where(near < limit, near, limit * 1.0).to(tl.int32) + 1
-    if start_ptr is not None:
-        start = tl.minimum(tl.maximum(tl.load(start_ptr + at), 0), n).to(tl.int32)
+    if start_at is not None:
+        start = tl.minimum(tl.maximum(tl.load(start_at), 0), n).to(tl.int32)
         first, whole = tl.maximum(first, start), tl.maximum(whole, start)
-    return first, whole
+    return reach, first, whole
+
+
+@triton.jit
+def _at(ptr, offset):
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
 
 
 @triton.jit
@@ -148,7 +188,7 @@ def forward_tiles(
     BN: tl.constexpr,
 ):  # fmt: skip
     ramp = tl.cast(ramp, ACC)
-    scale = tl.cast(scale, ACC) * tl.full((), 1.4426950408889634, ACC)  # exp2 below
+    scale = _log2e(tl.cast(scale, ACC))
     per_token = 1.0 / ramp
     tiles = tl.cdiv(PACK * m, BM)
     pid = tl.program_id(0)
@@ -164,8 +204,8 @@ def forward_tiles(
     head = lane * PACK + row // m
     kv = lane * PACK // group
     p = n - m - skip + query
-    reach = _reach(tl.load(span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t), ramp)
-    first, whole = _window(p, reach, ramp, limit, start_ptr, b * m + query, n, CLOSED=False)
+    span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
+    reach, first, whole = _window(p, span_at, _at(start_ptr, b * m + query), ramp, limit, n, CLOSED=False)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     share = tl.cdiv(tl.cdiv(high - low, BN), splits) * BN
@@ -182,7 +222,6 @@ def forward_tiles(
             turn = (r[:, None] - c[None, :]) & (BN - 1)
             below = c[None, :] <= r[:, None]
             behind = n - m - skip + tile * BM - low
-            upper = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
     acc = _zeros(BM, D1, D2, ACC)
@@ -191,10 +230,10 @@ def forward_tiles(
         s = _dot(q, _rows(k_ptr, at * k_t, D, D1, D2), ACC)
         if rel_ptr is not None:
             if SKEW:
+                upper = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 behind -= BN
                 lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 s += tl.gather(tl.where(below, upper, lower), turn, 1)
-                upper = lower
             else:
                 s += _dot(q, _distances(rel_ptr, n - m - skip - j - c, limit, D, D1, D2), ACC)
         s *= scale
@@ -224,14 +263,6 @@ def forward_tiles(
 
 
 @triton.jit
-def _scaled(acc, factor):
-    if len(acc) > 1:
-        return (acc[0] * factor, acc[1] * factor)
-    else:
-        return (acc[0] * factor,)
-
-
-@triton.jit
 def join_splits(
     part_ptr,  # [rows, splits, D]
     part_lse_ptr,  # [rows, splits], -inf where a part saw nothing
@@ -258,6 +289,327 @@ def join_splits(
     tl.store(lse_ptr + row, tl.where(empty, float("inf"), top + tl.log(total)))
 
 
+@triton.jit
+def row_sums(
+    grad_ptr,  # [B, H, M, D]
+    out_ptr,
+    span_ptr,  # [B, H, M] by its strides
+    start_ptr,  # [B, M] or None
+    delta_ptr,  # [B, H, M] out: grad . out
+    first_ptr,  # [B, H, tiles] out: the first key that a row of the tile sees
+    whole_ptr,  # [B, H, tiles] out: from which key on all weigh 1 for every row of the tile
+    g_b, g_h, g_t, span_b, span_h, span_t,
+    heads, m, n, limit, skip,
+    ramp: tl.float64,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, BM)
+    tile = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, BM)
+    row = tl.minimum(tile * BM + r, m - 1).to(tl.int64)
+    at = (b * heads + head) * m + row
+    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    out = _rows(out_ptr, at * D, D, D1, D2)
+    delta = tl.sum(grad[0].to(ACC) * out[0].to(ACC), 1)
+    if D2:
+        delta += tl.sum(grad[1].to(ACC) * out[1].to(ACC), 1)
+    tl.store(delta_ptr + at, delta, tile * BM + r < m)
+    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+    p = n - m - skip + row.to(tl.int32)
+    _, first, whole = _window(
+        p, span_at, _at(start_ptr, b * m + row), tl.cast(ramp, ACC), limit, n, CLOSED=True
+    )
+    at = (b * heads + head) * tiles + tile
+    tl.store(first_ptr + at, tl.min(first, 0))
+    tl.store(whole_ptr + at, tl.max(whole, 0))
+
+
+@triton.jit
+def _exponent(s, x, farthest):
+    """s where the key is seen; at most e^80, which only keys beyond the ramp's end can reach."""
+    s = tl.minimum(s, 115.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
+
+
+@triton.jit
+def backward_rows(
+    q_ptr,  # [B, H, M, D]
+    k_ptr,  # [B, Hkv, N, D]
+    v_ptr,
+    grad_ptr,  # [B, H, M, D]
+    span_ptr,  # [B, H, M] by its strides
+    rel_ptr,  # [limit or more, D] or [H, .., D], or None
+    start_ptr,  # [B, M] or None
+    order_ptr,  # [H] the longest first
+    lse_ptr,  # [B, H, M]
+    delta_ptr,  # [B, H, M]
+    dq_ptr,  # [B, H, M, D] out, or None
+    dspan_ptr,  # [B, H, M] out, or None
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    heads, group, m, n, limit, skip,
+    ramp: tl.float64,
+    scale: tl.float64,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BM)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    head = tl.load(order_ptr + tl.program_id(1))
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    row = tl.minimum(tile * BM + r, m - 1)  # rows past the last repeat it, and are not stored
+    p = n - m - skip + row
+    row = row.to(tl.int64)
+    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+    reach, first, whole = _window(p, span_at, _at(start_ptr, b * m + row), ramp, limit, n, CLOSED=True)
+    low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
+    whole, nearest = tl.max(whole, 0), tl.min(p, 0)
+    farthest = (p - first).to(ACC)[:, None]
+    at = (b * heads + head) * m + row
+    lse, delta = _log2e(tl.load(lse_ptr + at))[:, None], tl.load(delta_ptr + at)[:, None]
+    q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    k_ptr += b * k_b + head // group * k_h
+    v_ptr += b * v_b + head // group * v_h
+    if rel_ptr is not None:
+        rel_ptr += head * rel_h
+        turn = (r[:, None] - c[None, :]) & (BN - 1)
+        below = c[None, :] <= r[:, None]
+        behind = n - m - skip + tile * BM - low
+        rel = tl.zeros((BM, BN), ACC)  # gradients of the products with the distances before `behind`
+    dspan = tl.zeros((BM,), ACC)
+    dq = _zeros(BM, D1, D2, ACC)
+    for j in range(low, high, BN):
+        at = tl.minimum(j + c, n - 1).to(tl.int64)
+        k = _rows(k_ptr, at * k_t, D, D1, D2)
+        s = _dot(q, k, ACC)
+        if rel_ptr is not None:
+            after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
+            upper = _dot(q, after, ACC)
+            behind -= BN
+            lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+            s += tl.gather(tl.where(below, upper, lower), turn, 1)
+        s = s * _log2e(scale) - lse
+        edge = (j < whole) | (j + BN - 1 > nearest)
+        if edge:
+            s = _exponent(s, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
+        w = tl.exp2(s)
+        dw = _dot(grad, _rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
+        if edge:
+            a = reach[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
+            if dspan_ptr is not None:
+                dspan += tl.sum(tl.where(a > ramp, 0.0, w * dw), 1)
+            w *= _weight(a, per_token)
+        ds = w * dw
+        if dq_ptr is not None:
+            dq = _add_product(dq, ds, k, ACC)
+            if rel_ptr is not None:
+                turned = tl.gather(ds, turn, 1)
+                dq = _add_product(dq, tl.where(below, turned, rel), after, ACC)
+                rel = turned
+    mask = tile * BM + r < m
+    at = (b * heads + head) * m + row
+    if dq_ptr is not None:
+        if rel_ptr is not None:
+            after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
+            dq = _add_product(dq, tl.where(below, 0.0, rel), after, ACC)
+        _store(dq_ptr, at * D, mask, dq, scale, D, D1, D2)
+    if dspan_ptr is not None:
+        tl.store(dspan_ptr + at, dspan * per_token, mask)
+
+
+@triton.jit
+def backward_keys(
+    q_ptr,  # [B, H, M, D]
+    k_ptr,  # [B, Hkv, N, D]
+    v_ptr,
+    grad_ptr,  # [B, H, M, D]
+    span_ptr,  # [B, H, M] by its strides
+    rel_ptr,  # [limit or more, D] or [H, .., D], or None
+    start_ptr,  # [B, M] or None
+    order_ptr,  # [Hkv] the longest first
+    lse_ptr,  # [B, H, M]
+    delta_ptr,  # [B, H, M]
+    first_ptr,  # [B, H, tiles], with BM as here
+    whole_ptr,  # [B, H, tiles]
+    dk_ptr,  # [B, Hkv, N, D] out
+    dv_ptr,  # [B, Hkv, N, D] out
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    heads, group, m, n, limit, skip,
+    ramp: tl.float64,
+    scale: tl.float64,
+    BY_ROW: tl.constexpr,  # whether the rows of a head differ in their span or first key
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BM)
+    key = tl.program_id(0) % tl.cdiv(n, BN) * BN  # the first of the tile
+    b = (tl.program_id(0) // tl.cdiv(n, BN)).to(tl.int64)
+    kv = tl.load(order_ptr + tl.program_id(1))
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    at = tl.minimum(key + c, n - 1).to(tl.int64)
+    k = _rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
+    v = _rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
+    dk, dv = _zeros(BN, D1, D2, ACC), _zeros(BN, D1, D2, ACC)
+    origin = n - m - skip  # where the first query stands
+    for head in range(kv * group, kv * group + group):
+        q_at = q_ptr + b * q_b + head * q_h
+        grad_at = grad_ptr + b * g_b + head * g_h
+        rows_at = (b * heads + head) * m
+        tiles_at = (b * heads + head) * tiles
+        span_at = span_ptr + b * span_b + head * span_h
+        low = tl.maximum(key - origin, 0) // BM
+        if BY_ROW:
+            high = low
+            for t0 in range(low, tiles, 256):
+                t = t0 + tl.arange(0, 256)
+                looks = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
+                high = tl.maximum(high, tl.max(tl.where(looks, t + 1, 0), 0))
+        else:
+            reach, first, whole = _window(0, span_at, None, ramp, limit, n, CLOSED=True)
+            farthest = (-first).to(ACC)
+            high = tl.minimum(tl.cdiv(tl.maximum(key + BN - first - origin, 0), BM), tiles)
+        for tile in range(low, high):
+            i = tile * BM
+            row = tl.minimum(i + r, m - 1).to(tl.int64)
+            q = _rows(q_at, row * q_t, D, D1, D2)
+            grad = _rows(grad_at, row * g_t, D, D1, D2)
+            s = _dot(k, q, ACC)  # [BN, BM]
+            if rel_ptr is not None:
+                x = origin + i - key + c
+                upper = _dot(_distances(rel_ptr + head * rel_h, x, limit, D, D1, D2), q, ACC)
+                lower = _dot(_distances(rel_ptr + head * rel_h, x - BN, limit, D, D1, D2), q, ACC)
+                mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
+                s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
+            # rows past the last weigh nothing
+            lse = tl.load(lse_ptr + rows_at + i + r, i + r < m, other=float("inf"))
+            s = s * _log2e(scale) - _log2e(lse)[None, :]
+            if BY_ROW:
+                whole_tile = tl.load(whole_ptr + tiles_at + tile)
+            else:
+                whole_tile = origin + i + BM - 1 + whole
+            edge = (key < whole_tile) | (key + BN - 1 > origin + i)
+            if edge:
+                x = (origin + i + r - key).to(ACC)[None, :] - c.to(ACC)[:, None]
+                if BY_ROW:
+                    reach_row, first_row, _ = _window(
+                        origin + row.to(tl.int32), span_at + row * span_t, _at(start_ptr, b * m + row),
+                        ramp, limit, n, CLOSED=True,
+                    )  # fmt: skip
+                    s = _exponent(s, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
+                    w = tl.exp2(s) * _weight(reach_row[None, :] - x, per_token)
+                else:
+                    w = tl.exp2(_exponent(s, x, farthest)) * _weight(reach - x, per_token)
+            else:
+                w = tl.exp2(s)
+            dv = _add_product(dv, w, grad, ACC)
+            dw = _dot(v, grad, ACC) - tl.load(delta_ptr + rows_at + row)[None, :]
+            dk = _add_product(dk, w * dw, q, ACC)
+    at = ((b * tl.num_programs(1) + kv) * n + key + c) * D
+    _store(dk_ptr, at, key + c < n, dk, scale, D, D1, D2)
+    _store(dv_ptr, at, key + c < n, dv, 1.0, D, D1, D2)
+
+
+@triton.jit
+def backward_distances(
+    q_ptr,  # [B, H, M, D]
+    k_ptr,  # [B, Hkv, N, D]
+    v_ptr,
+    grad_ptr,  # [B, H, M, D]
+    span_ptr,  # [B, H, M] by its strides
+    rel_ptr,  # [limit or more, D] or [H, .., D]
+    start_ptr,  # [B, M] or None
+    lse_ptr,  # [B, H, M]
+    delta_ptr,  # [B, H, M]
+    first_ptr,  # [B, H, tiles], with BT as here
+    whole_ptr,  # [B, H, tiles]
+    drel_ptr,  # [splits, lanes, limit, D] out
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    batch, heads, group, m, n, limit, skip, splits,
+    shared,  # heads that share a row: H or 1
+    ramp: tl.float64,
+    scale: tl.float64,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ACC: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BT)
+    split = tl.program_id(0) % splits
+    distance = tl.program_id(0) // splits * BT  # the nearest of the tile
+    lane = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, BT)
+    turn = (r[:, None] - r[None, :]) & (BT - 1)
+    below = r[None, :] <= r[:, None]
+    x = (distance + turn).to(ACC)  # of a row and a key: key - c is the row's place - distance, or BT before
+    rel = _distances(rel_ptr + lane * rel_h, distance + r, limit, D, D1, D2)
+    drel = _zeros(BT, D1, D2, ACC)
+    share = tl.cdiv(batch * tiles, splits)
+    for head in range(lane * shared, lane * shared + shared):
+        kv = head // group
+        for unit in range(split * share, tl.minimum(split * share + share, batch * tiles)):
+            b, i = (unit // tiles).to(tl.int64), unit % tiles * BT
+            tile_at = (b * heads + head) * tiles + unit % tiles
+            place = n - m - skip + i - distance  # of the first row, less the nearest distance
+            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(place + BT - 1, n - 1 - distance):
+                row = tl.minimum(i + r, m - 1).to(tl.int64)
+                near = tl.minimum(tl.maximum(place + r, 0), n - 1).to(tl.int64)
+                far = tl.minimum(tl.maximum(place - BT + r, 0), n - 1).to(tl.int64)
+                q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+                grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+                k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
+                s = tl.where(
+                    below,
+                    _dot(q, _rows(k_at, near * k_t, D, D1, D2), ACC),
+                    _dot(q, _rows(k_at, far * k_t, D, D1, D2), ACC),
+                )
+                s += tl.gather(_dot(q, rel, ACC), turn, 1)
+                at = (b * heads + head) * m
+                lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
+                s = s * _log2e(scale) - _log2e(lse)[:, None]
+                edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
+                if edge:
+                    p = n - m - skip + row.to(tl.int32)
+                    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+                    reach, first, _ = _window(
+                        p, span_at, _at(start_ptr, b * m + row), ramp, limit, n, CLOSED=True
+                    )
+                    farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
+                    w = tl.exp2(_exponent(s, x, farthest)) * _weight(reach[:, None] - x, per_token)
+                else:
+                    w = tl.exp2(s)
+                dw = tl.where(
+                    below,
+                    _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC),
+                    _dot(grad, _rows(v_at, far * v_t, D, D1, D2), ACC),
+                )
+                ds = w * (dw - tl.load(delta_ptr + at + row)[:, None])
+                drel = _add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
+    at = ((split * tl.num_programs(1) + lane) * limit + distance + r) * D
+    _store(drel_ptr, at, distance + r < limit, drel, scale, D, D1, D2)
+
+
 # ------------------------------------------------------------------ launchers
 
 
@@ -278,6 +630,10 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _longest_first(span: Tensor, lanes: int) -> Tensor:
     reach = span if span.dim() == 1 else span.amax((0, 2))  # [H]
     return reach.view(lanes, -1).sum(1).argsort(descending=True)
@@ -288,40 +644,41 @@ def _limit(n: int, max_span: int | None, rel_pos: Tensor | None) -> int:
     return min(n, n if max_span is None else max_span, n if rel_pos is None else rel_pos.shape[-2])
 
 
-def _check_width(q: Tensor) -> None:
-    if q.shape[3] > MAX_WIDTH:
-        raise NotImplementedError(
-            f"q: heads of at most d = {MAX_WIDTH} are supported on CUDA, got {q.shape[3]}"
-        )
+def _widths(q: Tensor) -> dict:
+    d = q.shape[3]
+    if d > MAX_WIDTH:
+        raise NotImplementedError(f"q: CUDA supports heads of width d <= {MAX_WIDTH}, got {d}")
+    d1, d2 = _parts(d)
+    return dict(D=d, D1=d1, D2=d2, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32)
+
+
+def _strides(q, k, v, span, rel_pos, grad=None) -> list[int]:
+    given = [q, k, v] if grad is None else [q, k, v, grad]
+    span_strides = span.stride() if span.dim() == 3 else (0, span.stride(0), 0)
+    per_head = rel_pos is not None and rel_pos.dim() == 3
+    return [*(x for t in given for x in t.stride()[:3]), *span_strides, rel_pos.stride(0) if per_head else 0]
 
 
 def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     """The CUDA kernel of sukhops::adaptive_span."""
-    _check_width(q)
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
+    widths = _widths(q)
     out, lse = q.new_empty(q.shape), span.new_empty(q.shape[:3])
     if not lse.numel():
         return out, lse
     q, k, v = _dense(q), _dense(k), _dense(v)
-    per_head = rel_pos is not None and rel_pos.dim() == 3
-    pack = 1 if per_head or (rel_pos is not None and m > 1) else h // hkv
-    if pack * m > 16:
-        pack = 1
-    few = pack * m <= 16 and (rel_pos is None or m == 1)
-    bm, bn, warps, stages = _pick(FEW if few else FORWARD, q)
+    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
+    few = m * pack <= 16 and (rel_pos is None or m == 1)
+    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else ROWS, q)
     tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
     splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
     part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
     part_lse = lse if splits == 1 else lse.new_empty(b, h, m, splits)
-    acc = tl.float64 if lse.dtype == torch.float64 else tl.float32
-    d1, d2 = _parts(d)
     forward_tiles[(tiles * b * splits, lanes)](
-        q, k, v, span, None if rel_pos is None else rel_pos.contiguous(),
-        None if key_start is None else key_start.contiguous(), None if few else _longest_first(span, lanes),
-        part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(span.stride() if span.dim() == 3 else (0, span.stride(0), 0)), rel_pos.shape[1] * d if per_head else 0,
-        h, h // hkv, m, n, limit, skip, splits, ramp, scale,
-        PACK=pack, SKEW=m > 1, D=d, D1=d1, D2=d2, ACC=acc, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        q, k, v, span, rel_pos, key_start, None if few else _longest_first(span, lanes), part, part_lse,
+        *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp, scale,
+        PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         join_splits[(b * h * m,)](
@@ -329,3 +686,56 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
             D=d, SPLITS=triton.next_power_of_2(splits), WIDTH=triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, skip, max_span, need_q, need_kv,
+             need_span, need_rel_pos):  # fmt: skip
+    """The CUDA kernel of sukhops::adaptive_span_backward."""
+    (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
+    widths, empty = _widths(q), q.new_empty(0)
+    dk, dv = (torch.zeros(t.shape if need_kv else 0, dtype=t.dtype, device=t.device) for t in (k, v))
+    dq = q.new_empty(q.shape if need_q else 0)
+    drel = empty if not need_rel_pos else rel_pos.new_zeros(rel_pos.shape)
+    if not lse.numel():
+        return dq, dk, dv, span.new_zeros(span.shape if need_span else 0), drel
+    grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
+    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
+    sizes = (h, h // hkv, m, n, limit, skip)
+
+    bm, bn, warps, stages = _pick(KEYS if rel_pos is None else KEYS_REL, q)
+    tiles = triton.cdiv(m, bm)
+    delta = torch.empty_like(lse)
+    first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
+    row_sums[(tiles * b, h)](
+        grad, out, span, key_start, delta, first, whole, *strides[9:-1], h, m, n, limit, skip, ramp,
+        **widths, BM=bm, num_warps=4,
+    )  # fmt: skip
+    saved = (lse, delta, first, whole)
+    if need_kv:
+        backward_keys[(triton.cdiv(n, bn) * b, hkv)](
+            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, hkv), *saved, dk, dv, *strides,
+            *sizes, ramp, scale, BY_ROW=span.dim() == 3 or key_start is not None, **widths,
+            BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if need_rel_pos:
+        lanes = h if rel_pos.dim() == 3 else 1
+        chunks = triton.cdiv(limit, bm)
+        splits = max(1, min(4 * PROGRAMS // (chunks * lanes), tiles * b))
+        parts = lse.new_empty(splits, lanes, limit, d)
+        backward_distances[(chunks * splits, lanes)](
+            q, k, v, grad, span, rel_pos, key_start, *saved, parts, *strides, b, *sizes, splits, h // lanes,
+            ramp, scale, **widths, BT=bm, num_warps=warps, num_stages=1,
+        )  # fmt: skip
+        drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
+    dspan = lse.new_empty(lse.shape) if need_span else None
+    if need_q or need_span:
+        bm, bn, warps, stages = _pick(BACKWARD if rel_pos is None else ROWS, q)
+        backward_rows[(triton.cdiv(m, bm) * b, h)](
+            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), lse, delta,
+            dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
+            **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if need_span and span.dim() == 1:
+        dspan = dspan.sum((0, 2))
+    return dq, dk, dv, dspan if need_span else span.new_empty(0), drel
