@@ -15,37 +15,31 @@ MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
 # queries and keys of a tile, warps, stages: by the bytes of an element, for heads up to 64, 128 and 256 wide
 FORWARD = {
-    2: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    4: ((32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    2: ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    4: ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-ROWS = {  # forward and gradient of q with rel_pos: as many keys as queries
-    2: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-}
-FEW = {  # at most 16 rows, all the query heads that share a key head among them
+FEW = {  # the forward of at most 16 rows, all the query heads that share a key head among them
     2: ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-    4: ((16, 32, 4, 2), (16, 32, 4, 1), (16, 32, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    4: ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-
-
 BACKWARD = {  # gradients of q and span
     2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-KEYS = {  # of k and v
+KEYS = {  # gradients of k and v
     2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-KEYS_REL = {  # of k, v and rel_pos with rel_pos: as many keys as queries
+# with rel_pos tiles are square: the forward and the gradients of q and span; those of k, v and rel_pos
+REL = {
+    2: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+REL_KEYS = {
     2: ((64, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    8: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
+DOUBLE = (16, 16, 4, 1)
 
 
 @triton.jit
@@ -65,12 +59,6 @@ def _rows(ptr, at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
         return (_part(at, 0, D1, D), _part(at, D1, D2, D))
     else:
         return (_part(at, 0, D1, D),)
-
-
-@triton.jit
-def _log2e(x):
-    """x log2(e): exponentials are taken by exp2."""
-    return x * tl.full((), 1.4426950408889634, x.dtype)
 
 
 @triton.jit
@@ -128,7 +116,7 @@ def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl
 
 
 @triton.jit
-def _window(p, span_at, start_at, ramp, limit, n, CLOSED: tl.constexpr):
+def _window(p, span_at, start_ptr, at, ramp, limit, n, CLOSED: tl.constexpr):
     """Of rows at p: ramp + span, the first key that is seen, and one from which on all weigh 1.
 
     A NaN sees every key, and gives none the weight 1. CLOSED: the key at the very end of the ramp, where the
@@ -143,18 +131,10 @@ def _window(p, span_at, start_at, ramp, limit, n, CLOSED: tl.constexpr):
     first = p - tl.where(reach < limit, end, limit - 1.0).to(tl.int32)
     near = tl.where(reach == reach, reach - ramp, 0.0)
     whole = p - tl.where(near < limit, near, limit * 1.0).to(tl.int32) + 1
-    if start_at is not None:
-        start = tl.minimum(tl.maximum(tl.load(start_at), 0), n).to(tl.int32)
+    if start_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(start_ptr + at), 0), n).to(tl.int32)
         first, whole = tl.maximum(first, start), tl.maximum(whole, start)
     return reach, first, whole
-
-
-@triton.jit
-def _at(ptr, offset):
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
 
 
 @triton.jit
@@ -176,19 +156,13 @@ def forward_tiles(
     lse_ptr,  # [B, H, M, splits]
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, splits,
-    ramp: tl.float64,
-    scale: tl.float64,
+    ramp: tl.float64, scale: tl.float64,
     PACK: tl.constexpr,  # query heads of a tile; more than 1 only with a rel_pos that they share, or none
     SKEW: tl.constexpr,  # whether the rows of a tile stand one after the other, or all at one place (M = 1)
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    ramp = tl.cast(ramp, ACC)
-    scale = _log2e(tl.cast(scale, ACC))
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
     tiles = tl.cdiv(PACK * m, BM)
     pid = tl.program_id(0)
@@ -205,7 +179,7 @@ def forward_tiles(
     kv = lane * PACK // group
     p = n - m - skip + query
     span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
-    reach, first, whole = _window(p, span_at, _at(start_ptr, b * m + query), ramp, limit, n, CLOSED=False)
+    reach, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     share = tl.cdiv(tl.cdiv(high - low, BN), splits) * BN
@@ -243,11 +217,11 @@ def forward_tiles(
             s = tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
         here = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(here == float("-inf"), 0.0, here)
-        w = tl.exp2(s - shift[:, None])
+        w = tl.exp(s - shift[:, None])
         if edge:
             x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
             w *= _weight(reach[:, None] - x, per_token)
-        decay = tl.exp2(top - shift)
+        decay = tl.exp(top - shift)
         total = total * decay + tl.sum(w, 1)
         acc = _scaled(acc, decay[:, None])
         acc = _add_product(acc, w, _rows(v_ptr, at * v_t, D, D1, D2), ACC)
@@ -255,7 +229,7 @@ def forward_tiles(
     empty = total == 0.0
     out_row = ((b * heads + head) * m + query) * splits + split
     mask = tile * BM + r < PACK * m
-    lse = (top + tl.log2(tl.where(empty, 1.0, total))) * tl.full((), 0.6931471805599453, ACC)
+    lse = top + tl.log(tl.where(empty, 1.0, total))
     lse = tl.where(empty, tl.where(splits == 1, float("inf"), float("-inf")), lse)
     tl.store(lse_ptr + out_row, lse, mask)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
@@ -291,21 +265,15 @@ def join_splits(
 
 @triton.jit
 def row_sums(
-    grad_ptr,  # [B, H, M, D]
-    out_ptr,
-    span_ptr,  # [B, H, M] by its strides
-    start_ptr,  # [B, M] or None
+    grad_ptr, out_ptr,  # [B, H, M, D]
+    span_ptr, start_ptr,
     delta_ptr,  # [B, H, M] out: grad . out
     first_ptr,  # [B, H, tiles] out: the first key that a row of the tile sees
     whole_ptr,  # [B, H, tiles] out: from which key on all weigh 1 for every row of the tile
     g_b, g_h, g_t, span_b, span_h, span_t,
     heads, m, n, limit, skip,
     ramp: tl.float64,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(m, BM)
     tile = tl.program_id(0) % tiles
@@ -322,9 +290,7 @@ def row_sums(
     tl.store(delta_ptr + at, delta, tile * BM + r < m)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
     p = n - m - skip + row.to(tl.int32)
-    _, first, whole = _window(
-        p, span_at, _at(start_ptr, b * m + row), tl.cast(ramp, ACC), limit, n, CLOSED=True
-    )
+    _, first, whole = _window(p, span_at, start_ptr, b * m + row, tl.cast(ramp, ACC), limit, n, CLOSED=True)
     at = (b * heads + head) * tiles + tile
     tl.store(first_ptr + at, tl.min(first, 0))
     tl.store(whole_ptr + at, tl.max(whole, 0))
@@ -333,34 +299,23 @@ def row_sums(
 @triton.jit
 def _exponent(s, x, farthest):
     """s where the key is seen; at most e^80, which only keys beyond the ramp's end can reach."""
-    s = tl.minimum(s, 115.0, propagate_nan=tl.PropagateNan.ALL)
+    s = tl.minimum(s, 80.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
 
 
 @triton.jit
 def backward_rows(
-    q_ptr,  # [B, H, M, D]
-    k_ptr,  # [B, Hkv, N, D]
-    v_ptr,
-    grad_ptr,  # [B, H, M, D]
-    span_ptr,  # [B, H, M] by its strides
-    rel_ptr,  # [limit or more, D] or [H, .., D], or None
-    start_ptr,  # [B, M] or None
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
+    rel_ptr, start_ptr,
     order_ptr,  # [H] the longest first
-    lse_ptr,  # [B, H, M]
-    delta_ptr,  # [B, H, M]
+    lse_ptr, delta_ptr,  # [B, H, M]
     dq_ptr,  # [B, H, M, D] out, or None
     dspan_ptr,  # [B, H, M] out, or None
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip,
-    ramp: tl.float64,
-    scale: tl.float64,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    ramp: tl.float64, scale: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -373,12 +328,12 @@ def backward_rows(
     p = n - m - skip + row
     row = row.to(tl.int64)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-    reach, first, whole = _window(p, span_at, _at(start_ptr, b * m + row), ramp, limit, n, CLOSED=True)
+    reach, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     farthest = (p - first).to(ACC)[:, None]
-    at = (b * heads + head) * m + row
-    lse, delta = _log2e(tl.load(lse_ptr + at))[:, None], tl.load(delta_ptr + at)[:, None]
+    row_at = (b * heads + head) * m + row
+    lse, delta = tl.load(lse_ptr + row_at)[:, None], tl.load(delta_ptr + row_at)[:, None]
     q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
     grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
     k_ptr += b * k_b + head // group * k_h
@@ -401,11 +356,11 @@ def backward_rows(
             behind -= BN
             lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
             s += tl.gather(tl.where(below, upper, lower), turn, 1)
-        s = s * _log2e(scale) - lse
+        s = s * scale - lse
         edge = (j < whole) | (j + BN - 1 > nearest)
         if edge:
             s = _exponent(s, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
-        w = tl.exp2(s)
+        w = tl.exp(s)
         dw = _dot(grad, _rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
         if edge:
             a = reach[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
@@ -420,43 +375,29 @@ def backward_rows(
                 dq = _add_product(dq, tl.where(below, turned, rel), after, ACC)
                 rel = turned
     mask = tile * BM + r < m
-    at = (b * heads + head) * m + row
     if dq_ptr is not None:
         if rel_ptr is not None:
             after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
             dq = _add_product(dq, tl.where(below, 0.0, rel), after, ACC)
-        _store(dq_ptr, at * D, mask, dq, scale, D, D1, D2)
+        _store(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
     if dspan_ptr is not None:
-        tl.store(dspan_ptr + at, dspan * per_token, mask)
+        tl.store(dspan_ptr + row_at, dspan * per_token, mask)
 
 
 @triton.jit
 def backward_keys(
-    q_ptr,  # [B, H, M, D]
-    k_ptr,  # [B, Hkv, N, D]
-    v_ptr,
-    grad_ptr,  # [B, H, M, D]
-    span_ptr,  # [B, H, M] by its strides
-    rel_ptr,  # [limit or more, D] or [H, .., D], or None
-    start_ptr,  # [B, M] or None
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
+    rel_ptr, start_ptr,
     order_ptr,  # [Hkv] the longest first
-    lse_ptr,  # [B, H, M]
-    delta_ptr,  # [B, H, M]
-    first_ptr,  # [B, H, tiles], with BM as here
-    whole_ptr,  # [B, H, tiles]
-    dk_ptr,  # [B, Hkv, N, D] out
-    dv_ptr,  # [B, Hkv, N, D] out
+    lse_ptr, delta_ptr,  # [B, H, M]
+    first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
+    dk_ptr, dv_ptr,  # [B, Hkv, N, D] out
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip,
-    ramp: tl.float64,
-    scale: tl.float64,
+    ramp: tl.float64, scale: tl.float64,
     BY_ROW: tl.constexpr,  # whether the rows of a head differ in their span or first key
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -484,7 +425,7 @@ def backward_keys(
                 looks = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
                 high = tl.maximum(high, tl.max(tl.where(looks, t + 1, 0), 0))
         else:
-            reach, first, whole = _window(0, span_at, None, ramp, limit, n, CLOSED=True)
+            reach, first, whole = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
             farthest = (-first).to(ACC)
             high = tl.minimum(tl.cdiv(tl.maximum(key + BN - first - origin, 0), BM), tiles)
         for tile in range(low, high):
@@ -494,14 +435,14 @@ def backward_keys(
             grad = _rows(grad_at, row * g_t, D, D1, D2)
             s = _dot(k, q, ACC)  # [BN, BM]
             if rel_ptr is not None:
-                x = origin + i - key + c
-                upper = _dot(_distances(rel_ptr + head * rel_h, x, limit, D, D1, D2), q, ACC)
-                lower = _dot(_distances(rel_ptr + head * rel_h, x - BN, limit, D, D1, D2), q, ACC)
+                behind = origin + i - key + c
+                upper = _dot(_distances(rel_ptr + head * rel_h, behind, limit, D, D1, D2), q, ACC)
+                lower = _dot(_distances(rel_ptr + head * rel_h, behind - BN, limit, D, D1, D2), q, ACC)
                 mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
                 s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
             # rows past the last weigh nothing
             lse = tl.load(lse_ptr + rows_at + i + r, i + r < m, other=float("inf"))
-            s = s * _log2e(scale) - _log2e(lse)[None, :]
+            s = s * scale - lse[None, :]
             if BY_ROW:
                 whole_tile = tl.load(whole_ptr + tiles_at + tile)
             else:
@@ -511,15 +452,15 @@ def backward_keys(
                 x = (origin + i + r - key).to(ACC)[None, :] - c.to(ACC)[:, None]
                 if BY_ROW:
                     reach_row, first_row, _ = _window(
-                        origin + row.to(tl.int32), span_at + row * span_t, _at(start_ptr, b * m + row),
+                        origin + row.to(tl.int32), span_at + row * span_t, start_ptr, b * m + row,
                         ramp, limit, n, CLOSED=True,
                     )  # fmt: skip
                     s = _exponent(s, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
-                    w = tl.exp2(s) * _weight(reach_row[None, :] - x, per_token)
+                    w = tl.exp(s) * _weight(reach_row[None, :] - x, per_token)
                 else:
-                    w = tl.exp2(_exponent(s, x, farthest)) * _weight(reach - x, per_token)
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(reach - x, per_token)
             else:
-                w = tl.exp2(s)
+                w = tl.exp(s)
             dv = _add_product(dv, w, grad, ACC)
             dw = _dot(v, grad, ACC) - tl.load(delta_ptr + rows_at + row)[None, :]
             dk = _add_product(dk, w * dw, q, ACC)
@@ -530,28 +471,16 @@ def backward_keys(
 
 @triton.jit
 def backward_distances(
-    q_ptr,  # [B, H, M, D]
-    k_ptr,  # [B, Hkv, N, D]
-    v_ptr,
-    grad_ptr,  # [B, H, M, D]
-    span_ptr,  # [B, H, M] by its strides
-    rel_ptr,  # [limit or more, D] or [H, .., D]
-    start_ptr,  # [B, M] or None
-    lse_ptr,  # [B, H, M]
-    delta_ptr,  # [B, H, M]
-    first_ptr,  # [B, H, tiles], with BT as here
-    whole_ptr,  # [B, H, tiles]
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
+    rel_ptr, start_ptr,
+    lse_ptr, delta_ptr,  # [B, H, M]
+    first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
     drel_ptr,  # [splits, lanes, limit, D] out
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     batch, heads, group, m, n, limit, skip, splits,
     shared,  # heads that share a row: H or 1
-    ramp: tl.float64,
-    scale: tl.float64,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ACC: tl.constexpr,
-    BT: tl.constexpr,
+    ramp: tl.float64, scale: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -587,18 +516,16 @@ def backward_distances(
                 s += tl.gather(_dot(q, rel, ACC), turn, 1)
                 at = (b * heads + head) * m
                 lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
-                s = s * _log2e(scale) - _log2e(lse)[:, None]
+                s = s * scale - lse[:, None]
                 edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
                 if edge:
                     p = n - m - skip + row.to(tl.int32)
                     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-                    reach, first, _ = _window(
-                        p, span_at, _at(start_ptr, b * m + row), ramp, limit, n, CLOSED=True
-                    )
+                    reach, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
                     farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
-                    w = tl.exp2(_exponent(s, x, farthest)) * _weight(reach[:, None] - x, per_token)
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(reach[:, None] - x, per_token)
                 else:
-                    w = tl.exp2(s)
+                    w = tl.exp(s)
                 dw = tl.where(
                     below,
                     _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC),
@@ -622,7 +549,7 @@ def _parts(d: int) -> tuple[int, int]:
 
 def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
     d = q.shape[3]
-    return table[q.element_size()][(d > 64) + (d > 128)]
+    return DOUBLE if q.dtype == torch.float64 else table[q.element_size()][(d > 64) + (d > 128)]
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -670,7 +597,7 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
     pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
     few = m * pack <= 16 and (rel_pos is None or m == 1)
-    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else ROWS, q)
+    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL, q)
     tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
     splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
     part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
@@ -703,7 +630,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
     limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
     sizes = (h, h // hkv, m, n, limit, skip)
 
-    bm, bn, warps, stages = _pick(KEYS if rel_pos is None else KEYS_REL, q)
+    bm, bn, warps, stages = _pick(KEYS if rel_pos is None else REL_KEYS, q)
     tiles = triton.cdiv(m, bm)
     delta = torch.empty_like(lse)
     first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
@@ -730,7 +657,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
     dspan = lse.new_empty(lse.shape) if need_span else None
     if need_q or need_span:
-        bm, bn, warps, stages = _pick(BACKWARD if rel_pos is None else ROWS, q)
+        bm, bn, warps, stages = _pick(BACKWARD if rel_pos is None else REL, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
             q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), lse, delta,
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
