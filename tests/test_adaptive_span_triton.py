@@ -9,7 +9,7 @@ from sukhops.triton_kernels import adaptive_span as kernels
 from sukhops.reference.adaptive_span import adaptive_span_attention as reference
 from sukhops.testing import assert_close, compare
 
-TABLES = ("FORWARD", "FEW", "REL", "BACKWARD", "KEYS", "REL_KEYS")
+TABLES = ("FORWARD", "FEW", "ROWS", "KEYS", "GROUPED_KEYS", "REL_FORWARD", "REL_ROWS", "REL_KEYS")
 interpreter = pytest.mark.interpreter
 
 

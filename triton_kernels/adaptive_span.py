@@ -13,31 +13,48 @@ from torch import Tensor
 
 MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
-# queries and keys of a tile, warps, stages: by the bytes of an element, for heads up to 64, 128 and 256 wide
+# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper and
+# later, on Ampere, and float32
 FORWARD = {
-    2: ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    4: ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "hopper": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "ampere": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "float": ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 FEW = {  # the forward of at most 16 rows, all the query heads that share a key head among them
-    2: ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-    4: ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "hopper": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    "ampere": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+    "float": ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-BACKWARD = {  # gradients of q and span
-    2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+ROWS = {  # gradients of q and span
+    "hopper": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    "ampere": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-KEYS = {  # gradients of k and v
-    2: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+KEYS = {  # gradients of k and v, one query head to a key head
+    "hopper": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "ampere": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-# with rel_pos tiles are square: the forward and the gradients of q and span; those of k, v and rel_pos
-REL = {
-    2: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+GROUPED_KEYS = {  # several query heads to a key head
+    "hopper": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-REL_KEYS = {
-    2: ((64, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    4: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+# with rel_pos tiles are square
+REL_FORWARD = {
+    "hopper": ((64, 64, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+REL_ROWS = {
+    "hopper": ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+REL_KEYS = {  # gradients of k, v and rel_pos
+    "hopper": ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 DOUBLE = (16, 16, 4, 1)
 
@@ -343,7 +360,6 @@ def backward_rows(
         turn = (r[:, None] - c[None, :]) & (BN - 1)
         below = c[None, :] <= r[:, None]
         behind = n - m - skip + tile * BM - low
-        rel = tl.zeros((BM, BN), ACC)  # gradients of the products with the distances before `behind`
     dspan = tl.zeros((BM,), ACC)
     dq = _zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
@@ -352,9 +368,9 @@ def backward_rows(
         s = _dot(q, k, ACC)
         if rel_ptr is not None:
             after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
-            upper = _dot(q, after, ACC)
             behind -= BN
-            lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+            before = _distances(rel_ptr, behind + c, limit, D, D1, D2)
+            upper, lower = _dot(q, after, ACC), _dot(q, before, ACC)
             s += tl.gather(tl.where(below, upper, lower), turn, 1)
         s = s * scale - lse
         edge = (j < whole) | (j + BN - 1 > nearest)
@@ -372,13 +388,10 @@ def backward_rows(
             dq = _add_product(dq, ds, k, ACC)
             if rel_ptr is not None:
                 turned = tl.gather(ds, turn, 1)
-                dq = _add_product(dq, tl.where(below, turned, rel), after, ACC)
-                rel = turned
+                dq = _add_product(dq, tl.where(below, turned, 0.0), after, ACC)
+                dq = _add_product(dq, tl.where(below, 0.0, turned), before, ACC)
     mask = tile * BM + r < m
     if dq_ptr is not None:
-        if rel_ptr is not None:
-            after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
-            dq = _add_product(dq, tl.where(below, 0.0, rel), after, ACC)
         _store(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
     if dspan_ptr is not None:
         tl.store(dspan_ptr + row_at, dspan * per_token, mask)
@@ -411,7 +424,8 @@ def backward_keys(
     v = _rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
     dk, dv = _zeros(BN, D1, D2, ACC), _zeros(BN, D1, D2, ACC)
     origin = n - m - skip  # where the first query stands
-    for head in range(kv * group, kv * group + group):
+    for member in range(group):
+        head = kv * group + member
         q_at = q_ptr + b * q_b + head * q_h
         grad_at = grad_ptr + b * g_b + head * g_h
         rows_at = (b * heads + head) * m
@@ -495,9 +509,10 @@ def backward_distances(
     rel = _distances(rel_ptr + lane * rel_h, distance + r, limit, D, D1, D2)
     drel = _zeros(BT, D1, D2, ACC)
     share = tl.cdiv(batch * tiles, splits)
-    for head in range(lane * shared, lane * shared + shared):
+    for step in range(shared * share):  # heads in order, and the tiles of queries that this split owns
+        head, unit = lane * shared + step // share, split * share + step % share
         kv = head // group
-        for unit in range(split * share, tl.minimum(split * share + share, batch * tiles)):
+        if unit < batch * tiles:
             b, i = (unit // tiles).to(tl.int64), unit % tiles * BT
             tile_at = (b * heads + head) * tiles + unit % tiles
             place = n - m - skip + i - distance  # of the first row, less the nearest distance
@@ -548,8 +563,11 @@ def _parts(d: int) -> tuple[int, int]:
 
 
 def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
-    d = q.shape[3]
-    return DOUBLE if q.dtype == torch.float64 else table[q.element_size()][(d > 64) + (d > 128)]
+    if q.dtype == torch.float64:
+        return DOUBLE
+    half = "hopper" if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
+    kind = "float" if q.dtype == torch.float32 else half
+    return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)]
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -597,7 +615,7 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
     pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
     few = m * pack <= 16 and (rel_pos is None or m == 1)
-    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL, q)
+    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL_FORWARD, q)
     tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
     splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
     part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
@@ -630,7 +648,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
     limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
     sizes = (h, h // hkv, m, n, limit, skip)
 
-    bm, bn, warps, stages = _pick(KEYS if rel_pos is None else REL_KEYS, q)
+    bm, bn, warps, stages = _pick(REL_KEYS if rel_pos is not None else KEYS if h == hkv else GROUPED_KEYS, q)
     tiles = triton.cdiv(m, bm)
     delta = torch.empty_like(lse)
     first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
@@ -657,7 +675,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
     dspan = lse.new_empty(lse.shape) if need_span else None
     if need_q or need_span:
-        bm, bn, warps, stages = _pick(BACKWARD if rel_pos is None else REL, q)
+        bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
             q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), lse, delta,
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
