@@ -9,7 +9,8 @@ from sukhops.triton_kernels import adaptive_span as kernels
 from sukhops.reference.adaptive_span import adaptive_span_attention as reference
 from sukhops.testing import assert_close, compare
 
-TABLES = ("FORWARD", "FEW", "ROWS", "KEYS", "GROUPED_KEYS", "REL_FORWARD", "REL_ROWS", "REL_KEYS")
+TABLES = ("FORWARD", "FEW", "ROWS", "KEYS", "GROUPED_KEYS", "REL_FORWARD", "REL_ROWS", "REL_KEYS",
+          "REL_DISTANCES")  # fmt: skip
 interpreter = pytest.mark.interpreter
 
 
@@ -41,9 +42,7 @@ def launchers(q, k, v, span, *, ramp, rel_pos=None, scale=None, include_self=Tru
         key_start = key_start.unsqueeze(1).expand(q.shape[0], q.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     span = in_accumulation_dtype(q, span)
-    return Attention.apply(
-        q, k, v, span, rel_pos, key_start, ramp, scale, int(not include_self), max_span
-    )
+    return Attention.apply(q, k, v, span, rel_pos, key_start, ramp, scale, int(not include_self), max_span)
 
 
 def exact(q, k, v, span, **options):
@@ -120,11 +119,7 @@ def test_few_queries_share_out_their_keys(hkv, m, rel_pos, small, monkeypatch):
 
 @interpreter
 def test_any_layout_and_the_same_bits_twice(small):
-    given = inputs(b=2, h=2, hkv=2, m=5, n=20)
-    results = []
-    for _ in range(2):
-        results.append(compare(launchers, exact, given, torch.float32))
-    assert results[0] == results[1]
+    given = inputs(b=2, h=2, hkv=2, m=5, n=9)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
     options = (None, None, 7.0, 0.25, 0, None)
     plain = kernels.forward(q, k, v, span.float(), *options)
@@ -201,7 +196,7 @@ def products(monkeypatch, run):
 @interpreter
 def test_work_follows_the_spans(small, monkeypatch):
     """Each head costs its own span + ramp, for every query, whatever N and the other heads' spans."""
-    m, n, d, ramp, options = 64, 128, 16, 4.0, (None, None, 4.0, 0.25, 0, None)
+    m, n, d, ramp, options = 32, 96, 16, 4.0, (None, None, 4.0, 0.25, 0, None)
 
     def cost(spans):
         q, k, v = torch.randn(1, len(spans), m, d), torch.randn(1, 1, n, d), torch.randn(1, 1, n, d)
@@ -213,7 +208,7 @@ def test_work_follows_the_spans(small, monkeypatch):
 
         return products(monkeypatch, run) / (m * d)
 
-    spans = (0.0, 12.0, 60.0)
+    spans = (0.0, 44.0)
     alone = [cost((s,)) for s in spans]
     assert cost(spans) == sum(alone)
     for s, pairs in zip(spans, alone, strict=True):
@@ -233,14 +228,35 @@ POINTERS = {"float32": "*fp32!", "bfloat16": "*bf16!", "float16": "*fp16!", "flo
 IN = ("q", "k", "v", "grad", "rel", "out", "dq", "dk", "dv")  # tensors of the inputs' dtype
 
 
-def compiled(kernel, arch, dtype, d, config, *, rel=False, start=False, by_row=False, few=False):
-    bm, bn, warps, stages = config
+KERNELS = {  # table of the configurations: kernel, what its programs meet
+    "FORWARD": (kernels.forward_tiles, dict()),
+    "FEW": (kernels.forward_tiles, dict(few=True, group=4)),
+    "ROWS": (kernels.backward_rows, dict(start=True)),
+    "KEYS": (kernels.backward_keys, dict()),
+    "GROUPED_KEYS": (kernels.backward_keys, dict(group=4)),
+    "REL_FORWARD": (kernels.forward_tiles, dict(rel=True)),
+    "REL_ROWS": (kernels.backward_rows, dict(rel=True)),
+    "REL_KEYS": (kernels.backward_keys, dict(rel=True)),
+    "REL_DISTANCES": (kernels.backward_distances, dict(rel=True)),
+}
+
+
+def compiled(table, arch, dtype, d, *, rel=False, start=False, by_row=False, few=False, group=1):
+    kernel = KERNELS[table][0]
+    configurations = getattr(kernels, table)
+    kind = "float" if dtype == "float32" else "half"
+    if kind == "half" and arch < 90:
+        kind = "ampere" if "ampere" in configurations else kind
+    bm, bn, warps, stages = configurations[kind][(d > 64) + (d > 128)]
+    if dtype == "float64":
+        bm, bn, warps, stages = kernels.DOUBLE
     d1, d2 = kernels._parts(d)
     acc = "float64" if dtype == "float64" else "float32"
     constants = dict(
-        PACK=4 if few else 1, SKEW=not few, BY_ROW=by_row, D=d, D1=d1, D2=d2, ACC=getattr(tl, acc), BM=bm,
+        PACK=group if few else 1, SKEW=not few, BY_ROW=by_row, D=d, D1=d1, D2=d2, ACC=getattr(tl, acc), BM=bm,
         BN=bn, BT=bm,
     )  # fmt: skip
+    constants |= {"group": 1} if group == 1 else {}  # Triton specialises an int of 1
     constants |= {"rel_ptr": None} if not rel else {}
     constants |= {"start_ptr": None} if not start else {}
     constants |= {"order_ptr": None} if few else {}
@@ -256,3 +272,54 @@ def compiled(kernel, arch, dtype, d, config, *, rel=False, start=False, by_row=F
     fixed |= {"span_ptr": POINTERS[acc].rstrip("!"), "ramp": "fp64", "scale": "fp64"}
     signature |= {n: t for n, t in fixed.items() if n in signature}
     return build(kernel, arch, signature, constants, warps, stages)
+
+
+def check_build(table, arch, dtype, d, **more):
+    built = compiled(table, arch, dtype, d, **KERNELS[table][1] | more)
+    assert built.spills == 0, built
+    assert built.shared <= SHARED_LIMIT[arch]
+    if dtype in ("bfloat16", "float16"):
+        assert built.tensor_core > 0
+
+
+# each kernel, architecture and head width once or more
+REPRESENTATIVE = [
+    ("FORWARD", 90, "bfloat16", 64),
+    ("FORWARD", 80, "float16", 80),
+    ("FORWARD", 90, "bfloat16", 128),
+    ("FEW", 90, "bfloat16", 128),
+    ("ROWS", 90, "bfloat16", 64),
+    ("ROWS", 80, "bfloat16", 128),
+    ("ROWS", 100, "float16", 96),
+    ("KEYS", 90, "bfloat16", 64),
+    ("KEYS", 90, "bfloat16", 128),
+    ("KEYS", 80, "float16", 32),
+    ("GROUPED_KEYS", 90, "bfloat16", 64),
+    ("REL_FORWARD", 90, "bfloat16", 64),
+    ("REL_ROWS", 90, "bfloat16", 64),
+    ("REL_KEYS", 90, "bfloat16", 64),
+    ("REL_DISTANCES", 90, "bfloat16", 64),
+    ("FORWARD", 90, "float32", 64),
+    ("KEYS", 90, "float32", 64),
+]
+
+
+@pytest.mark.parametrize("table, arch, dtype, d", REPRESENTATIVE)
+def test_compiles_within_the_limits(table, arch, dtype, d):
+    check_build(table, arch, dtype, d)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("table", KERNELS)
+def test_every_width_compiles_within_the_limits(table, arch, d):
+    check_build(table, arch, "bfloat16", d)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("table", [t for t in KERNELS if not t.startswith("REL")])
+def test_other_types_compile(table, arch):
+    for dtype in ("float32", "float64"):
+        assert compiled(table, arch, dtype, 64, **KERNELS[table][1]).shared <= SHARED_LIMIT[arch]

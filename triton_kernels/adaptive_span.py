@@ -13,47 +13,44 @@ from torch import Tensor
 
 MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
-# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper and
-# later, on Ampere, and float32
+# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: of half precisions on Hopper
+# and later, of half precisions on Ampere where those differ, of float32
 FORWARD = {
-    "hopper": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "ampere": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "half": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "float": ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 FEW = {  # the forward of at most 16 rows, all the query heads that share a key head among them
-    "hopper": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-    "ampere": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+    "half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
     "float": ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 ROWS = {  # gradients of q and span
-    "hopper": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-    "ampere": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "half": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 KEYS = {  # gradients of k and v, one query head to a key head
-    "hopper": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "ampere": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "half": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
 GROUPED_KEYS = {  # several query heads to a key head
-    "hopper": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "half": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     "ampere": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-# with rel_pos tiles are square
-REL_FORWARD = {
-    "hopper": ((64, 64, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+REL_FORWARD = {  # with rel_pos tiles are square
+    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
     "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 REL_ROWS = {
-    "hopper": ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "half": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-REL_KEYS = {  # gradients of k, v and rel_pos
-    "hopper": ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    "ampere": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+REL_KEYS = {
+    "half": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+REL_DISTANCES = {  # the gradient of rel_pos
+    "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 DOUBLE = (16, 16, 4, 1)
@@ -162,15 +159,12 @@ def _weight(a, per_token):
 
 @triton.jit
 def forward_tiles(
-    q_ptr,  # [B, H, M, D]
-    k_ptr,  # [B, Hkv, N, D]
-    v_ptr,
+    q_ptr, k_ptr, v_ptr,  # [B, H, M, D] and twice [B, Hkv, N, D]
     span_ptr,  # [B, H, M] by its strides
     rel_ptr,  # [limit or more, D] or [H, .., D], or None
     start_ptr,  # [B, M] or None
     order_ptr,  # [lanes] the longest first, or None
-    out_ptr,  # [B, H, M, splits, D]
-    lse_ptr,  # [B, H, M, splits]
+    out_ptr, lse_ptr,  # [B, H, M, splits, D] and without D
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, splits,
     ramp: tl.float64, scale: tl.float64,
@@ -565,8 +559,9 @@ def _parts(d: int) -> tuple[int, int]:
 def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
     if q.dtype == torch.float64:
         return DOUBLE
-    half = "hopper" if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
-    kind = "float" if q.dtype == torch.float32 else half
+    kind = "float" if q.dtype == torch.float32 else "half"
+    if kind == "half" and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 9:
+        kind = "ampere" if "ampere" in table else kind
     return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)]
 
 
@@ -638,25 +633,28 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
     """The CUDA kernel of sukhops::adaptive_span_backward."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
     widths, empty = _widths(q), q.new_empty(0)
-    dk, dv = (torch.zeros(t.shape if need_kv else 0, dtype=t.dtype, device=t.device) for t in (k, v))
-    dq = q.new_empty(q.shape if need_q else 0)
-    drel = empty if not need_rel_pos else rel_pos.new_zeros(rel_pos.shape)
+    dq, dk, dv = (
+        t.new_empty(t.shape if need else 0) for t, need in ((q, need_q), (k, need_kv), (v, need_kv))
+    )
+    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else empty
     if not lse.numel():
-        return dq, dk, dv, span.new_zeros(span.shape if need_span else 0), drel
+        return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
     limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
     sizes = (h, h // hkv, m, n, limit, skip)
 
+    def summed(bm):
+        delta, tiles = torch.empty_like(lse), triton.cdiv(m, bm)
+        first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
+        row_sums[(tiles * b, h)](
+            grad, out, span, key_start, delta, first, whole, *strides[9:-1], h, m, n, limit, skip, ramp,
+            **widths, BM=bm, num_warps=4,
+        )  # fmt: skip
+        return lse, delta, first, whole
+
     bm, bn, warps, stages = _pick(REL_KEYS if rel_pos is not None else KEYS if h == hkv else GROUPED_KEYS, q)
-    tiles = triton.cdiv(m, bm)
-    delta = torch.empty_like(lse)
-    first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
-    row_sums[(tiles * b, h)](
-        grad, out, span, key_start, delta, first, whole, *strides[9:-1], h, m, n, limit, skip, ramp,
-        **widths, BM=bm, num_warps=4,
-    )  # fmt: skip
-    saved = (lse, delta, first, whole)
+    saved = summed(bm)
     if need_kv:
         backward_keys[(triton.cdiv(n, bn) * b, hkv)](
             q, k, v, grad, span, rel_pos, key_start, _longest_first(span, hkv), *saved, dk, dv, *strides,
@@ -664,23 +662,23 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
             BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if need_rel_pos:
-        lanes = h if rel_pos.dim() == 3 else 1
-        chunks = triton.cdiv(limit, bm)
-        splits = max(1, min(4 * PROGRAMS // (chunks * lanes), tiles * b))
+        bt, _, warps, stages = _pick(REL_DISTANCES, q)
+        lanes, tiles = h if rel_pos.dim() == 3 else 1, triton.cdiv(limit, bt)
+        splits = max(1, min(4 * PROGRAMS // (tiles * lanes), triton.cdiv(m, bt) * b))
         parts = lse.new_empty(splits, lanes, limit, d)
-        backward_distances[(chunks * splits, lanes)](
-            q, k, v, grad, span, rel_pos, key_start, *saved, parts, *strides, b, *sizes, splits, h // lanes,
-            ramp, scale, **widths, BT=bm, num_warps=warps, num_stages=1,
+        backward_distances[(tiles * splits, lanes)](
+            q, k, v, grad, span, rel_pos, key_start, *summed(bt), parts, *strides, b, *sizes, splits,
+            h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
     dspan = lse.new_empty(lse.shape) if need_span else None
     if need_q or need_span:
         bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
-            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), lse, delta,
+            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), *saved[:2],
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
             **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if need_span and span.dim() == 1:
         dspan = dspan.sum((0, 2))
-    return dq, dk, dv, dspan if need_span else span.new_empty(0), drel
+    return dq, dk, dv, dspan if need_span else empty.to(span.dtype), drel
