@@ -13,16 +13,14 @@ from torch import Tensor
 
 MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
-# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: of half precisions on Hopper
-# and later, of half precisions on Ampere where those differ, of float32
+# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper and
+# later, on Ampere where they differ, and float32; SMALL for what is not listed
 FORWARD = {
     "half": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "float": ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-FEW = {  # the forward of at most 16 rows, all the query heads that share a key head among them
-    "half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
-    "float": ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
-}
+# the forward of at most 16 rows, all the query heads that share a key head among them
+FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2))}
 ROWS = {  # gradients of q and span
     "half": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
@@ -39,21 +37,14 @@ GROUPED_KEYS = {  # several query heads to a key head
 REL_FORWARD = {  # with rel_pos tiles are square
     "half": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
     "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-REL_ROWS = {
-    "half": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-}
-REL_KEYS = {
-    "half": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-}
+REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
+REL_KEYS = {"half": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
 REL_DISTANCES = {  # the gradient of rel_pos
     "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    "float": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "ampere": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-DOUBLE = (16, 16, 4, 1)
+SMALL = (16, 16, 4, 1)
 
 
 @triton.jit
@@ -166,12 +157,11 @@ def forward_tiles(
     order_ptr,  # [lanes] the longest first, or None
     out_ptr, lse_ptr,  # [B, H, M, splits, D] and without D
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
-    heads, group, m, n, limit, skip, splits,
-    ramp: tl.float64, scale: tl.float64,
+    heads, group, m, n, limit, skip, splits, ramp: tl.float64, scale: tl.float64,
     PACK: tl.constexpr,  # query heads of a tile; more than 1 only with a rel_pos that they share, or none
     SKEW: tl.constexpr,  # whether the rows of a tile stand one after the other, or all at one place (M = 1)
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -249,15 +239,10 @@ def forward_tiles(
 
 @triton.jit
 def join_splits(
-    part_ptr,  # [rows, splits, D]
-    part_lse_ptr,  # [rows, splits], -inf where a part saw nothing
-    out_ptr,  # [rows, D]
-    lse_ptr,  # [rows]
-    splits,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    part_ptr, part_lse_ptr,  # [rows, splits, D], and without D: -inf where a part saw nothing
+    out_ptr, lse_ptr,  # [rows, D] and [rows]
+    splits, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     lse = tl.load(part_lse_ptr + row * splits + s, s < splits, other=float("-inf"))
@@ -279,11 +264,9 @@ def row_sums(
     grad_ptr, out_ptr,  # [B, H, M, D]
     span_ptr, start_ptr,
     delta_ptr,  # [B, H, M] out: grad . out
-    first_ptr,  # [B, H, tiles] out: the first key that a row of the tile sees
-    whole_ptr,  # [B, H, tiles] out: from which key on all weigh 1 for every row of the tile
+    first_ptr, whole_ptr,  # [B, H, tiles] out: the first key seen by a row of the tile; by all, whole
     g_b, g_h, g_t, span_b, span_h, span_t,
-    heads, m, n, limit, skip,
-    ramp: tl.float64,
+    heads, m, n, limit, skip, ramp: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(m, BM)
@@ -316,17 +299,14 @@ def _exponent(s, x, farthest):
 
 @triton.jit
 def backward_rows(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
-    rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
     order_ptr,  # [H] the longest first
     lse_ptr, delta_ptr,  # [B, H, M]
-    dq_ptr,  # [B, H, M, D] out, or None
-    dspan_ptr,  # [B, H, M] out, or None
+    dq_ptr, dspan_ptr,  # [B, H, M, D] and [B, H, M] out, or None
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
-    heads, group, m, n, limit, skip,
-    ramp: tl.float64, scale: tl.float64,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -393,18 +373,16 @@ def backward_rows(
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
-    rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
     order_ptr,  # [Hkv] the longest first
     lse_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
     dk_ptr, dv_ptr,  # [B, Hkv, N, D] out
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
-    heads, group, m, n, limit, skip,
-    ramp: tl.float64, scale: tl.float64,
+    heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
     BY_ROW: tl.constexpr,  # whether the rows of a head differ in their span or first key
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
@@ -479,8 +457,7 @@ def backward_keys(
 
 @triton.jit
 def backward_distances(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr,
-    rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
     lse_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
     drel_ptr,  # [splits, lanes, limit, D] out
@@ -517,11 +494,8 @@ def backward_distances(
                 q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
                 grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
                 k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
-                s = tl.where(
-                    below,
-                    _dot(q, _rows(k_at, near * k_t, D, D1, D2), ACC),
-                    _dot(q, _rows(k_at, far * k_t, D, D1, D2), ACC),
-                )
+                s = _dot(q, _rows(k_at, near * k_t, D, D1, D2), ACC)
+                s = tl.where(below, s, _dot(q, _rows(k_at, far * k_t, D, D1, D2), ACC))
                 s += tl.gather(_dot(q, rel, ACC), turn, 1)
                 at = (b * heads + head) * m
                 lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
@@ -535,11 +509,8 @@ def backward_distances(
                     w = tl.exp(_exponent(s, x, farthest)) * _weight(reach[:, None] - x, per_token)
                 else:
                     w = tl.exp(s)
-                dw = tl.where(
-                    below,
-                    _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC),
-                    _dot(grad, _rows(v_at, far * v_t, D, D1, D2), ACC),
-                )
+                dw = _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC)
+                dw = tl.where(below, dw, _dot(grad, _rows(v_at, far * v_t, D, D1, D2), ACC))
                 ds = w * (dw - tl.load(delta_ptr + at + row)[:, None])
                 drel = _add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
     at = ((split * tl.num_programs(1) + lane) * limit + distance + r) * D
@@ -557,12 +528,10 @@ def _parts(d: int) -> tuple[int, int]:
 
 
 def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
-    if q.dtype == torch.float64:
-        return DOUBLE
-    kind = "float" if q.dtype == torch.float32 else "half"
-    if kind == "half" and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 9:
-        kind = "ampere" if "ampere" in table else kind
-    return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)]
+    kind = {torch.float64: "double", torch.float32: "float"}.get(q.dtype, "half")
+    if "ampere" in table and kind == "half" and q.is_cuda:
+        kind = "half" if torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
+    return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)] if kind in table else SMALL
 
 
 def _dense(t: Tensor) -> Tensor:
