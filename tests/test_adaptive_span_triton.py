@@ -258,7 +258,8 @@ def compiled(table, arch, dtype, d, *, rel=False, start=False, by_row=False, few
         PACK=group if few else 1, SKEW=not few, BY_ROW=by_row, D=d, D1=d1, D2=d2, ACC=getattr(tl, acc), BM=bm,
         BN=bn, BT=bm,
     )  # fmt: skip
-    constants |= {"group": 1} if group == 1 else {}  # Triton specialises an int of 1
+    ones = {"span_h", "skip", "m" if few else "splits"} | ({"group"} if group == 1 else set())
+    constants |= dict.fromkeys(ones, 1)  # what Triton makes of an int that is 1
     constants |= {"rel_ptr": None} if not rel else {}
     constants |= {"start_ptr": None} if not start else {}
     constants |= {"order_ptr": None} if few else {}

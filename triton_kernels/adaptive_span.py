@@ -13,8 +13,8 @@ from torch import Tensor
 
 MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
-# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper and
-# later, on Ampere where they differ, and float32; SMALL for what is not listed
+# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper
+# and later, on Ampere where they differ, and float32; SMALL for what is not listed
 FORWARD = {
     "half": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
