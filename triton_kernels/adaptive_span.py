@@ -122,30 +122,31 @@ def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl
 
 @triton.jit
 def _window(p, span_at, start_ptr, at, ramp, limit, n, CLOSED: tl.constexpr):
-    """Of rows at p: ramp + span, the first key that is seen, and one from which on all weigh 1.
+    """Of rows at p: the span, the first key that is seen, and one from which on all weigh 1.
 
     A NaN sees every key, and gives none the weight 1. CLOSED: the key at the very end of the ramp, where the
     weight is 0, is seen as well.
     """
-    reach = ramp + tl.load(span_at)
-    reach = tl.where(reach < -1.0, -1.0, reach)  # nothing is seen below 0
+    span = tl.load(span_at)
+    span = tl.where(span < -ramp - 1.0, -ramp - 1.0, span)  # nothing is seen below -ramp
+    reach = ramp + span
     if CLOSED:
         end = tl.floor(reach)
     else:
         end = tl.ceil(reach) - 1.0
     first = p - tl.where(reach < limit, end, limit - 1.0).to(tl.int32)
-    near = tl.where(reach == reach, reach - ramp, 0.0)
+    near = tl.where(span == span, span, 0.0)
     whole = p - tl.where(near < limit, near, limit * 1.0).to(tl.int32) + 1
     if start_ptr is not None:
         start = tl.minimum(tl.maximum(tl.load(start_ptr + at), 0), n).to(tl.int32)
         first, whole = tl.maximum(first, start), tl.maximum(whole, start)
-    return reach, first, whole
+    return span, first, whole
 
 
 @triton.jit
-def _weight(a, per_token):
-    """Of a key for which a = ramp + span - x >= 0."""
-    return tl.minimum(a * per_token, 1.0, propagate_nan=tl.PropagateNan.ALL)
+def _weight(past, ramp, per_token):
+    """Of a key for which past = span - x >= -ramp; exact at the ends of the ramp."""
+    return tl.minimum((ramp + past) * per_token, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def forward_tiles(
     kv = lane * PACK // group
     p = n - m - skip + query
     span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
-    reach, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
+    span, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     share = tl.cdiv(tl.cdiv(high - low, BN), splits) * BN
@@ -221,7 +222,7 @@ def forward_tiles(
         w = tl.exp(s - shift[:, None])
         if edge:
             x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
-            w *= _weight(reach[:, None] - x, per_token)
+            w *= _weight(span[:, None] - x, ramp, per_token)
         decay = tl.exp(top - shift)
         total = total * decay + tl.sum(w, 1)
         acc = _scaled(acc, decay[:, None])
@@ -319,7 +320,7 @@ def backward_rows(
     p = n - m - skip + row
     row = row.to(tl.int64)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-    reach, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
+    span, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     farthest = (p - first).to(ACC)[:, None]
@@ -353,10 +354,10 @@ def backward_rows(
         w = tl.exp(s)
         dw = _dot(grad, _rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
         if edge:
-            a = reach[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
+            past = span[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
             if dspan_ptr is not None:
-                dspan += tl.sum(tl.where(a > ramp, 0.0, w * dw), 1)
-            w *= _weight(a, per_token)
+                dspan += tl.sum(tl.where(past > 0.0, 0.0, w * dw), 1)
+            w *= _weight(past, ramp, per_token)
         ds = w * dw
         if dq_ptr is not None:
             dq = _add_product(dq, ds, k, ACC)
@@ -411,7 +412,7 @@ def backward_keys(
                 looks = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
                 high = tl.maximum(high, tl.max(tl.where(looks, t + 1, 0), 0))
         else:
-            reach, first, whole = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
+            span, first, whole = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
             farthest = (-first).to(ACC)
             high = tl.minimum(tl.cdiv(tl.maximum(key + BN - first - origin, 0), BM), tiles)
         for tile in range(low, high):
@@ -437,14 +438,14 @@ def backward_keys(
             if edge:
                 x = (origin + i + r - key).to(ACC)[None, :] - c.to(ACC)[:, None]
                 if BY_ROW:
-                    reach_row, first_row, _ = _window(
+                    span_row, first_row, _ = _window(
                         origin + row.to(tl.int32), span_at + row * span_t, start_ptr, b * m + row,
                         ramp, limit, n, CLOSED=True,
                     )  # fmt: skip
                     s = _exponent(s, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
-                    w = tl.exp(s) * _weight(reach_row[None, :] - x, per_token)
+                    w = tl.exp(s) * _weight(span_row[None, :] - x, ramp, per_token)
                 else:
-                    w = tl.exp(_exponent(s, x, farthest)) * _weight(reach - x, per_token)
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span - x, ramp, per_token)
             else:
                 w = tl.exp(s)
             dv = _add_product(dv, w, grad, ACC)
@@ -504,9 +505,9 @@ def backward_distances(
                 if edge:
                     p = n - m - skip + row.to(tl.int32)
                     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-                    reach, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
+                    span, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
                     farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
-                    w = tl.exp(_exponent(s, x, farthest)) * _weight(reach[:, None] - x, per_token)
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span[:, None] - x, ramp, per_token)
                 else:
                     w = tl.exp(s)
                 dw = _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC)
