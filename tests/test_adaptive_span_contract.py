@@ -46,11 +46,12 @@ def test_compiled_equals_eager(name):
 
 def test_compiled_once_for_any_length():
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
     f = torch.compile(adaptive_span_attention, fullgraph=True, backend=counter, dynamic=True)
     for n in (9, 19, 33):
         f(*(torch.randn(2, 4, n, 8) for _ in range(3)), torch.full((4,), 5.0))
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and len(set(counts)) == 1
 
 
 def test_checkpointing_gives_the_same_gradients():
