@@ -133,7 +133,7 @@ struct Batch {
 
 // one block per sequence: warp 0 alpha and logz, warp 1, where there is one, beta
 template <int C, class S>
-__global__ void __launch_bounds__(64) sweeps(Batch<S> g, S* logz, S* value, double* exponent) {
+__global__ void __launch_bounds__(64, 1) sweeps(Batch<S> g, S* logz, S* value, double* exponent) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x, side = threadIdx.x / 32, at = (side * g.b + b) * (g.t + 1);
   Warp<C, S> p{reinterpret_cast<S*>(memory) + side * Warp<C, S>::shared(g.k),
@@ -167,7 +167,7 @@ __global__ void posteriors(Batch<S> g, const S* value, const double* exponent, c
 }
 
 template <int C, class S>
-__global__ void __launch_bounds__(32) best(Batch<S> g, double* sums, S* score, int64_t* segments) {
+__global__ void __launch_bounds__(32, 1) best(Batch<S> g, double* sums, S* score, int64_t* segments) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x;
   Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
@@ -194,7 +194,7 @@ __global__ void draws(Batch<S> g, const S* alpha, const double* exponent, const 
 
 // `room`: alpha, exponent and mean, [3, B, T + 1]; out is null where no gradient is wanted
 template <int C, class S>
-__global__ void __launch_bounds__(32) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
+__global__ void __launch_bounds__(32, 1) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
                                               double* room, S* mean, S* out) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x, n = g.b * (g.t + 1), at = b * (g.t + 1), from = b * g.t * g.k;

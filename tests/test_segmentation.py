@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from segmentation_oracle import Sequence, problems, sequences
+from segmentation_oracle import Sequence, problems, sequences, upstream_like
 from torch.autograd import gradcheck, gradgradcheck
 
 import sukhops
@@ -55,7 +55,7 @@ def gradient(x, s):
 def test_enumeration(dtype, problem):
     scores, lengths = problem[0].to(dtype), problem[1]
     every = sequences(scores, lengths)
-    upstream = torch.randn_like(scores)
+    upstream = upstream_like(scores)
 
     def results(module):
         s = scores.clone().requires_grad_()
