@@ -258,8 +258,12 @@ template <class F>
 void choose(const Launch& l, const F& f) {
   const auto width = [&](auto s) {
     if (l.k <= 32) return f(s, Slots<1>());
-    if (l.k <= 64) return f(s, Slots<2>());
-    f(s, Slots<4>());
+    if constexpr (sizeof(s) == 8) {  // four doubles to a lane spill
+      STD_TORCH_CHECK(l.k <= 64, "scores: CUDA takes float64 segments of up to K = 64 positions, got K = ", l.k);
+      f(s, Slots<2>());
+    } else {
+      l.k <= 64 ? f(s, Slots<2>()) : f(s, Slots<4>());
+    }
   };
   l.scores.scalar_type() == ScalarType::Double ? width(double{}) : width(float{});
 }

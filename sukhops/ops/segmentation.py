@@ -39,8 +39,8 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128,
-            on CUDA.
+        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128
+            (64 in float64), on CUDA.
 
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
