@@ -26,6 +26,7 @@ bench: setup  ## checks and times every op; rows in bench/results, tables in the
 	set -e; for f in bench/bench_*.py; do $(PY) $$f; done
 	$(PY) bench/train_step.py
 	$(PY) bench/pairs.py
+	$(PY) bench/lexicon.py
 	$(PY) bench/report.py
 
 test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
@@ -40,13 +41,13 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-docs: setup  ## the README's tables from bench/results
+docs: setup  ## what the kernels compile to, the roofline, and the README's tables from bench/results
+	$(PY) bench/kernels.py
+	$(PY) bench/roofline.py
 	$(PY) bench/report.py
 
-gpu:  ## on a machine with a CUDA device and its own torch: build, test, measure
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -q
-	set -e; for f in bench/bench_*.py; do $(PYTHON) $$f; done
+gpu:  ## on a machine with a CUDA device and its own torch: build, test, measure; rows in bench/results
+	$(PYTHON) bench/gpu.py
 
 clean:
 	rm -rf .venv build .cache *.egg-info sukhops/*.so

@@ -1,24 +1,22 @@
-"""Builds the compiled operators: sukhops/_C.so always, sukhops/_C_cuda.so where nvcc and a CUDA torch are.
+"""Builds sukhops/_C.so, the CPU operators, sukhops/_C_cuda.so where nvcc and a CUDA torch are, and _lexicon.
 
-Both libraries use torch's stable ABI, so one build serves every Python and every torch >= 2.11.
+Both libraries of operators use torch's stable ABI: one build serves every Python and every torch >= 2.11.
+sukhops._lexicon is a pybind11 module (with the pybind11 that torch carries): it serves the Python that built
+it, and its file name, and so the wheel's, says which.
 """
 
 import os
 from pathlib import Path
 
 import torch
-from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1 takes it from the wheel package
-    from wheel.bdist_wheel import bdist_wheel
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # no -ffast-math: it drops NaN semantics and sets flush-to-zero for the user's whole process
 CXX = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
        "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function"]  # fmt: skip
+LEXICON = "sukhops._lexicon"
 HEADERS = [str(p) for p in Path("csrc").glob("*.h")]
 
 
@@ -27,7 +25,14 @@ def extensions():
     built = [
         CppExtension(
             "sukhops._C", cpu, depends=HEADERS, py_limited_api=True, extra_compile_args={"cxx": CXX + STABLE}
-        )
+        ),
+        Extension(
+            LEXICON,
+            ["csrc/lexicon.cpp"],
+            include_dirs=include_paths(),
+            language="c++",
+            extra_compile_args={"cxx": CXX},
+        ),
     ]
     cuda = sorted(str(p) for p in Path("csrc").glob("*.cu"))
     if cuda and torch.version.cuda and CUDA_HOME:
@@ -48,15 +53,12 @@ def extensions():
 
 class Build(BuildExtension):
     def get_export_symbols(self, ext):
-        return []  # loaded by torch.ops.load_library: there is no PyInit
+        # operators are loaded by torch.ops.load_library: there is no PyInit
+        return super().get_export_symbols(ext) if ext.name == LEXICON else []
+
+    def get_ext_filename(self, name):
+        self.no_python_abi_suffix = name not in (LEXICON, LEXICON.split(".")[-1])
+        return super().get_ext_filename(name)
 
 
-class Wheel(bdist_wheel):
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
-
-
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

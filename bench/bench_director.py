@@ -69,19 +69,23 @@ def decoding_case(name: str, rows: int, dtype: torch.dtype, rounds: int = 15) ->
     )  # fmt: skip
 
 
-def make_training(rows: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
-    """Sequences of up to 256; the second half of the batch is classifier examples of both labels."""
-    g = torch.Generator().manual_seed(0)
-    t = min(256, rows // 4)
+def make_training(
+    rows: int, d: int, v: int, dtype: torch.dtype, length: int = 256, device: str = "cpu"
+) -> Inputs:
+    """Sequences of up to `length`; the second half of the batch is classifier examples of both labels."""
+    g = torch.Generator(device).manual_seed(0)
+    t = min(length, rows // 4)
     b = rows // t
-    label = torch.full((b,), -1)
+    label = torch.full((b,), -1, device=device)
     label[b // 2 :] = torch.arange(b - b // 2) % 2
-    weights = {
-        name: (torch.randn(v, d, generator=g) * d**-0.5).to(dtype).requires_grad_()
-        for name in ("lm_weight", "cls_weight")
-    }
-    hidden = torch.randn(b, t, d, generator=g).to(dtype).requires_grad_()
-    return {"hidden": hidden, **weights, "target": torch.randint(0, v, (b, t), generator=g), "label": label}
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
+    heads = {n: (normal(v, d) * d**-0.5).to(dtype).requires_grad_() for n in ("lm_weight", "cls_weight")}
+    hidden = normal(b, t, d).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (b, t), generator=g, device=device)
+    return {"hidden": hidden, **heads, "target": target, "label": label}
 
 
 def training(norm_weight: float):
@@ -123,7 +127,7 @@ def products(norm: bool):
         parts = []
         for rows, name in [(plain, "lm_weight"), (~plain, "cls_weight")][: 1 + norm]:
             h, w = i["hidden"].detach()[rows].flatten(0, 1), i[name].detach()
-            z = torch.ones(h.shape[0], w.shape[0], dtype=h.dtype)
+            z = h.new_ones(h.shape[0], w.shape[0])
             parts.append((h, w, z, torch.ones_like(h), torch.ones_like(w)))
 
         def call():

@@ -13,19 +13,25 @@ from sukhops import losses, reference
 
 ROWS, D, V, K = 4096, 512, 32768, 5
 SMALL = (256, 64, 4096)
-LABEL = torch.arange(8) % 2  # one per sequence: 1 positive (desirable), 0 negative
 
 
-def make_kto(rows: int, d: int, v: int) -> Inputs:
-    inputs = bench_vocab_head.make(rows, d, v, torch.float32, pairs=True)
-    g = torch.Generator().manual_seed(1)
-    other = {n: torch.randn(inputs["hidden"].shape, generator=g) for n in ("kl_hidden", "kl_ref_hidden")}
-    return inputs | other | {"kl_target": losses.mismatched(inputs["target"])}
+def labels(inputs: Inputs) -> torch.Tensor:
+    """One per sequence: 1 positive (desirable), 0 negative."""
+    return torch.arange(len(inputs["target"]), device=inputs["target"].device) % 2
+
+
+def make_kto(rows: int, d: int, v: int, dtype: torch.dtype = torch.float32, **where) -> Inputs:
+    inputs = bench_vocab_head.make(rows, d, v, dtype, pairs=True, **where)
+    hidden = inputs["hidden"].detach()
+    other = {"kl_hidden": hidden.flip(0), "kl_ref_hidden": inputs["ref_hidden"].flip(0)}
+    return (
+        inputs | other | {"kl_target": losses.mismatched(inputs["target"]), "desirable": labels(inputs) == 1}
+    )
 
 
 def kto(i: Inputs):
     loss = sukhops.nn.KTOLoss()
-    return lambda: loss(**i, desirable=LABEL == 1).loss
+    return lambda: loss(**i).loss
 
 
 def eager_kto(i: Inputs):
@@ -36,18 +42,19 @@ def eager_kto(i: Inputs):
             kl = reference.linear_logp(i["kl_hidden"], i["weight"], i["kl_target"])
             kl_ref = reference.linear_logp(i["kl_ref_hidden"], i["ref_weight"], i["kl_target"])
         point = losses.Mismatched(i["kl_target"], kl, kl_ref)
-        return losses.kto_loss(logp, i["target"], LABEL == 1, ref, kl=point).loss
+        return losses.kto_loss(logp, i["target"], i["desirable"], ref, kl=point).loss
 
     return call
 
 
-def make_cringe(rows: int, d: int, v: int, k: int) -> Inputs:
-    return bench_vocab_head.make(rows, d, v, torch.float32) | {"k": torch.tensor(k)}
+def make_cringe(rows: int, d: int, v: int, k: int, dtype: torch.dtype = torch.float32, **where) -> Inputs:
+    inputs = bench_vocab_head.make(rows, d, v, dtype, **where)
+    return inputs | {"k": torch.tensor(k), "label": labels(inputs)}
 
 
 def cringe(i: Inputs):
     loss = sukhops.nn.CringeLoss(k=int(i["k"]))
-    return lambda: loss(i["hidden"], i["weight"], i["target"], LABEL).loss
+    return lambda: loss(i["hidden"], i["weight"], i["target"], i["label"]).loss
 
 
 def eager_cringe(i: Inputs):
@@ -60,17 +67,17 @@ def eager_cringe(i: Inputs):
         values, indices = logits.topk(int(i["k"]) + 1)
         place = losses.cringe.sample_rival(values, indices, i["target"]).unsqueeze(-1)
         gap = logits.gather(-1, target) - values.gather(-1, place)
-        return losses.cringe_loss(logp, gap.squeeze(-1), i["target"], LABEL).loss
+        return losses.cringe_loss(logp, gap.squeeze(-1), i["target"], i["label"]).loss
 
     return call
 
 
 def cringe_products(i: Inputs):
     """Four on the positive rows, one on the negative ones."""
-    kept, negative = i["target"] != -100, (LABEL == 0).unsqueeze(1)
+    kept, negative = i["target"] != -100, (i["label"] == 0).unsqueeze(1)
     four = bench_vocab_head.products(i | {"target": i["target"].masked_fill(negative, -100)}, 4)
     h, w = i["hidden"].detach()[kept & negative], i["weight"].detach()
-    z = torch.ones(h.shape[0], w.shape[0])
+    z = h.new_ones(h.shape[0], w.shape[0])
 
     def call():
         four()
@@ -93,14 +100,15 @@ def epilogues(i: Inputs):
     """Every loss on the same log-probs."""
     target, ref = i["target"], i["ref"]
     steps = (torch.arange(target.shape[1]) // 32).expand(target.shape)
-    labels = LABEL.unsqueeze(1).expand(8, int(steps.max()) + 1)
+    label = labels(i)
+    step_labels = label.unsqueeze(1).expand(-1, int(steps.max()) + 1)
 
     def call():
         logp, gap = i["logp"], i["gap"]
         return (
             losses.dpo_loss(logp, target, ref).loss
-            + losses.step_kto_loss(logp, target, LABEL == 1, steps, labels, ref, kl=0.1).loss
-            + losses.cringe_loss(logp, gap, target, LABEL).loss
+            + losses.step_kto_loss(logp, target, label == 1, steps, step_labels, ref, kl=0.1).loss
+            + losses.cringe_loss(logp, gap, target, label).loss
             + losses.pairwise_cringe_loss(logp, gap, target).loss
         )
 

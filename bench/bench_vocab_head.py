@@ -18,22 +18,27 @@ BETA = 0.1
 
 
 def make(
-    rows: int, d: int, v: int, dtype: torch.dtype, *, pairs: bool = False, frozen: bool = False
-) -> Inputs:
-    """`rows` in 8 sequences, of which the first quarter (the prompt) is ignored."""
-    g = torch.Generator().manual_seed(0)
-    t = rows // 8
-    shape = (8, t)
-    target = torch.randint(0, v, shape, generator=g)
-    target[:, : t // 4] = -100
+    rows: int, d: int, v: int, dtype: torch.dtype, *, pairs: bool = False, frozen: bool = False,
+    sequences: int = 8, prompt: float = 0.25, device: str = "cpu",
+) -> Inputs:  # fmt: skip
+    """`rows` in sequences whose first part, the prompt, is ignored."""
+    g = torch.Generator(device).manual_seed(0)
+    t = rows // sequences
+    shape = (sequences, t)
+    target = torch.randint(0, v, shape, generator=g, device=device)
+    target[:, : int(t * prompt)] = -100
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
     inputs = {
-        "hidden": torch.randn(*shape, d, generator=g).to(dtype).requires_grad_(),
-        "weight": (torch.randn(v, d, generator=g) * d**-0.5).to(dtype).requires_grad_(not frozen),
+        "hidden": normal(*shape, d).to(dtype).requires_grad_(),
+        "weight": (normal(v, d) * d**-0.5).to(dtype).requires_grad_(not frozen),
         "target": target,
     }
     if pairs:
-        inputs["ref_hidden"] = torch.randn(*shape, d, generator=g).to(dtype)
-        inputs["ref_weight"] = (torch.randn(v, d, generator=g) * d**-0.5).to(dtype)
+        inputs["ref_hidden"] = normal(*shape, d).to(dtype)
+        inputs["ref_weight"] = (normal(v, d) * d**-0.5).to(dtype)
     return inputs
 
 
@@ -41,7 +46,7 @@ def products(inputs: Inputs, count: int):
     """`count` bare products on the kept rows, each into a touched buffer: forwards, dhidden, dweight."""
     kept = inputs["target"] != -100
     h, w = inputs["hidden"].detach()[kept], inputs["weight"].detach()
-    z = torch.ones(h.shape[0], w.shape[0], dtype=h.dtype)
+    z = h.new_ones(h.shape[0], w.shape[0])
     dh, dw = torch.ones_like(h), torch.ones_like(w)
 
     def call():
@@ -74,6 +79,7 @@ def weighted(logp):
 
     def provider(i: Inputs):
         upstream = torch.randn(i["target"].shape, generator=torch.Generator().manual_seed(1))
+        upstream = upstream.to(i["target"].device)
         return lambda: (logp(i["hidden"], i["weight"], i["target"]) * upstream).sum()
 
     return provider

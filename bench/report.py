@@ -34,7 +34,7 @@ def sweeps(found: list[dict]) -> dict[str, str]:
     for r in found:
         if "shape" in r and r["shape"] not in shapes.setdefault(r["case"], []):
             shapes[r["case"]].append(r["shape"])
-    axis = {c: [k for k in s[0] if len({shape.get(k) for shape in s}) > 2] for c, s in shapes.items()}
+    axis = {c: [k for k in s[0] if len({str(shape.get(k)) for shape in s}) > 2] for c, s in shapes.items()}
     return {c: keys[0] for c, keys in axis.items() if keys}
 
 
@@ -96,6 +96,21 @@ def pairs(found: list[dict]) -> str:
     return markdown(["", "by", "s for all", "per second", "gradient norm"], body)
 
 
+def lexicon(found: list[dict]) -> str:
+    body = [[r["case"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
+    return markdown(["", "by", "million characters per second"], body)
+
+
+def roofline(found: list[dict]) -> str:
+    """What a GPU is predicted to take, from the model alone."""
+    body = []
+    for r in found:
+        shape = ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
+        times = [f"{r[field]:.3g}" for field in ("floor_ms", "predicted_ms")]
+        body.append([r["case"], shape, times[0], r["bound"], times[1]])
+    return markdown(["case", "shape", "floor, ms", "bound by", "predicted, ms"], body)
+
+
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -123,8 +138,8 @@ def block(name: str) -> str:
         return machine(found)
     if name == "train_step":
         return train_step(found)
-    if name == "pairs":
-        return pairs(found)
+    if name in ("pairs", "roofline", "lexicon"):
+        return {"pairs": pairs, "roofline": roofline, "lexicon": lexicon}[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)
@@ -196,6 +211,26 @@ def trade_off(name: str, found: list[dict]) -> None:
     plt.close(figure)
 
 
+def spans(name: str, found: list[dict]) -> None:
+    """The learned span of every head, by layer: r["spans"] [layers][heads], one colour per seed."""
+    plt = pyplot()
+    figure, panel = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    runs = [r for r in found if "spans" in r]
+    for i, r in enumerate(runs):
+        heads = [  # heads have no order of their own: shortest first
+            (layer + 0.7 * (rank + 0.5) / len(row) - 0.35 + 0.03 * (i - len(runs) / 2), span)
+            for layer, row in enumerate(r["spans"], 1)
+            for rank, span in enumerate(sorted(row))
+        ]
+        panel.plot(*zip(*heads, strict=True), "o", label=f"seed {r['seed']}")
+    panel.set(xlabel="layer, its heads side by side", ylabel="span in tokens")
+    panel.set_xticks(range(1, len(runs[0]["spans"]) + 1))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
@@ -207,6 +242,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
             trade_off(path.stem, rows(path.stem))
+        if any("spans" in r for r in rows(path.stem)):
+            spans(path.stem, rows(path.stem))
         found = [r for r in rows(path.stem) if "shape" in r and not path.stem.endswith("_grid")]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)

@@ -28,6 +28,10 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+struct HalfBits {  // of a float16, for kernels that keep it as its bits
+  uint16_t bits;
+};
+
 enum class Isa { base, avx2, avx512 };
 
 // the best set this CPU has, or the one that a build for tests names with -DSUKHOPS_ISA=avx2 or base

@@ -18,10 +18,6 @@ namespace sukhops {
 constexpr int64_t kWiden = 24;   // weight rows that are widened to float32 at once
 constexpr int64_t kFewRows = 8;       // rows of hidden up to which the lanes run along the depth
 
-struct HalfBits {
-  uint16_t bits;
-};
-
 struct Dots {
   // float32 or bfloat16, zeros where there is nothing. At most 8 rows: a vector of each in turn (float32 from
   // 5 on: 8 rows, two elements of each). Packed: groups of 64 rows (the last a multiple of 16), one element
@@ -66,6 +62,7 @@ struct GateBackwardRows {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 namespace sukhops::avx512bf16 {
+constexpr int64_t kRegisterBytes = 64;
 #include "vec.h"
 
 #include "director_bf16.h"

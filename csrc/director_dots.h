@@ -7,23 +7,6 @@ constexpr int64_t kAcc = kRegisters * 3 / 4;  // accumulators of a block of prod
 // terms that one accumulator sums in turn before it is added to the total: as accurate as lanes along the depth
 constexpr int64_t kRun = 128;
 
-// keeps a vector in its register: read from memory in every product, it would cost a load each time
-template <class V>
-SUKHOPS_INLINE void hold(V& x) {
-  if constexpr (kRegisters == 32 && sizeof(V) == 64) asm("" : "+v"(x));
-}
-
-// float16 keeps its bits in a type of its own
-SUKHOPS_INLINE vf load(const HalfBits* p) {
-  vh h;
-  __builtin_memcpy(&h, p, sizeof h);
-  const vu bits = __builtin_convertvector(h, vu);
-  vf x = (vf)((bits & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
-  const vu special = (vu)x | 0x7f800000u;
-  x = (bits & 0x7c00u) == 0x7c00u ? (vf)special : x;
-  return (vf)((vu)x | ((bits & 0x8000u) << 16));
-}
-
 // a row in float32, zeros up to whole vectors
 template <class T>
 static inline void widen(const T* w, float* x, int64_t d) {

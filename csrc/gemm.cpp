@@ -30,6 +30,7 @@ struct Strided {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
+constexpr int64_t kRegisterBytes = 64;
 #include "vec.h"
 
 // c [kRows, kCols] (+)= a [kRows, depth] @ b [depth, kCols], both packed by depth

@@ -4,12 +4,15 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SUKHOPS_X86 1
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace sukhops::avx512 {
 constexpr int kRegisters = 32;  // of sixteen floats
+constexpr int64_t kRegisterBytes = 64;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx512
@@ -18,6 +21,7 @@ constexpr int kRegisters = 32;  // of sixteen floats
 #pragma GCC target("avx2,fma")
 namespace sukhops::avx2 {
 constexpr int kRegisters = 8;  // of sixteen floats
+constexpr int64_t kRegisterBytes = 32;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx2
@@ -26,6 +30,7 @@ constexpr int kRegisters = 8;  // of sixteen floats
 
 namespace sukhops::base {
 constexpr int kRegisters = 4;  // of sixteen floats
+constexpr int64_t kRegisterBytes = 16;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::base

@@ -50,6 +50,19 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
 
+  // out [B, H, M, d] and lse [B, H, M], the log of the sum of a row's weights (+inf where that is 0). span [H]
+  // or [B, H, M] and lse in the accumulation dtype; rel_pos [S, d] or [H, S, d]; key_start [B, M] int64; a key
+  // is x = (position of the query - position of the key) - skip away, and seen if 0 <= x < max_span and < S
+  m.def(
+      "adaptive_span(Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, Tensor? key_start, "
+      "float ramp, float scale, int skip, int? max_span) -> (Tensor out, Tensor lse)");
+  m.def(
+      "adaptive_span_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, "
+      "Tensor? key_start, Tensor out, Tensor lse, float ramp, float scale, int skip, int? max_span, "
+      "bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_span, Tensor grad_rel_pos)");
+  m.def("adaptive_span_pairs() -> int");  // query-key pairs that CPU kernels have multiplied so far, for tests
+
   // sums over the segmentations of scores [B, T, K] (float32 or float64), lengths [B] int64 or all T.
   // alpha * 2^exponent (float64), both [1, B, T + 1], is the sum over the segmentations of the first t positions;
   // on CUDA with need_gradient both are [2, B, T + 1], the second half that over the positions from t on

@@ -28,14 +28,12 @@ struct Wide {
   typedef typename Format<A>::Int i __attribute__((vector_size(W * sizeof(A))));
 };
 
-// lanes for a window of k: what a register of this instruction set holds, or fewer
-constexpr int kRegisterBytes = kRegisters == 32 ? 64 : kRegisters == 8 ? 32 : 16;
-
 template <int W>
 struct Lanes {
   static constexpr int value = W;
 };
 
+// lanes for a window of k: what a register of this instruction set holds, or fewer
 template <class A, class F>
 SUKHOPS_INLINE void with_lanes(int64_t k, const F& f) {
   constexpr int most = kRegisterBytes / sizeof(A);

@@ -1,5 +1,6 @@
 // Sixteen float32 lanes in the compiler's own vector type, which it lowers to whatever the current
-// target has. Included by isa.h inside a namespace per instruction set, so: no includes, no guard.
+// target has. Included by isa.h inside a namespace per instruction set, so: no includes, no guard; before it
+// kRegisterBytes says how wide the target's registers are.
 #define SUKHOPS_INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t kLanes = 16;
@@ -35,11 +36,34 @@ SUKHOPS_INLINE void store(uint16_t* p, vf x) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
+// float16 keeps its bits in a type of its own
+SUKHOPS_INLINE vf load(const HalfBits* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const vu bits = __builtin_convertvector(h, vu);
+  vf x = (vf)((bits & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
+  const vu special = (vu)x | 0x7f800000u;
+  x = (bits & 0x7c00u) == 0x7c00u ? (vf)special : x;
+  return (vf)((vu)x | ((bits & 0x8000u) << 16));
+}
+
 SUKHOPS_INLINE float to_float(float x) { return x; }
 SUKHOPS_INLINE double to_float(double x) { return x; }
 SUKHOPS_INLINE float to_float(uint16_t h) {
   const uint32_t bits = (uint32_t)h << 16;
   float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+SUKHOPS_INLINE float to_float(HalfBits h) {
+  const uint32_t magnitude = h.bits & 0x7fffu, sign = (h.bits & 0x8000u) << 16;
+  uint32_t bits = magnitude << 13;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  x *= 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
+  __builtin_memcpy(&bits, &x, sizeof x);
+  bits |= sign | (magnitude >= 0x7c00u ? 0x7f800000u : 0u);
   __builtin_memcpy(&x, &bits, sizeof x);
   return x;
 }
@@ -52,23 +76,81 @@ SUKHOPS_INLINE void put(uint16_t* p, float x) {
   *p = (uint16_t)(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
+// The vectors of one register of the target: sixteen lanes at once would pass through memory where a
+// register has fewer.
+template <class A>
+struct Register;
+template <>
+struct Register<float> {
+  typedef float type __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t ints __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int64_t lanes = kRegisterBytes / 4;
+};
+template <>
+struct Register<double> {
+  typedef double type __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t ints __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int64_t lanes = kRegisterBytes / 8;
+};
+
+// to nearest, ties to even; a NaN stays one
+SUKHOPS_INLINE void put(HalfBits* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x47800000u) {  // 65536 and above
+    p->bits = (uint16_t)(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
+  } else if (magnitude < 0x38800000u) {  // denormal: adding 1/2 rounds at the place of the last bit
+    float small;
+    __builtin_memcpy(&small, &magnitude, sizeof small);
+    small += 0.5f;
+    uint32_t rounded;
+    __builtin_memcpy(&rounded, &small, sizeof rounded);
+    p->bits = (uint16_t)(sign | (rounded - 0x3f000000u));
+  } else {
+    p->bits = (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+  }
+}
+
+// keeps a vector in its register: read from memory in every product, it would cost a load each time
+template <class V>
+SUKHOPS_INLINE void hold(V& x) {
+  if constexpr (sizeof(V) == kRegisterBytes) asm("" : "+v"(x));
+}
+
 // exp to about 1 ulp; below -87.3 exactly 0; NaN stays NaN. For arguments up to 88.
-SUKHOPS_INLINE vf vexp(vf x) {
-  const vi tiny = x < -87.3f;
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vf t = x * 1.44269504088896341f + magic;
-  const vi n = (vi)t - (vi)magic;
-  const vf k = t - magic;
-  vf r = x - k * 0.693359375f;
+SUKHOPS_INLINE Register<float>::type register_exp(Register<float>::type x) {
+  typedef Register<float>::type F;
+  typedef Register<float>::ints I;
+  const I tiny = x < -87.3f;
+  const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F t = x * 1.44269504088896341f + magic;
+  const I n = (I)t - (I)magic;
+  const F k = t - magic;
+  F r = x - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
+  F p = F{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return tiny ? vf{} : p * (vf)((n + 127) << 23);
+  return tiny ? F{} : p * (F)((n + 127) << 23);
+}
+
+SUKHOPS_INLINE Register<double>::type register_exp(Register<double>::type x) {
+  for (int64_t i = 0; i < Register<double>::lanes; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+SUKHOPS_INLINE vf vexp(vf x) {
+  constexpr int64_t n = Register<float>::lanes;
+  Register<float>::type part[kLanes / n];
+  __builtin_memcpy(part, &x, sizeof x);
+  for (int64_t i = 0; i < kLanes / n; ++i) part[i] = register_exp(part[i]);
+  __builtin_memcpy(&x, part, sizeof x);
+  return x;
 }
 
 // tanh to a few ulp: an odd polynomial near 0, the exponential elsewhere; NaN stays NaN

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,11 @@ def repeats(ids: Tensor, n: int) -> Tensor:
     return found
 
 
+class Training(NamedTuple):
+    losses: list[float]
+    seconds: float
+
+
 def train(
     model: nn.Module,
     loss: Callable[[int], Tensor],
@@ -202,21 +208,23 @@ def train(
     *,
     lr: float = 2e-3,
     name: str = "",
-    seconds: float | None = None,
+    weight_decay: float = 0.01,
     checkpoint: Path | None = None,
-) -> list[float]:
+) -> Training:
     """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss.
 
-    Stops after `steps`, or when `seconds` have passed. With a checkpoint it saves there ten times and goes on
-    from it; `loss` must depend on nothing but the model and the step then. Returns the losses.
+    With a checkpoint it saves there ten times and goes on from it; `loss` must depend on nothing but the
+    model and the step then.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     losses: list[float] = []
+    before = 0.0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
+        losses, before = state["losses"], state["seconds"]
     began = time.perf_counter()
     warm = max(1, steps // 20)
     with tqdm(total=steps, initial=len(losses), desc=name, mininterval=1.0) as bar:
@@ -227,19 +235,20 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             value = loss(step)
             value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             losses.append(value.item())
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             if checkpoint is not None and (step + 1) % max(1, steps // 10) == 0:
                 fresh = checkpoint.with_suffix(".new")
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+                state = {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
+                    "seconds": before + time.perf_counter() - began,
+                }  # fmt: skip
                 torch.save(state, fresh)
                 fresh.replace(checkpoint)
-            if seconds is not None and time.perf_counter() - began > seconds:
-                break
-    return losses
+    return Training(losses, before + time.perf_counter() - began)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from sukhops import (
     reference,
     testing,
 )
+from sukhops.lexicon import Lexicon
+from sukhops.ops.adaptive_span import adaptive_span_attention
 from sukhops.ops.director import director_logp, director_topk
 from sukhops.ops.segmentation import (
     segmentation_entropy,
@@ -20,6 +22,8 @@ from sukhops.ops.vocab_head import linear_logp, linear_topk
 
 __version__ = "0.1.0"
 __all__ = [
+    "Lexicon",
+    "adaptive_span_attention",
     "director_logp",
     "director_topk",
     "linear_logp",

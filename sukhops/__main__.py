@@ -13,7 +13,7 @@ from sukhops import _checks, _library, losses, nn, reference, testing
 from sukhops.ops import director as ops
 from sukhops.reference import director as plain
 
-DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.float32, torch.bfloat16]}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def vocab_head_inputs() -> dict:
@@ -106,6 +106,25 @@ def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
     return losses.cringe_loss(logp, logp + best.lse - rival, target, label).loss
 
 
+def span_inputs() -> dict:
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {"q": normal(2, 4, 70, 48), "k": normal(2, 2, 90, 48), "v": normal(2, 2, 90, 48)}
+    inputs |= {"span": torch.tensor([-9.0, 0.0, 20.5, 90.0]), "rel_pos": normal(80, 48)}
+    return {n: t.requires_grad_() for n, t in inputs.items()}
+
+
+def span_attention(op: Callable) -> Callable:
+    def call(span, **given):
+        spans = span if span.dtype == torch.float64 else span.float()
+        return op(span=spans, ramp=16.0, key_start=torch.tensor([0, 30], device=span.device), **given)
+
+    return call
+
+
 def segmentation_inputs() -> dict:
     scores = torch.randn(4, 60, 6)
     scores[torch.rand(scores.shape) < 0.2] = -torch.inf
@@ -123,6 +142,24 @@ def lengths_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor
     return lengths.expand(3, -1).to(_checks.accumulation_dtype(scores.dtype))
 
 
+def segmentation_loss_inputs() -> dict:
+    inputs = vocab_head_inputs()
+    units = torch.randint(-1, 1000, (4, 16, 3))
+    units[..., 0] = units[..., 0].abs()  # every character is a unit
+    return {
+        "hidden": inputs["hidden"].detach()[:64].unflatten(0, (4, 16)).requires_grad_(),
+        "weight": inputs["weight"],
+        "unit_ids": units,
+        "bias": inputs["bias"],
+        "lengths": torch.tensor([16, 0, 7, 12]),
+    }
+
+
+def segmentation_loss_reference(hidden, weight, unit_ids, bias, lengths) -> torch.Tensor:
+    logp = reference.linear_logp(hidden, weight, losses.unit_targets(unit_ids, lengths), bias)
+    return losses.segmentation_loss(logp, unit_ids, lengths=lengths).loss
+
+
 # name, operators behind it, op, reference, inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
@@ -135,6 +172,9 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      lambda **given: nn.StepKTOLoss()(**given).loss, kto_reference, kto_inputs),
     ("CringeLoss", ["vocab_head", "vocab_head_backward"],
      lambda **given: nn.CringeLoss()(**given).loss, cringe_reference, cringe_inputs),
+    ("SegmentationLoss", ["vocab_head", "vocab_head_backward", "segmentation_logz", "segmentation_marginals"],
+     lambda **given: nn.SegmentationLoss()(**given).loss, segmentation_loss_reference,
+     segmentation_loss_inputs),
     ("director_logp", ["director", "director_backward"],
      sukhops.director_logp, reference.director_logp, director_inputs),
     ("director_topk", ["director_topk"],
@@ -143,6 +183,9 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
      ops.classifier_logit, plain.classifier_logit, classifier_inputs),
     ("classifier_norm", ["director_norm", "director_norm_backward"],
      ops.classifier_norm, plain.classifier_norm, classifier_inputs),
+    ("adaptive_span_attention", ["adaptive_span", "adaptive_span_backward"],
+     span_attention(sukhops.adaptive_span_attention), span_attention(reference.adaptive_span_attention),
+     span_inputs),
     ("segmentation_logz", ["segmentation_logz", "segmentation_marginals"],
      sukhops.segmentation_logz, reference.segmentation_logz, segmentation_inputs),
     ("segmentation_marginals", ["segmentation_marginals", "segmentation_marginals_backward"],
@@ -192,7 +235,7 @@ def check() -> int:
     print(f"{'op':<26}{'device':<8}{'dtype':<10}{'result':<18}{'max error':>12}{'budget':>12}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for name, _, op, ref, make in OPS:
-            for dtype in DTYPES[device]:
+            for dtype in DTYPES:
                 torch.manual_seed(0)
                 inputs = {
                     n: t.detach().to(device).requires_grad_(t.requires_grad)

@@ -1,9 +1,11 @@
 """Loads the compiled operators and holds what registering an operator in Python takes."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _HERE = Path(__file__).parent
 BUILD = "pip install --no-build-isolation -e . (in a checkout, with torch >= 2.11 installed)"
@@ -28,17 +30,26 @@ has_cuda_library = _load("_C_cuda")
 launched: set[str] = set()  # operators whose CUDA kernel is launched from Python
 
 
-def cuda_launcher(op: str, launcher: str) -> None:
-    """Registers the function `launcher` ("module:function") as the CUDA kernel of `op`.
+def launcher(name: str) -> Callable:
+    """The function `name` ("module:function"), run on the device of its first tensor.
 
     Its module, and Triton with it, is imported on the first call.
     """
-    module, function = launcher.split(":")
+    module, function = name.split(":")
 
     def launch(*args):
-        return getattr(importlib.import_module(module), function)(*args)
+        tensors = (
+            t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)
+        )
+        with torch.cuda.device(next(tensors).device):
+            return getattr(importlib.import_module(module), function)(*args)
 
-    torch.library.impl(f"sukhops::{op}", "CUDA", launch)
+    return launch
+
+
+def cuda_launcher(op: str, name: str) -> None:
+    """Registers the function `name` ("module:function") as the CUDA kernel of `op`."""
+    torch.library.impl(f"sukhops::{op}", "CUDA", launcher(name))
     launched.add(op)
 
 

@@ -115,6 +115,12 @@ def test_many_problems_at_once_equal_each_alone():
     assert bradley_terry(wins[:0]).shape == (0, 50, 5)
 
 
+def test_hundreds_of_players():
+    (wins,) = battles(1, 300, share=0.3)
+    scores = bradley_terry(wins)
+    assert gradient(wins, scores, 1e-2).norm() < 1e-8
+
+
 def test_standard_errors():
     level = torch.tensor([[0.0, 8.0], [8.0, 0.0]])
     _, errors = bradley_terry(level, ridge=0, return_errors=True)

@@ -1,13 +1,11 @@
-"""The Triton side of Director without a GPU: numbers in the interpreter, code ahead of time."""
+"""The Triton side of Director without a GPU: numbers in the interpreter."""
 
 import pytest
 import torch
-from gpu_build import SHARED_LIMIT, build
 from sukhops.triton_kernels import director as kernels
 
 from sukhops.testing import budget, distance
 
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 ops = torch.ops.sukhops
 
 
@@ -36,7 +34,7 @@ def check(ours, cpu, exact):
         return [t for y in x for t in (y if isinstance(y, list) else [y])]
 
     for i, (a, low, b) in enumerate(zip(flat(ours), flat(cpu), flat(exact), strict=True)):
-        assert a.shape == b.shape and a.dtype == low.dtype, i
+        assert a.shape == b.shape and a.dtype == low.dtype and a.stride() == low.stride(), i
         if a.is_floating_point():
             assert distance(a, b) <= budget(a, low, b), (i, distance(a, b), budget(a, low, b))
 
@@ -142,87 +140,3 @@ def test_classifier_matches_the_cpu(dtype, shared, monkeypatch):
     ):
         op = getattr(ops, name)
         check(f(*given, *need), op(*given, *need), op(*double(given), *need))
-
-
-TILES = {
-    "cls_table": "*i64!",
-    "lm_bias_ptr": "*fp32!",
-    "cls_bias_ptr": "*fp32!",
-    "gamma_ptr": "*fp32",
-    "affine_ptr": "*fp32",
-    "out_ptr": "*fp32!",
-    "maximum_ptr": "*fp32!",
-    "sum_ptr": "*fp32!",
-    "top_ptr": "*i64!",
-    "n": "i32",
-    "vocab": "i32",
-    "depth": "i32!",
-    "tiles": "i32",
-}
-# name, dtype, block, constants
-DECODE = [
-    ("logp", "float32", "FEW", dict(HEADS=1, WRITE=True, TOP=0)),
-    ("logp bf16", "bfloat16", "FEW", dict(HEADS=1, WRITE=True, TOP=0)),
-    ("logp many bf16", "bfloat16", "MANY", dict(HEADS=1, WRITE=True, TOP=0)),
-    ("top 16 bf16", "bfloat16", "FEW", dict(HEADS=1, WRITE=False, TOP=16)),
-    ("top 64 fp16, two attributes", "float16", "FEW", dict(HEADS=2, WRITE=False, TOP=64)),
-    ("shared bf16", "bfloat16", "FEW", dict(HEADS=0, WRITE=True, TOP=0)),
-]
-ROWS = {
-    "tile_ptr": "*fp32!",
-    "grad_ptr": "*fp32!",
-    "logp_ptr": "*fp32!",
-    "total_ptr": "*fp32!",
-    "gamma_ptr": "*fp32",
-    "bias_ptr": "*fp32!",
-    "affine_ptr": "*fp32",
-    "lm_out_ptr": "*bf16!",
-    "cls_out_ptr": "*bf16!",
-    "grad_gamma_ptr": "*fp32",
-    "grad_affine_ptr": "*fp32!",
-    "v0": "i32!",
-    "width": "i32!",
-    "stride": "i32!",
-    "vocab": "i32!",
-}
-NORM = {
-    "tile_ptr": "*fp32!",
-    "out_ptr": "*bf16!",
-    "bias_ptr": "*fp32!",
-    "affine_ptr": "*fp32",
-    "target_ptr": "*i64!",
-    "grad_ptr": "*fp32!",
-    "sum_ptr": "*fp32!",
-    "grad_affine_ptr": "*fp32!",
-    "v0": "i32!",
-    "width": "i32!",
-    "stride": "i32!",
-}
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name, dtype, block, constants", DECODE, ids=[c[0] for c in DECODE])
-def test_decoding_compiles_within_the_limits(arch, name, dtype, block, constants):
-    import triton.language as tl
-
-    bn, bv, bd, warps, stages = getattr(kernels, block)
-    signature = TILES | {"hidden_ptr": POINTERS[dtype] + "!", "lm_ptr": POINTERS[dtype] + "!"}
-    constants = constants | dict(HAS_LM_BIAS=False, HAS_CLS_BIAS=True, ACC=tl.float32, BN=bn, BV=bv, BD=bd)
-    built = build(kernels.gate_tiles, arch, signature, constants, warps, stages)
-    assert built.spills == 0
-    assert built.shared <= SHARED_LIMIT[arch]
-    if dtype != "float32":
-        assert built.tensor_core > 0
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("shared", [False, True])
-def test_row_passes_compile_within_the_limits(arch, shared):
-    constants = dict(SHARED=shared, HAS_BIAS=True, CHUNK=kernels.CHUNK)
-    for kernel, signature, more in (
-        (kernels.gate_backward_rows, ROWS, dict(LM=True)),
-        (kernels.norm_rows, NORM, dict(BACKWARD=True)),
-        (kernels.norm_rows, NORM, dict(BACKWARD=False)),
-    ):
-        built = build(kernel, arch, signature, constants | more, kernels.ROW_WARPS)
-        assert built.spills == 0 and built.wide_loads > 0

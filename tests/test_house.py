@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_paths_in_documents_exist(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_public_names_in_documents_exist(name):
     for dotted in re.findall(r"sukhops((?:\.[A-Za-z_]\w*)+)", (ROOT / name).read_text()):
-        if dotted.split(".")[1] in ("_C", "_C_cuda", "py", "triton_kernels"):
+        if dotted.split(".")[1] in ("_C", "_C_cuda", "_lexicon", "py", "triton_kernels"):
             continue
         value = sukhops
         for part in dotted[1:].split("."):
@@ -109,18 +110,23 @@ def test_missing_library_says_how_to_build(tmp_path):
 def test_wheel_holds_only_the_package(tmp_path):
     run = module("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path))
     assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("sukhops-*-py3-none-*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"  # the lexicon's module is for this one
+    (wheel,) = tmp_path.glob(f"sukhops-*-{python}-{python}*-*.whl")
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     assert all(n.startswith("sukhops/") for n in names)
-    assert {"sukhops/_C.so", "sukhops/py.typed", "sukhops/triton_kernels/vocab_head.py"} <= set(names)
+    libraries = {"sukhops/_C.so", f"sukhops/_lexicon{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    assert {n for n in names if n.endswith(".so")} - {"sukhops/_C_cuda.so"} == libraries
+    assert {"sukhops/py.typed", "sukhops/triton_kernels/vocab_head.py"} <= set(names)
+    assert b"PyObject_" not in zipfile.ZipFile(wheel).read("sukhops/_C.so")  # the operators serve any Python
     installed = tmp_path / "installed"
     target = ["--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     assert module("-m", "pip", "install", "-q", *target).returncode == 0
+    program = "import sukhops; print(sukhops.__file__, sukhops.Lexicon.from_text(['ab']).units)"
     run = subprocess.run(
-        [sys.executable, "-c", "import sukhops; print(sukhops.__file__)"],
+        [sys.executable, "-c", program],
         capture_output=True, text=True, cwd=installed,
     )  # fmt: skip
-    assert run.stdout.startswith(str(installed)), run.stderr
+    assert run.stdout.startswith(str(installed)) and run.stdout.endswith("['', 'a', 'b']\n"), run.stderr
 
 
 @pytest.mark.full

@@ -19,19 +19,20 @@ from sukhops.pairs import (
     violation_rate,
 )
 
-# As long as the published example's answer and made like it (SPEC: 55 by white space, 56 words): a possessive
-# that counts twice, a number sign and brackets that do not count.
+# The record in AlpacaEval-LI's description (Yuan et al., 2025): its limit is the length of its answer.
+LIMIT = 56
 ANSWER = (
-    "Zorro, the masked rider of old California, was invented by the writer Johnston McCulley for a magazine. "
-    "He first appeared in All-Story Weekly #32, which was sold for ten cents (no small sum) in August 1919. "
-    "The character's black cape, quick sword and second life made him a model for many heroes of "
-    "later comics."
+    "Superman, the iconic comic book superhero, was created by writer Jerry Siegel and artist Joe Shuster. "
+    "Superman first appeared in Action Comics #1, which was published by Detective Comics, Inc. (later DC "
+    "Comics) in June 1938. The character's immense popularity established him as one of the most enduring "
+    "and recognizable figures in the superhero genre."
 )
 
 
 def test_the_worked_example_has_56_words():
     assert len(ANSWER.split()) == 55
-    assert count_words(ANSWER) == 56
+    assert count_words(ANSWER) == LIMIT
+    assert violation_rate(torch.tensor([count_words(ANSWER)]), LIMIT) == 0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,9 @@ def test_words_of_another_tokenizer():
 
 
 def test_prompt():
-    assert lift_prompt("Say it.", 56) == "Answer the following instruction using 56 words or less.\n\nSay it."
+    question = "Who created the Superman cartoon character?"
+    published = f"Answer the following instruction using 56 words or less.\n\n{question}"
+    assert lift_prompt(question, LIMIT) == published
 
 
 lengths = st.integers(0, 50)

@@ -86,6 +86,23 @@ def test_facts_of_length_control():
         before = now
 
 
+@given(prompts, st.sampled_from([0.0, 0.125, 0.375]), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=100)
+def test_names_scale_and_unit_do_not_matter(found, rho, random):
+    """The order of responses, the scale of scores (by powers of two, exact) and the unit of lengths."""
+    for s, n in found:
+        scores, lengths = torch.tensor([s]), torch.tensor([n])
+        pairs = length_controlled_pairs(scores, lengths, rho)
+        other = length_controlled_pairs(4 * scores + 8, 3 * lengths, rho)
+        assert all(torch.equal(a, b) for a, b in zip(pairs, other, strict=True))
+        order = list(range(len(s)))
+        random.shuffle(order)
+        moved = length_controlled_pairs(scores[:, order], lengths[:, order], rho)
+        assert moved.reason == pairs.reason
+        if pairs.keep and pairs.reason != Reason.ORDER:
+            assert order[moved.chosen] == pairs.chosen and order[moved.rejected] == pairs.rejected
+
+
 def test_every_pair_says_which_rule_made_or_dropped_it():
     scores = torch.tensor(
         [[1, 5, 3], [1, 5, 5], [1, 5, 5], [1, 4.6, 5], [2, 2, 2], [NAN, NAN, 4], [NAN, 4, 5], [1, 5, 3]]

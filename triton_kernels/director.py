@@ -134,20 +134,19 @@ def gate_tiles(
 
 @triton.jit
 def gate_backward_rows(
-    tile_ptr,  # [rows, stride] a classifier's products, or the LM head's if SHARED
+    tile_ptr,  # [rows, width] a classifier's products, or the LM head's if SHARED
     grad_ptr,  # [rows, vocab]
     logp_ptr,  # [rows, vocab]
     total_ptr,  # [rows] the sum of grad
     gamma_ptr,  # [rows]
     bias_ptr,  # [width], of this block
     affine_ptr,  # [2]
-    lm_out_ptr,  # [rows, stride] gradient of the LM logits in the inputs' dtype, if LM
-    cls_out_ptr,  # [rows, stride] of the classifier's logits, unless SHARED
+    lm_out_ptr,  # [rows, width] gradient of the LM logits in the inputs' dtype, if LM
+    cls_out_ptr,  # [rows, width] of the classifier's logits, unless SHARED
     grad_gamma_ptr,  # [rows] summed over blocks
     grad_affine_ptr,  # [rows, 2] summed over blocks
     v0,
     width,
-    stride,
     vocab,
     LM: tl.constexpr,
     SHARED: tl.constexpr,
@@ -164,7 +163,7 @@ def gate_backward_rows(
         g = tl.load(grad_ptr + at, mask, other=0.0)
         ds = g - tl.exp(tl.load(logp_ptr + at, mask, other=float("-inf"))) * total
         ds = tl.where(mask, ds, 0.0)
-        z = tl.load(tile_ptr + row * stride + columns, mask, other=0.0)
+        z = tl.load(tile_ptr + row * width + columns, mask, other=0.0)
         if HAS_BIAS:
             z += tl.load(bias_ptr + columns, mask, other=0.0)
         c = z
@@ -179,9 +178,9 @@ def gate_backward_rows(
             db += tl.sum(dc, 0)
             ds += tl.load(affine_ptr) * dc
         else:
-            tl.store(cls_out_ptr + row * stride + columns, dc.to(cls_out_ptr.dtype.element_ty), mask=mask)
+            tl.store(cls_out_ptr + row * width + columns, dc.to(cls_out_ptr.dtype.element_ty), mask=mask)
         if LM:
-            tl.store(lm_out_ptr + row * stride + columns, ds.to(lm_out_ptr.dtype.element_ty), mask=mask)
+            tl.store(lm_out_ptr + row * width + columns, ds.to(lm_out_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_gamma_ptr + row, tl.load(grad_gamma_ptr + row) + dgamma)
     if SHARED:
         tl.store(grad_affine_ptr + 2 * row, tl.load(grad_affine_ptr + 2 * row) + da)
@@ -190,8 +189,8 @@ def gate_backward_rows(
 
 @triton.jit
 def norm_rows(
-    tile_ptr,  # [rows, stride] products
-    out_ptr,  # [rows, stride] their gradient in the inputs' dtype, if BACKWARD
+    tile_ptr,  # [rows, width] products
+    out_ptr,  # [rows, width] their gradient in the inputs' dtype, if BACKWARD
     bias_ptr,  # [width], of this block
     affine_ptr,  # [2]
     target_ptr,  # [rows]
@@ -200,7 +199,6 @@ def norm_rows(
     grad_affine_ptr,  # [rows, 2], over blocks
     v0,
     width,
-    stride,
     HAS_BIAS: tl.constexpr,
     SHARED: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -213,7 +211,7 @@ def norm_rows(
     for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
-        u = tl.load(tile_ptr + row * stride + columns, mask, other=0.0)
+        u = tl.load(tile_ptr + row * width + columns, mask, other=0.0)
         if HAS_BIAS:
             u += tl.load(bias_ptr + columns, mask, other=0.0)
         c = u
@@ -228,7 +226,7 @@ def norm_rows(
                 da += tl.sum(tl.where(dc == 0, 0.0, dc * u), 0)
                 db += tl.sum(dc, 0)
                 dc *= tl.load(affine_ptr)
-            tl.store(out_ptr + row * stride + columns, dc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + row * width + columns, dc.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             total += tl.sum(p * p, 0)
     if BACKWARD:
@@ -256,7 +254,9 @@ def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, to
     tiles = triton.cdiv(whole, max(1, min(whole, SPLITS // blocks)))
     splits = triton.cdiv(whole, tiles)
     weights = [w.contiguous() for w in cls_weight]
-    table = torch.tensor([w.data_ptr() for w in weights] or [0], dtype=torch.int64).to(hidden.device)
+    # filled on the device: a copy from the host would stall it, and cannot be captured in a CUDA graph
+    pointers = [hidden.new_full((1,), w.data_ptr(), dtype=torch.int64) for w in weights]
+    table = torch.cat(pointers) if pointers else hidden.new_zeros(1, dtype=torch.int64)
     has_bias = any(b.numel() for b in cls_bias)
     biases = hidden.new_zeros(max(1, heads), v, dtype=acc) if has_bias else hidden
     for a, b in enumerate(cls_bias):
@@ -326,21 +326,20 @@ def backward(grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias
     total = grad.sum(1)
     affine = gamma if cls_affine is None else cls_affine.contiguous()
     width, starts = _blocks(n, v)
-    tile = hidden.new_empty(n, width, dtype=acc)
-    outs = [hidden.new_empty(n, width) for _ in weights]
     for v0 in starts:
         w = min(width, v - v0)
+        outs = [hidden.new_empty(n, w) for _ in weights]
         for i in [0] if shared else range(1, len(weights)):
-            _mm(hidden, weights[i][v0 : v0 + w].T, tile[:, :w])
+            tile = _mm(hidden, weights[i][v0 : v0 + w].T)
             bias = None if biases[i] is None else biases[i][v0 : v0 + w].to(acc).contiguous()
             a = max(0, i - 1)
             gate_backward_rows[(n,)](
                 tile, grad, logp, total, gamma[a], tile if bias is None else bias, affine, outs[0], outs[i],
-                dgamma[a], daffine, v0, w, width, v,
+                dgamma[a], daffine, v0, w, v,
                 LM=i <= 1, SHARED=shared, HAS_BIAS=bias is not None, CHUNK=CHUNK, num_warps=ROW_WARPS,
             )  # fmt: skip
-        for i, out in enumerate(outs):
-            g = out[:, :w]
+            del tile  # the next takes its memory
+        for i, g in enumerate(outs):
             if need_hidden:
                 dh.add_(_mm(g, weights[i][v0 : v0 + w]))
             if need[i]:
@@ -407,24 +406,24 @@ def _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_w
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(v) if need_bias else empty
     width, starts = _blocks(n, v)
-    tile, out = hidden.new_empty(n, width, dtype=acc), hidden.new_empty(n, width)
     pair = total if affine is None else affine.contiguous()
     for v0 in starts:
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        _mm(h, block.T, tile[:, :w])
+        tile, out = _mm(h, block.T), hidden.new_empty(n, w)
         b = None if bias is None else bias[v0 : v0 + w].to(acc).contiguous()
         norm_rows[(n,)](
             tile, out, tile if b is None else b, pair, t.contiguous(), total if g is None else g.contiguous(),
-            total, daffine, v0, w, width, HAS_BIAS=b is not None, SHARED=affine is not None,
+            total, daffine, v0, w, HAS_BIAS=b is not None, SHARED=affine is not None,
             BACKWARD=g is not None, CHUNK=CHUNK, num_warps=ROW_WARPS,
         )  # fmt: skip
         if need_hidden:
-            dh.add_(_mm(out[:, :w], block))
+            dh.add_(_mm(out, block))
         if need_weight:
-            torch.mm(out[:, :w].T, h, out=dw[v0 : v0 + w])
+            torch.mm(out.T, h, out=dw[v0 : v0 + w])
         if need_bias:
-            db[v0 : v0 + w] = out[:, :w].sum(0, dtype=acc)
+            db[v0 : v0 + w] = out.sum(0, dtype=acc)
+        del tile, out  # the next block takes their memory
 
     def spread(x: Tensor) -> Tensor:
         if rows is None:

@@ -45,8 +45,8 @@ def _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS: tl.constexpr, H
 
 @triton.jit
 def forward_rows(
-    tile_ptr,  # [rows, stride] products, float32 or float64
-    out_ptr,  # [rows, stride] exp(logit - maximum) * dlogit/draw in the inputs' dtype, if MEAN
+    tile_ptr,  # [rows, width] products, float32 or float64
+    out_ptr,  # [rows, width] exp(logit - maximum) * dlogit/draw in the inputs' dtype, if MEAN
     bias_ptr,  # [width], of this block
     target_ptr,  # [rows, K]
     target_logit_ptr,  # [rows, K]
@@ -57,7 +57,6 @@ def forward_rows(
     decay_ptr,  # [rows] what this block's maximum scales older sums by
     v0,
     width,
-    stride,
     targets,
     softcap,
     scale,
@@ -68,7 +67,7 @@ def forward_rows(
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile = tile_ptr + row * stride
+    tile = tile_ptr + row * width
     old = tl.load(maximum_ptr + row)
     top = old
     for start in range(0, width, CHUNK):
@@ -90,7 +89,7 @@ def forward_rows(
             if HAS_CAP:
                 y = z / softcap
                 e *= tl.where(mask, 1.0 - y * y, 0.0)
-            tl.store(out_ptr + row * stride + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + row * width + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
     decay = tl.exp(old - shift)
     tl.store(maximum_ptr + row, top)
     tl.store(sum_ptr + row, tl.load(sum_ptr + row) * decay + total)
@@ -128,8 +127,8 @@ def forward_rows(
 
 @triton.jit
 def backward_rows(
-    tile_ptr,  # [rows, stride] products, float32 or float64
-    out_ptr,  # [rows, stride] dloss/dproduct in the inputs' dtype
+    tile_ptr,  # [rows, width] products, float32 or float64
+    out_ptr,  # [rows, width] dloss/dproduct in the inputs' dtype
     bias_ptr,  # [width], of this block
     lse_ptr,  # [rows]
     grad_lse_ptr,  # [rows]
@@ -137,7 +136,6 @@ def backward_rows(
     grad_pick_ptr,  # [rows, picks]
     v0,
     width,
-    stride,
     picks,
     softcap,
     scale,
@@ -148,7 +146,7 @@ def backward_rows(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = columns < width
-    z = tl.load(tile_ptr + row * stride + columns, mask=mask, other=0.0)
+    z = tl.load(tile_ptr + row * width + columns, mask=mask, other=0.0)
     z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
     g = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(grad_lse_ptr + row)
     for p in range(picks):
@@ -158,7 +156,7 @@ def backward_rows(
     if HAS_CAP:
         y = z / softcap
         g *= tl.where(mask, 1.0 - y * y, 0.0)
-    tl.store(out_ptr + row * stride + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * width + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -181,17 +179,16 @@ def forward(
     top_value, top_index = h.new_empty(r, 0, dtype=acc), t.new_empty(r, 0)
     mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
     width = _width(r, v)
-    tile = h.new_empty(r, width, dtype=acc)
-    out = h.new_empty(r, width) if keep_mean else tile
     for v0 in range(0, v if r else 0, width):
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        _mm(h, block.T, tile[:, :w])
+        tile = _mm(h, block.T)  # [R, w]
+        out = h.new_empty(r, w) if keep_mean else tile
         top = min(k, w)
         value, index = h.new_empty(r, top, dtype=acc), t.new_empty(r, top)
         forward_rows[(r,)](
             tile, out, tile if b is None else b[v0:], t, logit, value, index, maximum, total, decay,
-            v0, w, width, targets, softcap or 0.0, scale,
+            v0, w, targets, softcap or 0.0, scale,
             HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MEAN=keep_mean, TOP=top,
             CHUNK=CHUNK, num_warps=WARPS,
         )  # fmt: skip
@@ -200,7 +197,8 @@ def forward(
             top_value, order = value.sort(dim=1, descending=True, stable=True)
             top_value, top_index = top_value[:, :k], index.gather(1, order)[:, :k]
         if keep_mean:
-            mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out[:, :w], block))
+            mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out, block))
+        del tile, out  # the next block takes their memory
     lse = maximum + total.log()
     if targets:  # no look at the values: a target out of range shows as NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
@@ -211,7 +209,7 @@ def forward(
     mean = h.new_zeros(0, dtype=acc) if mean is None else mean / total.unsqueeze(1)
     return (
         _spread(lse, rows, n), _spread(logit, rows, n), _spread(top_value, rows, n),
-        _spread(top_index, rows, n), _spread(mean, rows, n) if keep_mean else mean,
+        _spread(top_index.contiguous(), rows, n), _spread(mean, rows, n) if keep_mean else mean,
     )  # fmt: skip
 
 
@@ -245,23 +243,22 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_ls
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(v, dtype=acc) if need_bias else empty
     width = _width(r, v)
-    tile, out = h.new_empty(r, width, dtype=acc), h.new_empty(r, width)
     for v0 in range(0, v if r else 0, width):
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        _mm(h, block.T, tile[:, :w])
+        tile, g = _mm(h, block.T), h.new_empty(r, w)
         backward_rows[(r, triton.cdiv(w, CHUNK))](
-            tile, out, tile if b is None else b[v0:], row_lse, row_grad, row_pick, row_grad_pick,
-            v0, w, width, row_pick.shape[1], softcap or 0.0, scale,
+            tile, g, tile if b is None else b[v0:], row_lse, row_grad, row_pick, row_grad_pick,
+            v0, w, row_pick.shape[1], softcap or 0.0, scale,
             HAS_BIAS=b is not None, HAS_CAP=softcap is not None, CHUNK=CHUNK, num_warps=WARPS,
         )  # fmt: skip
-        g = out[:, :w]
         if need_hidden:
             dh.add_(_mm(g, block))
         if need_weight:
             torch.mm(g.T, h, out=dw[v0 : v0 + w])
         if need_bias:
             db[v0 : v0 + w] = g.sum(0, dtype=acc)
+        del tile, g  # the next block takes their memory
     dh = _spread(dh, rows, hidden.shape[0]) if need_hidden else None
     if rows is not None and (others := _kept(~whole & (grad_pick != 0).any(1))).numel():
         h, pick, grad_pick = hidden[others], pick[others], grad_pick[others]
@@ -297,15 +294,11 @@ def _width(rows: int, v: int) -> int:
     return max(2, TILE_BYTES // (4 * max(rows, 1) * CHUNK)) * CHUNK if v > 2 * CHUNK else v
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in the accumulation dtype."""
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the accumulation dtype, as the library writes it: a copy would cost as much as a row pass."""
     if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        z = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        z = torch.mm(a.float(), b.float())
-    return z if out is None else out.copy_(z)
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):

@@ -6,6 +6,7 @@ from sukhops.losses.cringe import cringe_loss, pairwise_cringe_loss
 from sukhops.losses.director import director_loss
 from sukhops.losses.dpo import dpo_loss
 from sukhops.losses.kto import Mismatched, kto_loss, mismatched, step_kto_loss
+from sukhops.losses.segmentation import segmentation_loss, unit_targets
 
 __all__ = [
     "LossOutput",
@@ -16,6 +17,8 @@ __all__ = [
     "kto_loss",
     "mismatched",
     "pairwise_cringe_loss",
+    "segmentation_loss",
     "step_ids",
     "step_kto_loss",
+    "unit_targets",
 ]

@@ -1,16 +1,21 @@
 """Modules: options and parameters; forward is one call."""
 
+from sukhops.nn.adaptive_span import AdaptiveSpan, AdaptiveSpanAttention
 from sukhops.nn.cringe import CringeLoss, PairwiseCringeLoss
 from sukhops.nn.director import DirectorHead, DirectorLoss
 from sukhops.nn.dpo import DPOLoss
 from sukhops.nn.kto import KTOLoss, StepKTOLoss
+from sukhops.nn.segmentation import SegmentationLoss
 
 __all__ = [
+    "AdaptiveSpan",
+    "AdaptiveSpanAttention",
     "CringeLoss",
     "DPOLoss",
     "DirectorHead",
     "DirectorLoss",
     "KTOLoss",
     "PairwiseCringeLoss",
+    "SegmentationLoss",
     "StepKTOLoss",
 ]

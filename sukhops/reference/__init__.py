@@ -1,5 +1,6 @@
 """Plain PyTorch of every operator, with the operator's signature: readable, any device, float64."""
 
+from sukhops.reference.adaptive_span import adaptive_span_attention
 from sukhops.reference.director import director_logp, director_topk
 from sukhops.reference.segmentation import (
     segmentation_entropy,
@@ -11,6 +12,7 @@ from sukhops.reference.segmentation import (
 from sukhops.reference.vocab_head import linear_logp, linear_topk
 
 __all__ = [
+    "adaptive_span_attention",
     "director_logp",
     "director_topk",
     "linear_logp",

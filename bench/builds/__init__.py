@@ -1,0 +1,1 @@
+"""What each Triton kernel is compiled as ahead of time, one file per operation."""

@@ -1,0 +1,241 @@
+"""What each operation must do at a shape, and how long that takes on a GPU: a roofline.
+
+An operation is a list of phases, one after the other. A phase lasts as long as the slowest of its matrix
+products on the tensor cores, its traffic with device memory and its chain of dependent steps. `floor` is what
+no implementation avoids; `plan` is what the kernels here do, so that a measured time can be held against it.
+Launches and caches are not modelled.
+
+    python bench/roofline.py    # writes bench/results/roofline.jsonl and prints the table
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Device(NamedTuple):
+    name: str
+    half: float  # bfloat16 or float16 products, dense: operations a second, a multiply-add is two
+    bandwidth: float  # of device memory, bytes a second
+    clock: float  # Hz
+
+
+# NVIDIA H200 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOP/s with sparsity, so half of it dense, and
+# 4.8 TB/s. The clock is the one at which 132 multiprocessors of 4,096 such operations a cycle give that rate.
+H200 = Device("NVIDIA H200", 989.5e12, 4.8e12, 989.5e12 / (132 * 4096))
+HALF, FLOAT, INDEX = 2, 4, 8  # bytes
+
+
+class Phase(NamedTuple):
+    name: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    cycles: float = 0.0  # of a chain in which each step waits for the last
+
+    def seconds(self, device: Device) -> float:
+        return max(self.flops / device.half, self.bytes / device.bandwidth, self.cycles / device.clock)
+
+    def bound(self, device: Device) -> str:
+        times = {
+            "products": self.flops / device.half,
+            "memory": self.bytes / device.bandwidth,
+            "latency": self.cycles / device.clock,
+        }
+        return max(times, key=times.__getitem__)
+
+
+class Work(NamedTuple):
+    floor: Phase
+    plan: list[Phase]
+
+    def predicted(self, device: Device) -> float:
+        return sum(phase.seconds(device) for phase in self.plan)
+
+
+def product(name: str, m: int, n: int, k: int, *, out: int = FLOAT) -> Phase:
+    """[m, k] @ [k, n] of half precisions, `out` bytes per entry of the result."""
+    return Phase(name, 2.0 * m * n * k, HALF * (m * k + k * n) + out * m * n)
+
+
+def tiles(rows: int, vocab: int) -> int:
+    """How many blocks of the vocabulary the CUDA plan walks."""
+    from sukhops.triton_kernels.vocab_head import _width
+
+    return math.ceil(vocab / _width(rows, vocab))
+
+
+def head_forward(rows: int, d: int, vocab: int) -> list[Phase]:
+    """The products in blocks of float32, each read by one row pass (its second walk hits the cache)."""
+    return [
+        product("logits", rows, vocab, d),
+        Phase("forward rows", bytes=FLOAT * rows * vocab),
+    ]
+
+
+def head_backward(rows: int, d: int, vocab: int) -> list[Phase]:
+    blocks = tiles(rows, vocab)
+    return [
+        product("logits again", rows, vocab, d),
+        Phase("backward rows", bytes=(FLOAT + HALF) * rows * vocab),
+        product("dhidden", rows, d, vocab),
+        Phase("sum of dhidden", bytes=3 * FLOAT * rows * d * blocks),
+        product("dweight", vocab, d, rows, out=HALF),
+    ]
+
+
+def head_frozen(rows: int, d: int, vocab: int) -> list[Phase]:
+    """The forward keeps the mean of the weight's rows under the softmax; the backward scales it."""
+    blocks = tiles(rows, vocab)
+    return [
+        product("logits", rows, vocab, d),
+        Phase("forward rows", bytes=(FLOAT + HALF) * rows * vocab),
+        product("mean weight", rows, d, vocab),
+        Phase("sum of means", bytes=4 * FLOAT * rows * d * blocks),
+        Phase("gather of targets", bytes=(FLOAT + 2 * HALF) * rows * d),
+    ]
+
+
+def bare(rows: int, d: int, vocab: int, products: int, weights: int = 1) -> Phase:
+    """`products` matrix products, inputs and gradients of `weights` weights moved once."""
+    return Phase("products", 2.0 * products * rows * d * vocab, 2 * HALF * (rows * d + weights * vocab * d))
+
+
+def linear_logp(rows: int, D: int, V: int) -> Work:
+    return Work(bare(rows, D, V, 3), head_forward(rows, D, V) + head_backward(rows, D, V))
+
+
+def frozen(rows: int, D: int, V: int) -> Work:
+    return Work(bare(rows, D, V, 2), head_frozen(rows, D, V))
+
+
+def dpo(rows: int, D: int, V: int) -> Work:
+    """The policy's head learns, the reference model's does not."""
+    plan = head_forward(rows, D, V) * 2 + head_backward(rows, D, V)
+    return Work(bare(rows, D, V, 4, weights=2), plan)
+
+
+def kto(rows: int, D: int, V: int) -> Work:
+    """As DPO, and two passes over the mismatched batch."""
+    plan = head_forward(rows, D, V) * 4 + head_backward(rows, D, V)
+    return Work(bare(rows, D, V, 6, weights=2), plan)
+
+
+def cringe(rows: int, D: int, V: int) -> Work:
+    """Half of the rows positive; a negative row's gradient touches the few entries of its contrast."""
+    plan = head_forward(rows, D, V) + head_backward(rows // 2, D, V)
+    floor = Phase("products", 2.0 * (3 * rows // 2 + rows // 2) * D * V, 2 * HALF * (rows * D + V * D))
+    return Work(floor, plan)
+
+
+def director_training(rows: int, D: int, V: int) -> Work:
+    """Half of the rows train the language model; a classifier row is one indexed dot."""
+    floor = bare(rows // 2, D, V, 3)
+    dots = Phase("indexed dots", bytes=HALF * rows // 2 * D * 6 + HALF * V * D)
+    return Work(floor, [*head_forward(rows // 2, D, V), *head_backward(rows // 2, D, V), dots])
+
+
+def director_topk(rows: int, D: int, V: int, k: int) -> Work:
+    """A read of both weights; the products hide behind it."""
+    read = Phase("read of both weights", 4.0 * rows * D * V, 2 * HALF * V * D)
+    return Work(read, [read, Phase("join of splits", bytes=INDEX * rows * k * 2 * 132)])
+
+
+def adaptive_span(
+    B: int, H: int, T: int, d: int, spans: tuple[float, ...], ramp: float, tile: int = 64
+) -> Work:
+    """Two products of each query with the keys that its head's window holds, five more backwards."""
+    tensor = HALF * B * H * T * d
+
+    def pairs(slack: float) -> float:
+        return B * sum(_seen(T, min(T, span + ramp + slack)) for span in spans) * H / len(spans)
+
+    def flops(products: int, slack: float) -> float:
+        return 2.0 * products * d * pairs(slack)
+
+    floor = Phase("products", flops(7, 0), 12 * tensor)
+    backward = 5 * tensor + 3 * tensor
+    # a block of queries visits whole tiles of keys; scores are computed once for dq and once for dk, dv
+    return Work(floor, [
+        Phase("forward", flops(2, tile), 4 * tensor),
+        Phase("backward of queries", flops(3, tile), backward),
+        Phase("backward of keys", flops(4, tile), backward),
+    ])  # fmt: skip
+
+
+def _seen(length: int, window: float) -> float:
+    """Pairs of a query and a key at most `window` positions back, itself included."""
+    return window * length - window * (window - 1) / 2
+
+
+SHUFFLE, MULTIPLY_ADD = (
+    23,
+    4,
+)  # cycles until a result can be used, as microbenchmarks of this generation have it
+
+
+def segmentation(B: int, T: int, K: int) -> Work:
+    """Scores read once forwards and once backwards, posteriors written; T steps that wait for each other."""
+    floor = Phase("scores and posteriors", bytes=3 * FLOAT * B * T * K)
+    # a warp per sequence: a product per lane, then a sum over the window by halves
+    step = 2 * MULTIPLY_ADD + math.log2(K) * (SHUFFLE + MULTIPLY_ADD)
+    return Work(floor, [
+        Phase("forward", bytes=FLOAT * B * T * K, cycles=T * step),
+        Phase("posteriors", bytes=2 * FLOAT * B * T * K),
+    ])  # fmt: skip
+
+
+# ten heads that look at the last words, three at a sentence, three far: the mean is 314, as learned on text
+SPANS = (20.0,) * 10 + (100.0,) * 3 + (500.0, 1000.0, 3024.0)
+LOGP = {"rows": 8192, "D": 4096, "V": 151_936}
+LLAMA = {"rows": 16_384, "D": 4096, "V": 128_256}  # 16 sequences of 1024 tokens, Llama 3 8B's head
+ATTENTION = {"B": 4, "H": 16, "T": 8192, "d": 64}
+
+# op, case of the GPU benchmark, shape, work
+CASES: list[tuple[str, str, dict, Callable[..., Work]]] = [
+    ("vocab_head", "linear_logp", LOGP, linear_logp),
+    ("vocab_head", "linear_logp, frozen weight", LOGP, frozen),
+    ("vocab_head", "DPO with a reference model", LLAMA, dpo),
+    ("preference", "KTO with its mismatched batch", LLAMA, kto),
+    ("preference", "CRINGE, k = 5", LLAMA, cringe),
+    ("director", "Director training", LLAMA, director_training),
+    ("director", "director_topk", {"rows": 32, "D": 4096, "V": 128_256, "k": 50}, director_topk),
+    ("adaptive_span", "adaptive spans", ATTENTION | {"spans": SPANS, "ramp": 32.0}, adaptive_span),
+    ("adaptive_span", "one hard window", ATTENTION | {"spans": (511.0,) * 16, "ramp": 1.0}, adaptive_span),
+    ("segmentation", "segmentation_logz", {"B": 32, "T": 8192, "K": 16}, segmentation),
+]  # fmt: skip
+
+
+def builder(case: str) -> Callable[..., Work] | None:
+    """What makes the work of a case of the GPU benchmark from its shape."""
+    return next((build for _, name, _, build in CASES if name == case), None)
+
+
+def rows(device: Device) -> list[dict]:
+    found = []
+    for op, case, shape, build in CASES:
+        done = build(**shape)
+        found.append({
+            "op": op, "case": case, "dtype": "float32" if op == "segmentation" else "bfloat16",
+            "device": device.name, "shape": shape,
+            "floor_ms": round(1e3 * done.floor.seconds(device), 4), "bound": done.floor.bound(device),
+            "predicted_ms": round(1e3 * done.predicted(device), 4),
+        })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    found = rows(H200)
+    with (RESULTS / "roofline.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in found)
+    for row in found:
+        print(
+            f"{row['case']:<32}{row['floor_ms']:>9.3f} ms by {row['bound']:<9}{row['predicted_ms']:>9.3f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+// adaptive_span on the CPU: attention under a soft mask, whose work follows the span of each head.
+//
+// A block is some queries of one head; it walks the keys from the first that its longest span reaches, a tile at
+// a time, with an online softmax. The backward takes a block's five products in one visit of each tile. Runs of
+// blocks are handed to threads by their cost, longest first. A run adds to the dk and dv of the keys it
+// sees, so runs of one head that lie next to each other never work at the same time: first the even ones, then
+// the odd, which also fixes the order of every sum.
+#include "common.h"
+
+#include <limits>
+#include <numeric>
+
+namespace sukhops {
+
+constexpr int64_t kTile = 60;     // keys: whole blocks of 6 rows of the product
+constexpr int64_t kRun = 1 << 20;  // terms of a product in one go
+template <class A>
+constexpr A kFar = A(1e30);       // beyond every position
+
+template <class A>
+struct SpanCall {
+  int64_t batch, heads, group, m, n, d, wide;  // group: query heads of a key head; wide: d up to whole vectors
+  int64_t skip, limit;                         // a key is seen if (p - skip) - key is in [0, limit)
+  A ramp, inverse_ramp, scale;
+  const void *q, *k, *v, *grad, *out;
+  int64_t q_stride[3], k_stride[3], v_stride[3], grad_stride[3];
+  const A* span;
+  int64_t span_stride[3];
+  const int64_t* key_start;
+  int64_t start_stride[2];
+  const A* rel;  // [H or 1, S, wide]
+  int64_t rel_stride;
+  A* lse;        // [B, H, M]
+  void* grad_q;  // like out [B, H, M, d]
+  A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
+  bool need_q, need_kv;
+  int64_t longest;  // keys that a query sees at most
+};
+
+// the buffers of a thread, one behind the other
+template <class A>
+struct SpanWork {
+  A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *slope, *keys, *values;
+  A *lo, *hi, *span, *top, *total, *fade, *rel, *grad_rel;
+  int64_t size = 0;
+
+  SpanWork(A* base, const SpanCall<A>& c, int64_t lanes) {
+    const auto take = [&](A*& p, int64_t count) {
+      p = base + size;
+      size += (count + 15) / 16 * 16;
+    };
+    for (A** p : {&q_panels, &g_panels, &sum}) take(*p, c.d * lanes);
+    for (A** p : {&q_rows, &g_rows}) take(*p, c.wide * lanes);
+    for (A** p : {&score, &slope}) take(*p, kTile * lanes);
+    for (A** p : {&keys, &values}) take(*p, kTile * c.d);
+    for (A** p : {&lo, &hi, &span, &top, &total, &fade}) take(*p, lanes);
+    const int64_t distances = c.rel ? (c.longest + 2 * lanes) * lanes : 0;
+    take(rel, distances);
+    take(grad_rel, distances);
+  }
+};
+
+}  // namespace sukhops
+
+#define SUKHOPS_BODY "adaptive_span_rows.h"
+#include "isa.h"
+
+namespace sukhops {
+namespace {
+
+std::atomic<int64_t> pairs{0};
+
+struct Run {
+  int64_t b, head, first, last, lanes, phase;  // head: a key head; queries [first, last)
+  double cost;
+};
+
+// deals runs out, longest first, each to the thread that has least to do
+std::vector<std::vector<Run>> deal(std::vector<Run> runs, int64_t threads) {
+  std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.cost > b.cost; });
+  std::vector<std::vector<Run>> hands(threads);
+  std::vector<double> load(threads);
+  for (const Run& run : runs) {
+    const int64_t least = std::min_element(load.begin(), load.end()) - load.begin();
+    hands[least].push_back(run);
+    load[least] += run.cost;
+  }
+  return hands;
+}
+
+// a tensor [.., rows, d] whose rows are contiguous
+struct Strided {
+  Tensor kept;
+  Strided(const Tensor& t, const void*& at, int64_t* stride)
+      : kept(t.stride(3) == 1 || t.numel() == 0 ? t : torch::stable::contiguous(t)) {
+    at = kept.data_ptr();
+    for (int i = 0; i < 3; ++i) stride[i] = kept.stride(i);
+  }
+};
+
+template <class A>
+struct Problem {
+  SpanCall<A> call{};
+  Strided q, k, v;
+  Tensor rel;
+  std::vector<int64_t> window;  // [B, Hkv] tokens that the longest span of its query heads reaches
+
+  Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& span,
+          const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start, double ramp, double scale,
+          int64_t skip, std::optional<int64_t> max_span)
+      : q(q_, call.q, call.q_stride), k(k_, call.k, call.k_stride), v(v_, call.v, call.v_stride) {
+    SpanCall<A>& c = call;
+    c.batch = q_.size(0), c.heads = q_.size(1), c.m = q_.size(2), c.d = q_.size(3);
+    c.group = c.heads / k_.size(1), c.n = k_.size(2), c.wide = (c.d + 15) / 16 * 16;
+    c.skip = skip, c.limit = std::min(c.n, max_span.value_or(c.n));
+    c.ramp = static_cast<A>(ramp), c.inverse_ramp = static_cast<A>(1 / ramp), c.scale = static_cast<A>(scale);
+    c.span = data<A>(span);
+    const bool per_head = span.dim() == 1;
+    for (int i = 0; i < 3; ++i) c.span_stride[i] = per_head ? (i == 1 ? span.stride(0) : 0) : span.stride(i);
+    if (key_start) {
+      c.key_start = data<int64_t>(*key_start);
+      for (int i = 0; i < 2; ++i) c.start_stride[i] = key_start->stride(i);
+    }
+    if (rel_pos) {
+      const int64_t tables = rel_pos->dim() == 3 ? c.heads : 1, s = rel_pos->size(rel_pos->dim() - 2);
+      c.limit = std::min(c.limit, s);
+      rel = zeros({tables, s, c.wide}, acc_dtype(q_.scalar_type()), q_);
+      Tensor to = torch::stable::narrow(rel, 2, 0, c.d);
+      torch::stable::copy_(to, tables == 1 && rel_pos->dim() == 2 ? torch::stable::unsqueeze(*rel_pos, 0) : *rel_pos);
+      c.rel = data<A>(rel);
+      c.rel_stride = rel_pos->dim() == 3 ? s * c.wide : 0;
+    }
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t h = 0; h < c.heads; h += c.group) {
+        int64_t most = 0;
+        for (int64_t g = h; g < h + c.group; ++g)
+          for (int64_t i = 0; i < (per_head ? std::min<int64_t>(1, c.m) : c.m); ++i) {
+            const A reach = c.ramp + c.span[b * c.span_stride[0] + g * c.span_stride[1] + i * c.span_stride[2]];
+            const int64_t seen = reach < -1 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 2 : c.limit;  // NaN: all
+            most = std::max(most, std::min(seen, c.limit));
+          }
+        window.push_back(most);
+        c.longest = std::max(c.longest, most);
+      }
+  }
+
+  // runs of at least `least` queries, as long as the window if `apart`
+  std::vector<Run> runs(int64_t least, bool apart) const {
+    std::vector<Run> out;
+    const SpanCall<A>& c = call;
+    for (size_t i = 0; i < window.size(); ++i) {
+      const int64_t panel = cpu_isa() == Isa::avx512 ? 32 : 16;
+      const int64_t wish = window[i] <= 64 ? panel : window[i] <= 256 ? 32 : 64;
+      const int64_t lanes = std::min(wish, (std::max<int64_t>(1, c.m) + panel - 1) / panel * panel);
+      const int64_t whole = (std::max(least, apart ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;
+      for (int64_t first = 0, phase = 0; first < c.m; first += whole, phase ^= 1) {
+        const int64_t last = std::min(c.m, first + whole);
+        const double cost = double(last - first) * (window[i] + lanes + 16) * (apart ? c.group : 1);
+        out.push_back({int64_t(i) / (c.heads / c.group), int64_t(i) % (c.heads / c.group), first, last, lanes, phase, cost});
+      }
+    }
+    return out;
+  }
+};
+
+template <class S, class A>
+std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
+  SpanCall<A>& c = p.call;
+  const Tensor out = empty({c.batch, c.heads, c.m, c.d}, like.scalar_type(), like);
+  const Tensor lse = empty({c.batch, c.heads, c.m}, acc_dtype(like.scalar_type()), like);
+  c.out = out.data_ptr();
+  c.lse = data<A>(lse);
+  std::vector<Run> runs;  // of query heads here
+  for (const Run& run : p.runs(64, false))
+    for (int64_t g = 0; g < c.group; ++g) {
+      runs.push_back(run);
+      runs.back().head = run.head * c.group + g;
+    }
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto hands = deal(std::move(runs), threads);
+  const int64_t size = SpanWork<A>(nullptr, c, 64).size;
+  const Tensor work = empty({threads, size}, acc_dtype(like.scalar_type()), like);
+  static const auto block = SUKHOPS_BEST(span_forward<S, A>);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t thread = lo; thread < hi; ++thread) {
+      int64_t count = 0;
+      for (const Run& run : hands[thread])
+        for (int64_t i = run.first; i < run.last; i += run.lanes)
+          count += block(c, run.b, run.head, i, std::min(run.lanes, run.last - i), run.lanes,
+                         data<A>(work) + thread * size);
+      pairs.fetch_add(count, std::memory_order_relaxed);
+    }
+  });
+  return {out, lse};
+}
+
+template <class S, class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Problem<A>& p, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& span,
+    const std::optional<Tensor>& rel_pos, const Tensor& out, const Tensor& lse, bool need_q, bool need_kv,
+    bool need_span, bool need_rel) {
+  SpanCall<A>& c = p.call;
+  const ScalarType dtype = q.scalar_type(), acc = acc_dtype(dtype);
+  const Strided g(grad, c.grad, c.grad_stride);
+  const Tensor none = empty({0}, dtype, q);
+  c.need_q = need_q, c.need_kv = need_kv;
+  c.out = out.data_ptr();
+  c.lse = data<A>(lse);
+  const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1, table = rel_pos ? p.rel.size(1) * c.wide : 0;
+  const Tensor dq = need_q ? empty({c.batch, c.heads, c.m, c.d}, dtype, q) : none;
+  Tensor dk = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none;
+  Tensor dv = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none;
+  const Tensor rows = empty({c.batch, c.heads, c.m}, acc, q);
+  c.grad_q = dq.data_ptr();
+  if (need_kv) c.grad_k = data<A>(dk), c.grad_v = data<A>(dv);
+  c.grad_span = data<A>(rows);
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t size = SpanWork<A>(nullptr, c, 64).size;
+  const Tensor work = empty({threads, size}, acc, q);
+  const Tensor drel = zeros({need_rel ? threads : 0, tables * table}, acc, q);  // each thread's own sum
+  static const auto block = SUKHOPS_BEST(span_backward<S, A>);
+  const std::vector<Run> all = p.runs(256, true);
+  for (int64_t phase : {0, 1}) {
+    std::vector<Run> runs;
+    for (const Run& run : all)
+      if (run.phase == phase) runs.push_back(run);
+    const auto hands = deal(std::move(runs), threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t thread = lo; thread < hi; ++thread) {
+        int64_t count = 0;
+        for (const Run& run : hands[thread])
+          for (int64_t h = run.head * c.group; h < (run.head + 1) * c.group; ++h)
+            for (int64_t i = run.first; i < run.last; i += run.lanes) {
+              A* to = need_rel ? data<A>(drel) + (thread * tables + (tables > 1 ? h : 0)) * table : nullptr;
+              count += block(c, run.b, h, i, std::min(run.lanes, run.last - i), run.lanes,
+                             data<A>(work) + thread * size, to);
+            }
+        pairs.fetch_add(count, std::memory_order_relaxed);
+      }
+    });
+  }
+  const auto narrowed = [&](const Tensor& t) {  // the first d columns, in the tensors' dtype
+    return torch::stable::contiguous(torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(t), t.dim() - 1, 0, c.d), dtype));
+  };
+  Tensor dspan = none, total = none;
+  if (need_span && span.dim() == 3) dspan = rows;
+  if (need_span && span.dim() == 1) {
+    dspan = empty({c.heads}, acc, q);
+    for (int64_t h = 0; h < c.heads; ++h) {
+      double sum = 0;
+      for (int64_t b = 0; b < c.batch; ++b)
+        for (int64_t i = 0; i < c.m; ++i) sum += data<A>(rows)[(b * c.heads + h) * c.m + i];
+      data<A>(dspan)[h] = static_cast<A>(sum);
+    }
+  }
+  if (need_rel) {
+    A* first = data<A>(drel);
+    for (int64_t thread = 1; thread < threads; ++thread)
+      for (int64_t i = 0; i < tables * table; ++i) first[i] += first[thread * tables * table + i];
+    const int64_t s = p.rel.size(1);
+    total = empty({tables, s, c.d}, dtype, q);
+    const std::array<int64_t, 3> sizes{tables, s, c.d}, strides{s * c.wide, c.wide, 1};
+    torch::stable::copy_(total, torch::stable::from_blob(first, {sizes.data(), 3}, {strides.data(), 3}, q.device(), acc));
+    if (rel_pos->dim() == 2) total = torch::stable::squeeze(total, 0);
+  }
+  return {dq, need_kv ? narrowed(dk) : none, need_kv ? narrowed(dv) : none, dspan, total};
+}
+
+// calls f(S{}, A{}) with how a dtype is stored and what it is computed in
+template <class F>
+auto with_storage(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(uint16_t{}, float{});
+    case ScalarType::Half: return f(HalfBits{}, float{});
+    default: return f(float{}, float{});
+  }
+}
+
+std::tuple<Tensor, Tensor> adaptive_span(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span, const std::optional<Tensor>& rel_pos,
+    const std::optional<Tensor>& key_start, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span) {
+  return with_storage(q.scalar_type(), [&](auto s, auto a) {
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span);
+    return forward<decltype(s)>(p, q);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
+    const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start, const Tensor& out,
+    const Tensor& lse, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q,
+    bool need_kv, bool need_span, bool need_rel_pos) {
+  return with_storage(q.scalar_type(), [&](auto s, auto a) {
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span);
+    return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),
+                                 torch::stable::contiguous(lse), need_q, need_kv, need_span, need_rel_pos);
+  });
+}
+
+int64_t adaptive_span_pairs() { return pairs.load(std::memory_order_relaxed); }
+
+}  // namespace
+}  // namespace sukhops
+
+STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
+  m.impl("adaptive_span", TORCH_BOX(&sukhops::adaptive_span));
+  m.impl("adaptive_span_backward", TORCH_BOX(&sukhops::adaptive_span_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sukhops, CompositeExplicitAutograd, m) {
+  m.impl("adaptive_span_pairs", TORCH_BOX(&sukhops::adaptive_span_pairs));
+}

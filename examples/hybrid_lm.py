@@ -1,0 +1,169 @@
+"""A hybrid language model over characters and n-grams against a character model, on source text.
+
+The same small transformer reads characters. As a character model it predicts the next one; as a hybrid it
+predicts, with one softmax, whichever character or n-gram starts next, and its likelihood of a text is the sum
+over all segmentations of the text into those units. Once the hybrid trains on that likelihood from the start,
+once on the flat loss of the published recipe first. Compared after as many steps, and after as much time: a
+step of the hybrid takes longer, which alternating steps measure, so the character model gets more of them.
+
+    python examples/hybrid_lm.py [--data FILE] [--seeds 0 1 2] [--quick]
+
+The text is the standard library's source unless a file is given. Bits per character are those of the true
+likelihood of held-out text: one lattice spans all of it, so no boundary is forced anywhere, not even between
+blocks; the states are those of windows that overlap by half, the same for both models. Prints mean ±
+deviation over seeds and the likeliest segmentation of some held-out lines; saves
+bench/results/example_hybrid_lm.jsonl.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common import Transformer, arguments, corpus, report, train, windows
+from torch import Tensor, nn
+
+import sukhops
+from sukhops.losses import unit_targets
+
+WIDTH, LAYERS, LENGTH, BATCH, STEPS = 96, 2, 128, 8, 350
+MAX_LENGTH, MIN_COUNT = 4, 200
+FLAT = 0.2  # share of the steps that train the flat loss, where it comes first
+RATE = 6e-3
+
+
+class Part(NamedTuple):
+    """A text and, for each position, the units that start there under a lexicon."""
+
+    text: str
+    units: Tensor  # [N, K]
+
+
+def parts(lexicon: sukhops.Lexicon, learn: str, held_out: str) -> list[Part]:
+    return [Part(text, lexicon.unit_ids([text])[0][0]) for text in (learn, held_out)]
+
+
+def language_model(lexicon: sukhops.Lexicon, characters: int) -> Transformer:
+    """Reads characters, whose ids are the same in every lexicon of a text, and predicts units."""
+    model = Transformer(characters, WIDTH, LAYERS, context=LENGTH)
+    model.head = nn.Linear(WIDTH, len(lexicon), bias=False)
+    nn.init.normal_(model.head.weight, std=0.02)
+    return model
+
+
+def trainer(model: Transformer, part: Part, seed: int, warm: float = 0) -> Callable[[int], Tensor]:
+    """What makes the loss of each step, on random windows of the text: the flat loss before step `warm`."""
+    likelihood, flat = sukhops.nn.SegmentationLoss(), sukhops.nn.SegmentationLoss(flat=True)
+    positions = windows(torch.arange(len(part.units)), LENGTH + 1, BATCH, seed)
+
+    def step(i: int) -> Tensor:
+        at = next(positions)
+        read, units = part.units[at[:, :-1], 0], part.units[at[:, 1:]]  # [B, T], [B, T, K]
+        loss = flat if i < warm else likelihood
+        return loss(model.backbone(read), model.head.weight, units).loss
+
+    return step
+
+
+def relative_time(models: list[Transformer], learn: list[Part], rounds: int) -> float:
+    """How much longer a step of the second model takes: the median of alternating steps."""
+    steps = [trainer(model, part, 0) for model, part in zip(models, learn, strict=True)]
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
+    ratios = []
+    for _ in range(rounds):
+        times = []
+        for step, optimizer in zip(steps, optimizers, strict=True):
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            step(1).backward()
+            optimizer.step()
+            times.append(time.perf_counter() - began)
+        ratios.append(times[1] / times[0])
+    return statistics.median(ratios)
+
+
+@torch.no_grad()
+def lattice(model: Transformer, units: Tensor) -> Tensor:
+    """Scores [1, N - 1, K] of the units [N, K] of a text from its second position on."""
+    half = LENGTH // 2
+    read = units[:-1, 0].unfold(0, LENGTH, half)  # [W, LENGTH]
+    starts = units[1:].unfold(0, LENGTH, half).transpose(1, 2)  # [W, LENGTH, K]
+    scores = []
+    for some, ids in zip(read.split(64), starts.split(64), strict=True):
+        logp = sukhops.linear_logp(model.backbone(some), model.head.weight, ids.masked_fill(ids < 0, -100))
+        scores.append(logp.masked_fill(ids < 0, -torch.inf))
+    scores = torch.cat(scores)
+    # of each window the half that has seen the other half
+    joined = torch.cat([scores[0, :half], scores[:, half:].flatten(0, 1)]).unsqueeze(0)
+    ends = unit_targets(torch.zeros(joined.shape, dtype=torch.int64))
+    return joined.masked_fill(ends < 0, -torch.inf)
+
+
+def bits_per_character(scores: Tensor) -> float:
+    return -sukhops.segmentation_logz(scores).item() / scores.shape[1] / math.log(2)
+
+
+def show(scores: Tensor, text: str, count: int) -> None:
+    """Lines of a text, cut as the likeliest segmentation is, over tenths of the posterior of a boundary."""
+    starts = sukhops.segmentation_viterbi(scores).segments[0] > 0  # [N - 1], of text[1:]
+    boundary = sukhops.segmentation_marginals(scores)[0].sum(-1)
+    print(
+        "\nlikeliest segmentation; below each character, in tenths, the probability that a unit starts there"
+    )
+    at = 0
+    for line in text.split("\n"):
+        if count and 0 < at and 30 <= len(line.strip()) and len(line) <= 70 and at + len(line) <= len(starts):
+            cut = starts[at - 1 :].tolist()
+            tenths = (10 * boundary[at - 1 :]).int().clamp(max=9).tolist()
+            print("  " + "".join("|" * cut[i] + c for i, c in enumerate(line)))
+            print("  " + "".join(" " * cut[i] + str(tenths[i]) for i in range(len(line))))
+            count -= 1
+        at += len(line) + 1
+
+
+def run(seed: int, text: str, quick: bool) -> list[dict]:
+    torch.manual_seed(seed)
+    steps, tail, rounds = (20, 4_000, 3) if quick else (STEPS, 50_000, 25)
+    learn, held_out = text[: -len(text) // 10], text[-len(text) // 10 :][:tail]
+    characters = sukhops.Lexicon.from_text([learn], max_length=1)
+    units = sukhops.Lexicon.from_text([learn], MAX_LENGTH, MIN_COUNT)
+    lexicons = [characters, units]
+    learned, tested = zip(*(parts(lexicon, learn, held_out) for lexicon in lexicons), strict=True)
+    both = [language_model(lexicon, len(characters)) for lexicon in lexicons]
+    longer = relative_time(both, learned, rounds)
+    rows = []
+    for variant, kind, count, warm in (
+        ("characters", 0, steps, 0), ("characters, in the time of a hybrid", 0, round(longer * steps), 0),
+        ("hybrid", 1, steps, 0), ("hybrid, the flat loss first", 1, steps, FLAT * steps),
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        model = language_model(lexicons[kind], len(characters))
+        train(model, trainer(model, learned[kind], seed, warm), count, lr=RATE, name=variant)
+        scores = lattice(model, tested[kind].units)
+        rows.append({
+            "variant": variant, "seed": seed, "bits per character": bits_per_character(scores),
+            "steps": count, "time": count / steps * (longer if kind else 1.0),
+            "units": len(lexicons[kind]), "parameters": sum(p.numel() for p in model.parameters()),
+        })  # fmt: skip
+        if kind and not warm and seed == 0:
+            show(scores, held_out, 4)
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="a text file; without it the standard library's source")
+    options = parser.parse_args()
+    text = corpus(options.data, 200_000 if options.quick else 2_000_000)
+    rows = [row for seed in options.seeds for row in run(seed, text, options.quick)]
+    columns = {
+        "bits per character": ".3f", "steps": ",.0f", "time": ".2f", "units": ",.0f", "parameters": ",.0f",
+    }  # fmt: skip
+    report("hybrid_lm", rows, columns, save=not options.quick)
+
+
+if __name__ == "__main__":
+    main()

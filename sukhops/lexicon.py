@@ -1,0 +1,181 @@
+"""The units of a hybrid language model: characters and frequent n-grams, and where they start in a text."""
+
+import functools
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sukhops._library import BUILD
+
+try:
+    from sukhops._lexicon import Trie
+except ImportError as error:
+    raise ImportError(f"sukhops._lexicon is not built for this Python: {error}. Build it: {BUILD}") from error
+
+# a file is the head, three arrays of little-endian 32-bit integers, and the CRC-32 of all that
+_MAGIC = b"sukhops lexicon\x01"
+_HEAD = struct.Struct("<16sIIII")  # magic, 1 for str or 0 for bytes, max_length, characters, n-grams
+
+
+class Lexicon:
+    """Units that a text is a sequence of: characters and frequent n-grams. Made by `from_text` or `load`.
+
+    Unit 0 stands for every unknown character; then come the characters that were seen, by code point, a
+    newline too, then the n-grams by length and, within a length, by code points. A character of str is a code
+    point, one of bytes a byte. No unit crosses the end of a line (a newline is a unit alone) or of a text.
+
+    A lexicon does not change: threads may share it, and it can be pickled. len(lexicon) is the number V of
+    units.
+
+    Source: Grave et al. 2019 (hybrid language models); its public code also counts n-grams that run over the
+    end of a line, these are left out.
+    """
+
+    def __init__(self, trie: Trie):
+        self._trie = trie
+
+    @classmethod
+    def from_text(
+        cls, texts: Iterable[str] | Iterable[bytes], max_length: int = 4, min_count: int = 200
+    ) -> "Lexicon":
+        """The lexicon of texts: all their characters, and the n-grams within lines that are frequent.
+
+        Takes about four bytes of memory per character besides the texts.
+
+        Args:
+            texts: str, or bytes, all of one kind; at least one.
+            max_length: characters of the longest unit, >= 1.
+            min_count: how often an n-gram of 2 to max_length characters must come, overlaps counted, >= 1.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or out of range; no text; 2**31 characters or
+                more.
+        """
+        texts = _as_list(texts)
+        for name, value in (("max_length", max_length), ("min_count", min_count)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if not 1 <= value < 2**31:
+                raise ValueError(f"{name}: expected >= 1 and below 2**31, got {value}")
+        if not texts:
+            raise ValueError("texts: expected at least one str or bytes, got none")
+        return cls(Trie.count(texts, max_length, min_count, torch.get_num_threads()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Lexicon":
+        """The lexicon that `save` wrote.
+
+        Raises:
+            OSError: a file that cannot be read.
+            ValueError: a file that is not a lexicon, or one that is truncated or damaged.
+        """
+        content = Path(path).read_bytes()
+        if not content or content[: len(_MAGIC)] != _MAGIC[: len(content)]:
+            raise ValueError(f"{path}: not a lexicon of sukhops, it begins with {content[: len(_MAGIC)]!r}")
+        size = _HEAD.size + 4
+        if len(content) >= size:
+            _, unicode, max_length, characters, ngrams = _HEAD.unpack_from(content)
+            size += 4 * (characters + 2 * ngrams)
+        if len(content) != size:
+            raise ValueError(f"{path}: truncated or damaged, expected {size:,} bytes, got {len(content):,}")
+        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+            raise ValueError(f"{path}: damaged, its checksum is wrong")
+        codes, parents, symbols = np.split(
+            np.frombuffer(content, "<u4", characters + 2 * ngrams, _HEAD.size),
+            [characters, characters + ngrams],
+        )
+        try:
+            return cls(Trie.of(bool(unicode), max_length, codes, parents.view("<i4"), symbols.view("<i4")))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a lexicon of sukhops: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the lexicon to a file; what was there stays until the new file is whole.
+
+        Raises:
+            OSError: a place that cannot be written.
+        """
+        path = Path(path)
+        trie = self._trie
+        head = _HEAD.pack(_MAGIC, trie.unicode, trie.max_length, len(trie.codes), len(trie.parents))
+        arrays = (trie.codes, trie.parents, trie.symbols)
+        content = head + b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)
+        content += zlib.crc32(content).to_bytes(4, "little")
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with open(fresh, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+
+    def unit_ids(self, texts: Iterable[str] | Iterable[bytes]) -> tuple[Tensor, Tensor]:
+        """Which units start at each position of each text.
+
+        Args:
+            texts: B str or bytes, of the lexicon's kind.
+
+        Returns:
+            ids: [B, T, max_length] int64 with T the longest text's length: ids[b, t, k] is the unit that
+                covers positions t .. t+k, -1 where there is none. Column 0 has the characters, 0 for an
+                unknown one.
+            lengths: [B] int64, of the texts; positions from there on are -1.
+
+        Raises:
+            TypeError: texts of another kind.
+        """
+        ids, lengths = self._trie.map(_as_list(texts), torch.get_num_threads())
+        return torch.from_numpy(ids), torch.from_numpy(lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Characters of the longest unit there may be: the last axis of `unit_ids`."""
+        return self._trie.max_length
+
+    @functools.cached_property
+    def units(self) -> list[str] | list[bytes]:
+        """The units by id. Number 0, the unknown character, is the empty str or bytes."""
+        trie = self._trie
+        if trie.unicode:
+            units = ["", *map(chr, trie.codes.tolist())]
+        else:
+            units = [b"", *(bytes([code]) for code in trie.codes.tolist())]
+        for parent, symbol in zip(trie.parents.tolist(), trie.symbols.tolist(), strict=True):
+            units.append(units[parent] + units[symbol])
+        return units
+
+    def __len__(self) -> int:
+        return len(self._trie)
+
+    def __repr__(self) -> str:
+        trie = self._trie
+        return (
+            f"Lexicon({len(self):,} units of {'str' if trie.unicode else 'bytes'}: {len(trie.codes):,} "
+            f"characters, {len(trie.parents):,} n-grams of 2 to {trie.max_length})"
+        )
+
+    def __reduce__(self):
+        trie = self._trie
+        return _restore, (trie.unicode, trie.max_length, trie.codes, trie.parents, trie.symbols)
+
+
+def _restore(*state) -> Lexicon:
+    return Lexicon(Trie.of(*state))
+
+
+def _as_list(texts: Iterable) -> list:
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"texts: expected several, in a list, got one {type(texts).__name__}")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"texts: expected a list of str or bytes, got {type(texts).__name__}")
+    return list(texts)

@@ -1,0 +1,358 @@
+"""Adaptive spans as modules: the spans that heads learn, and an attention layer with its cache."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sukhops import _checks
+from sukhops.ops.adaptive_span import adaptive_span_attention
+
+_SLACK = 0.01  # of the range, beyond each bound, where every gradient passes
+
+
+class _Clamp(torch.autograd.Function):
+    """clamp(ratio, 0, 1) whose gradient can lead back inside.
+
+    A step's gradient comes in parts, the data's and the penalty's, and only their sum says where to go: so a
+    part is held back only beyond a little slack, if it leads further out. A head that is pressed against a
+    bound stays there, at most the slack outside, and comes back as soon as the sum changes its sign.
+    """
+
+    @staticmethod
+    def forward(ratio: Tensor) -> Tensor:
+        return ratio.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (ratio,) = ctx.saved_tensors
+        outward = ((ratio < -_SLACK) & (grad > 0)) | ((ratio > 1 + _SLACK) & (grad < 0))
+        return grad.masked_fill(outward, 0.0)
+
+
+class SpanReport(NamedTuple):
+    tokens: list[float]  # the span of each head
+    keys: list[int]  # that a query of each head reads: span and ramp, at most max_span
+    share: float  # of the query-key pairs that max_span would give: the mean of keys / max_span
+
+
+class AdaptiveSpan(nn.Module):
+    """The attention span of each head, as a learned ratio of max_span.
+
+    The ratio is clamped to [0, 1] where it is read, and at a bound its gradient passes, so nothing is called
+    after the optimiser's step. Beyond a bound only a gradient that points back inside passes (the first
+    hundredth of the range excepted: the parts of a gradient are only right together). The ratio stays float32
+    when the model is cast to half precision, whose 8 bits cannot count tokens. Weight decay would pull spans
+    to 0 beside the penalty: leave `ratio` [H] out of it, as norms and biases are.
+
+    Add `penalty` of every layer to the training loss. A span for each token in place of each head needs no
+    module: `sukhops.adaptive_span_attention` takes any span [B, H, M], for instance
+    `max_span * torch.sigmoid(linear(x)).mT.float()` with a linear layer from D to H.
+
+    Args:
+        num_heads: H.
+        max_span: the span at ratio 1, in tokens.
+        ramp: width of the soft mask's ramp beyond the span, in tokens, > 0.
+        init: ratio to start from, in [0, 1].
+        device, dtype: of the ratio: float64 where dtype is, else float32.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        max_span: int,
+        *,
+        ramp: float = 32.0,
+        init: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("max_span", max_span)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not 0 < ramp < math.inf:
+            raise ValueError(f"ramp: expected a finite number of tokens > 0, got {ramp!r}")
+        if not 0 <= init <= 1:
+            raise ValueError(f"init: expected a ratio of max_span in [0, 1], got {init!r}")
+        self.num_heads, self.max_span, self.ramp, self.init = num_heads, max_span, float(ramp), float(init)
+        dtype = _checks.accumulation_dtype(dtype or torch.get_default_dtype())
+        self.ratio = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.ratio, self.init)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, max_span={self.max_span}, ramp={self.ramp:g}, init={self.init:g}"
+
+    def _apply(self, fn, recurse=True):
+        """What `.to`, `.half` and the like call: the ratio follows to devices, not to half precision."""
+
+        def keep(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype in (torch.float32, torch.float64) else t.to(new.device, torch.float32)
+
+        return super()._apply(keep, recurse)
+
+    def span(self) -> Tensor:
+        """The span of each head in tokens: [H], float32 (float64 for a float64 module)."""
+        ratio = self.ratio.to(_checks.accumulation_dtype(self.ratio.dtype))
+        return self.max_span * _Clamp.apply(ratio)
+
+    def penalty(self, coef: float) -> Tensor:
+        """coef * mean of the spans in tokens: a scalar. The paper's models sum it over their layers."""
+        return coef * self.span().mean()
+
+    @torch.no_grad()
+    def report(self) -> SpanReport:
+        """What the heads have learned, as numbers of Python: waits for the device, so not for every step."""
+        span = self.span()
+        keys = (self.ramp + span).ceil().clamp(max=self.max_span).int().tolist()
+        return SpanReport(span.tolist(), keys, sum(keys) / len(keys) / self.max_span)
+
+
+class SpanCache(NamedTuple):
+    """What a layer hands to itself from block to block; opaque. Heads that keep as many keys are a group."""
+
+    keys: tuple[Tensor, ...]  # of each group [B, heads, n, d], detached
+    values: tuple[Tensor, ...]
+    seen: int  # positions since the start
+    key_start: Tensor | None  # [B]
+
+
+class AdaptiveSpanAttention(nn.Module):
+    """Causal self-attention whose cost follows the spans that its heads learn.
+
+    Projections have no bias. Positions enter through a table of relative ones, in the scores only. To share
+    it between layers, as the paper's models do, give the first layer's to the others:
+    `AdaptiveSpanAttention(..., rel_pos=first.rel_pos)`. `adaptive_span` holds the spans: add its `penalty` to
+    the loss, look at its `report()`.
+
+    `freeze_spans()` makes a trained layer one of fixed windows: the same outputs, from a cache that keeps for
+    each head just the keys that its window can still see.
+
+    Args:
+        d_model: D, a multiple of num_heads.
+        num_heads: H.
+        max_span: no key further back is seen, whatever the span.
+        ramp, init: see `AdaptiveSpan`.
+        rel_pos: True: a table of its own, [max_span, d], normal as published; a parameter [S, d] or
+            [H, S, d], S >= max_span: that one; False: no positions.
+        include_self: whether a token sees itself; False as in the 2019 code, where a span starts before it.
+        num_kv_heads: Hkv, of which H is a multiple; None: H. A key is kept for the longest head of its group.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: an option out of its range, or a table of the wrong type or shape.
+
+    Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        max_span: int,
+        *,
+        ramp: float = 32.0,
+        init: float = 0.0,
+        rel_pos: bool | nn.Parameter = True,
+        include_self: bool = True,
+        num_kv_heads: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.adaptive_span = AdaptiveSpan(num_heads, max_span, ramp=ramp, init=init, **options)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if not isinstance(kv_heads, int) or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {kv_heads!r}")
+        if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
+            raise ValueError(f"d_model: expected a multiple of num_heads = {num_heads}, got {d_model!r}")
+        d = d_model // num_heads
+        self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, kv_heads
+        self.max_span, self.include_self = max_span, include_self
+        self.q_proj = nn.Linear(d_model, d_model, bias=False, **options)
+        self.k_proj = nn.Linear(d_model, kv_heads * d, bias=False, **options)
+        self.v_proj = nn.Linear(d_model, kv_heads * d, bias=False, **options)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False, **options)
+        if rel_pos is True:
+            self.rel_pos = nn.Parameter(torch.empty(max_span, d, **options))
+            self.reset_parameters()
+        elif rel_pos is False:
+            self.register_parameter("rel_pos", None)
+        else:
+            self.rel_pos = self._checked_table(rel_pos, d)
+        self.windows: tuple[int, ...] | None = None  # keys that each head sees, once frozen
+        self._groups = [(kv_heads, max_span)]  # heads of keys, and the window they are kept for
+        self.register_buffer("_order", None, persistent=False)  # of the heads of keys, group by group
+        self.register_buffer("_place", None, persistent=False)  # of each in that order
+        self.register_load_state_dict_post_hook(_freeze_again)
+
+    def _checked_table(self, rel_pos: nn.Parameter, d: int) -> nn.Parameter:
+        if not isinstance(rel_pos, nn.Parameter):
+            raise TypeError(
+                f"rel_pos: expected True, False or an nn.Parameter, got {type(rel_pos).__name__}; "
+                "another layer's table is its attribute rel_pos"
+            )
+        *heads, length, width = rel_pos.shape if rel_pos.dim() in (2, 3) else (0, 0)
+        if heads not in ([], [self.num_heads]) or length < self.max_span or width != d:
+            raise ValueError(
+                f"rel_pos: expected shape [S, d = {d}] or [H = {self.num_heads}, S, d], "
+                f"S >= max_span = {self.max_span}, got {list(rel_pos.shape)}"
+            )
+        return rel_pos
+
+    def reset_parameters(self) -> None:
+        """The table, shared or not; the projections and the spans have a method of their own."""
+        if self.rel_pos is not None:
+            nn.init.normal_(self.rel_pos)
+
+    def extra_repr(self) -> str:
+        text = f"{self.d_model}, {self.num_heads}, max_span={self.max_span}, include_self={self.include_self}"
+        if self.num_kv_heads != self.num_heads:
+            text += f", num_kv_heads={self.num_kv_heads}"
+        if self.rel_pos is None:
+            text += ", rel_pos=False"
+        return text if self.windows is None else f"{text}, windows={self.windows}"
+
+    def forward(
+        self, x: Tensor, cache: SpanCache | None = None, key_start: Tensor | None = None
+    ) -> tuple[Tensor, SpanCache]:
+        """
+        Args:
+            x: [B, T, D], the tokens that follow those of the cache; T may be 1 and may change.
+            cache: what the call before returned; None at the start of the sequences. Not changed by the call;
+                no gradient flows into it.
+            key_start: [B] or [B, T], int64 or int32: the first position that a token may see, counted from
+                the start of the sequences, so also those that the cache has let go: the number of padding
+                tokens on the left, or where its document starts. The cache remembers it (of the last token):
+                it is given once, and again only where it changes.
+
+        Returns:
+            out [B, T, D], and the cache for the next call.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype or shape; a cache of other windows.
+        """
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"x: expected shape [B, T, D = {self.d_model}], got {list(x.shape)}")
+        seen = x.shape[1]
+        if cache is not None:
+            self._check_cache(cache, x.shape[0])
+            seen += cache.seen
+            if key_start is None:
+                key_start = cache.key_start
+        if key_start is not None:
+            _checks.check_integers("key_start", key_start)
+        start = key_start
+        if start is None and cache is not None and self.windows is not None:
+            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # hides a cache's empty room
+        outs, keys, values = [], [], []
+        for i, (q, k, v, span, rel_pos, window) in enumerate(self._by_group(x)):
+            if cache is not None:
+                k, v = torch.cat([cache.keys[i], k], 2), torch.cat([cache.values[i], v], 2)
+            first = None if start is None else (start - (seen - k.shape[2])).clamp(min=0)
+            outs.append(adaptive_span_attention(
+                q, k, v, span, ramp=self.adaptive_span.ramp, rel_pos=rel_pos,
+                include_self=self.include_self, max_span=self.max_span, key_start=first,
+            ))  # fmt: skip
+            kept = window - int(self.include_self)  # the next token sees itself beside them
+            keys.append(_last(k, kept, self.windows is not None))
+            values.append(_last(v, kept, self.windows is not None))
+        out = outs[0]  # [B, H, T, d]
+        if len(outs) > 1:
+            out = self._select(torch.cat(outs, 1), 1, self._place)
+        if key_start is not None and key_start.dim() == 2:
+            key_start = key_start[:, -1]
+        cache = SpanCache(tuple(keys), tuple(values), seen, key_start)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), cache
+
+    def _by_group(self, x: Tensor) -> Iterable[tuple]:
+        """(q, k, v, span, rel_pos, window) of each group of heads, the heads in the order of the groups."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # [B, Hkv, T, d]
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        span, rel_pos = self.adaptive_span.span(), self.rel_pos
+        if len(self._groups) == 1:
+            return [(q, k, v, span, rel_pos, self._groups[0][1])]
+        k, v = k.index_select(1, self._order), v.index_select(1, self._order)
+        q, span = self._select(q, 1, self._order), self._select(span, 0, self._order)
+        counts, windows = zip(*self._groups, strict=True)
+        heads = [n * (self.num_heads // self.num_kv_heads) for n in counts]
+        tables = [rel_pos] * len(counts)
+        if rel_pos is not None and rel_pos.dim() == 3:
+            tables = self._select(rel_pos, 0, self._order).split(heads)
+        parts = q.split(heads, 1), k.split(counts, 1), v.split(counts, 1), span.split(heads), tables, windows
+        return zip(*parts, strict=True)
+
+    def _select(self, t: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Heads [..., H, ...] taken in the order of their heads of keys."""
+        shape = (self.num_kv_heads, -1)
+        return t.unflatten(dim, shape).index_select(dim, index).flatten(dim, dim + 1)
+
+    def _check_cache(self, cache: SpanCache, b: int) -> None:
+        if not isinstance(cache, SpanCache):
+            raise TypeError(f"cache: expected what the layer returned, got {type(cache).__name__}")
+        kept = [(k.shape[1], k.shape[2]) for k in cache.keys]
+        most = [(n, window - int(self.include_self)) for n, window in self._groups]
+        if self.windows is None:
+            most = [(n, min(cache.seen, keys)) for n, keys in most]
+        if kept != most:
+            raise ValueError(
+                f"cache: expected (heads, keys) {most} of this layer's windows, got {kept}; "
+                "a layer that was frozen starts with a new cache"
+            )
+        if cache.keys[0].shape[0] != b:
+            raise ValueError(f"cache: expected B = {b} sequences as x, got {cache.keys[0].shape[0]}")
+
+    def freeze_spans(self) -> "AdaptiveSpanAttention":
+        """Fixes each head's span and window, for deployment; returns the layer itself.
+
+        The outputs stay what they were. The cache then keeps, head by head, exactly the keys that the window
+        (span and ramp, `windows`) can still see: a head of keys and values that several heads share, those
+        of the longest. Its shapes are the same from the first call on, so that decoding compiles to one
+        graph. The ratio gets no gradient any more. `state_dict` is the same as that of a layer that is not
+        frozen; a frozen one that loads takes its windows from the spans that it got.
+        """
+        self.adaptive_span.ratio.requires_grad_(False)
+        self.windows = tuple(self.adaptive_span.report().keys)
+        shared = self.num_heads // self.num_kv_heads
+        kept = [max(self.windows[i : i + shared]) for i in range(0, self.num_heads, shared)]
+        order = sorted(range(self.num_kv_heads), key=lambda head: -kept[head])
+        self._groups = [(len(list(g)), w) for w, g in itertools.groupby(kept[head] for head in order)]
+        self._order = torch.tensor(order, device=self.adaptive_span.ratio.device)
+        self._place = self._order.argsort()
+        return self
+
+
+def _freeze_again(layer: AdaptiveSpanAttention, _) -> None:
+    if layer.windows is not None:
+        layer.freeze_spans()
+
+
+def _last(t: Tensor, n: int, fill: bool) -> Tensor:
+    """The last n keys of [B, heads, N, d], detached; where there are fewer, `fill` puts zeros before them.
+
+    Many others do not stay in memory: a view of a few more keys saves a copy in decoding.
+    """
+    length = t.shape[2]
+    kept = t.detach().narrow(2, max(0, length - n), min(n, length))
+    if fill and length < n:
+        return F.pad(kept, (0, 0, n - length, 0))
+    return kept.clone() if length > 2 * n else kept

@@ -1,0 +1,66 @@
+"""Training a hybrid language model over segmentations on a fused head."""
+
+from torch import Tensor, nn
+
+from sukhops.losses._output import LossOutput
+from sukhops.losses.segmentation import segmentation_loss, unit_targets
+from sukhops.ops.vocab_head import linear_logp
+
+
+class SegmentationLoss(nn.Module):
+    """Likelihood of texts, summed over their segmentations into units, straight from hidden states.
+
+    One softmax over all V units per position: the B x T x V log-probs are never kept, K per position are.
+    `sukhops.losses.segmentation_loss` has the formula; `sukhops.Lexicon` makes the units and their ids. With
+    K = 1 this is the cross entropy of a character model.
+
+    Args:
+        flat: the warm-up loss of the public training code, the mean log-prob of all units wherever they
+            could start, instead of the likelihood.
+
+    Source: Grave et al. 2019 (hybrid language models).
+    """
+
+    def __init__(self, *, flat: bool = False):
+        super().__init__()
+        if not isinstance(flat, bool):
+            raise TypeError(f"flat: expected a bool, got {type(flat).__name__}")
+        self.flat = flat
+
+    def extra_repr(self) -> str:
+        return f"flat={self.flat}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        unit_ids: Tensor,
+        *,
+        bias: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> LossOutput:
+        """
+        Args:
+            hidden: [B, T, D], float32, bfloat16, float16 or float64. Row t predicts the unit that starts at
+                position t, whatever its length, so it may know positions before t only: it is the state
+                after the model has read symbol t-1, and row 0 the state after a start symbol or after the
+                symbol before the text. A causal model that reads x gives it for units of x[1:], as for
+                x[1:] in any language model: `loss(model(x[:, :-1]), weight, ids_of_x[:, 1:])`.
+            weight: [V, D], of the same dtype.
+            unit_ids: [B, T, K], integers in [0, V): the unit that covers positions t .. t+k, or -1 where
+                there is none. Units that end after their sequence count as none.
+            bias: [V], or None.
+            lengths: [B], integers in [0, T]; None: T each. Rows of hidden from there on do not count.
+
+        Returns:
+            LossOutput(loss, metrics): nats per symbol; bits_per_symbol and unreachable, see
+            `sukhops.losses.segmentation_loss`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU an id
+                below -1.
+            RuntimeError: an id that is V or more, or a length outside [0, T], on the CPU; on CUDA NaN.
+        """
+        targets = unit_targets(unit_ids, lengths)
+        logp = linear_logp(hidden, weight, targets, bias)
+        return segmentation_loss(logp, unit_ids, lengths=lengths, flat=self.flat)

@@ -1,0 +1,148 @@
+"""Attention with a soft span that each head, or each token, learns."""
+
+import torch
+from torch import Tensor
+
+from sukhops import _checks, _library
+
+_ops = torch.ops.sukhops
+_LAUNCHERS = "sukhops.triton_kernels.adaptive_span"
+
+
+def adaptive_span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    *,
+    ramp: float = 32.0,
+    rel_pos: Tensor | None = None,
+    scale: float | None = None,
+    include_self: bool = True,
+    max_span: int | None = None,
+    key_start: Tensor | None = None,
+) -> Tensor:
+    """Causal attention under a soft mask that ends `span` tokens back, differentiable in the span.
+
+    A key x tokens before a query has the weight
+
+        clamp((ramp + span - x) / ramp, 0, 1) * exp(scale * (q . k + q . rel_pos[x]))
+
+    and the weights of a row are normalised. Time and memory follow the spans, head by head: keys beyond
+    span + ramp are never read, and no mask is built. The span's gradient counts the closed interval, both
+    ends of the ramp. Deterministic; differentiable once.
+
+    Args:
+        q: [B, H, M, d], float32, bfloat16, float16 or float64: the last M of the N positions.
+        k, v: [B, Hkv, N, d], N >= M, H a multiple of Hkv, of the same dtype.
+        span: in tokens, [H] or [B, H, M], float32 (float64 with float64 q). A negative one acts as the
+            formula says.
+        ramp: width of the ramp in tokens, > 0.
+        rel_pos: [S, d], or [H, S, d] of each head, or None.
+        scale: of the scores; None: d**-0.5.
+        include_self: whether x = 0 is the token itself; False: the token before it, as in the 2019 code.
+        max_span: only keys with x < max_span are seen, whatever the span; None: with rel_pos, S.
+        key_start: [B] or [B, M], int64 or int32: the first key that a query may see, of N. Left padding, or
+            the start of its document where sequences are packed.
+
+    Returns:
+        [B, H, M, d], of q's dtype. A row that sees no key, or only keys of weight 0, is 0 without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; N < M; ramp <= 0;
+            max_span < 1; rel_pos shorter than max_span.
+
+    Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
+    """
+    q, k, v, rel_pos = _checks.as_floats(q=q, k=k, v=v, rel_pos=rel_pos)
+    if q.dim() != 4 or q.shape[3] == 0 or q.shape[1] == 0:
+        raise ValueError(f"q: expected shape [B, H, M, d] with H, d >= 1, got {list(q.shape)}")
+    b, h, m, d = q.shape
+    if k.dim() != 4 or k.shape[0] != b or k.shape[3] != d or k.shape[1] == 0 or h % k.shape[1]:
+        raise ValueError(
+            f"k: expected shape [B = {b}, Hkv, N, d = {d}], H = {h} a multiple of Hkv, got {list(k.shape)}"
+        )
+    _checks.check_shape("v", v, tuple(k.shape), "as k")
+    n = k.shape[2]
+    if n < m:
+        raise ValueError(f"k: expected at least M = {m} positions, of which q has the last M, got N = {n}")
+    _check_span(span, q)
+    if not isinstance(ramp, (int, float)) or not 0 < ramp < float("inf"):
+        raise ValueError(
+            f"ramp: expected a finite number of tokens > 0, got {ramp!r}; "
+            "for a hard window take a small one and a span half a token short"
+        )
+    if max_span is not None and (not isinstance(max_span, int) or max_span < 1):
+        raise ValueError(f"max_span: expected an int >= 1 or None, got {max_span!r}")
+    if rel_pos is not None:
+        if rel_pos.dim() not in (2, 3) or rel_pos.shape[-1] != d or rel_pos.shape[:-2] not in ((), (h,)):
+            raise ValueError(
+                f"rel_pos: expected shape [S, d = {d}] or [H = {h}, S, d], got {list(rel_pos.shape)}"
+            )
+        if rel_pos.shape[-2] < (max_span or 1):
+            raise ValueError(
+                f"rel_pos: expected S >= max_span = {max_span or 1} distances, got {rel_pos.shape[-2]}"
+            )
+    if key_start is not None:
+        _checks.check_integers("key_start", key_start)
+        _checks.check_device("q", q, "key_start", key_start)
+        if tuple(key_start.shape) not in ((b,), (b, m)):
+            raise ValueError(
+                f"key_start: expected shape [B = {b}] or [B, M = {m}], got {list(key_start.shape)}"
+            )
+        key_start = key_start.long()
+        if key_start.dim() == 1:
+            key_start = key_start.unsqueeze(1).expand(b, m)
+    scale = d**-0.5 if scale is None else float(scale)
+    return _ops.adaptive_span(
+        q, k, v, span, rel_pos, key_start, float(ramp), scale, int(not include_self), max_span
+    )[0]
+
+
+def _check_span(span: Tensor, q: Tensor) -> None:
+    _checks.check_tensor("span", span)
+    _checks.check_device("q", q, "span", span)
+    dtype = _checks.accumulation_dtype(q.dtype)
+    if span.dtype != dtype:
+        raise TypeError(f"span: expected {dtype} with q in {q.dtype}, got {span.dtype}")
+    if tuple(span.shape) not in ((q.shape[1],), tuple(q.shape[:3])):
+        raise ValueError(
+            f"span: expected shape [H = {q.shape[1]}] or [B, H, M] = {list(q.shape[:3])}, "
+            f"got {list(span.shape)}"
+        )
+
+
+@torch.library.register_fake("sukhops::adaptive_span")
+def _(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
+    return q.new_empty(q.shape), span.new_empty(q.shape[:3])
+
+
+@torch.library.register_fake("sukhops::adaptive_span_backward")
+def _(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, skip, max_span, need_q, need_kv,
+      need_span, need_rel_pos):  # fmt: skip
+    def like(t, need):
+        return t.new_empty(t.shape if need else (0,))
+
+    rel = like(q if rel_pos is None else rel_pos, need_rel_pos)
+    return like(q, need_q), like(k, need_kv), like(v, need_kv), like(span, need_span), rel
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.ramp, ctx.scale, ctx.skip, ctx.max_span = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx, grad, _):
+    q, k, v, span, rel = (ctx.needs_input_grad[i] for i in range(5))
+    grads = _ops.adaptive_span_backward(
+        grad, *ctx.saved_tensors, ctx.ramp, ctx.scale, ctx.skip, ctx.max_span, q, k or v, span, rel
+    )
+    wanted = (g if need else None for g, need in zip(grads, (q, k, v, span, rel), strict=True))
+    return *wanted, None, None, None, None, None
+
+
+torch.library.register_autograd("sukhops::adaptive_span", _gradient, setup_context=_save)
+_library.not_differentiable_twice("adaptive_span_backward")
+_library.not_vmappable("adaptive_span")
+_library.cuda_launcher("adaptive_span", f"{_LAUNCHERS}:forward")
+_library.cuda_launcher("adaptive_span_backward", f"{_LAUNCHERS}:backward")

@@ -1,0 +1,61 @@
+"""Adaptive-span attention in plain PyTorch: attention whose weights end with a ramp that each head learns.
+
+Weights are multiplied by the soft mask and normalised once, so nothing is lost when the scores outside of the
+span are the large ones. The ramp is clamped, so its gradient counts the closed interval, both ends. A row
+without weight gives 0 and no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+
+def adaptive_span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    *,
+    ramp: float = 32.0,
+    rel_pos: Tensor | None = None,
+    scale: float | None = None,
+    include_self: bool = True,
+    max_span: int | None = None,
+    key_start: Tensor | None = None,
+) -> Tensor:
+    """See `sukhops.adaptive_span_attention`."""
+    (_, heads, m, d), n = q.shape, k.shape[2]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = d**-0.5 if scale is None else scale
+    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))  # [B, H, N, d]
+    key = torch.arange(n, device=q.device)  # [N]
+    query = torch.arange(n - m, n, device=q.device).unsqueeze(1)  # [M, 1]
+    x = query - key - int(not include_self)  # [M, N]
+    seen = x >= 0
+    for limit in (max_span, None if rel_pos is None else rel_pos.shape[-2]):
+        if limit is not None:
+            seen = seen & (x < limit)
+    if key_start is not None:
+        first = key_start.view(len(key_start), 1, -1, 1)  # [B, 1, 1 or M, 1]
+        seen = seen & (key >= first)
+
+    score = (q @ k.mT).to(acc)  # [B, H, M, N]
+    if rel_pos is not None:
+        by_distance = (q @ rel_pos.mT).to(acc)  # [B, H, M, S]
+        index = x.clamp(0, rel_pos.shape[-2] - 1).expand(score.shape)
+        score = score + by_distance.gather(-1, index)
+    score = scale * score
+
+    reach = span.to(acc)
+    reach = reach.view(-1, 1, 1) if span.dim() == 1 else reach.unsqueeze(-1)  # [H, 1, 1] or [B, H, M, 1]
+    place = (ramp + (reach - x)) / ramp  # [B, H, M, N] or [H, M, N]; exact at the ramp's ends
+    mask = place.clamp(0, 1)
+    counts = seen & ~(place <= 0)  # a NaN counts
+    top = score.detach().masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
+    shifted = (score - top.masked_fill(top == -torch.inf, 0.0)).clamp(
+        max=80
+    )  # 80: beyond the ramp's end only
+    weight = mask * shifted.masked_fill(~(seen & ~(place < 0)), -torch.inf).exp()
+    total = weight.sum(-1, keepdim=True)
+    empty = total == 0
+    weight = weight.masked_fill(empty, 0.0) / total.masked_fill(empty, 1.0)
+    return (weight.to(q.dtype) @ v).to(q.dtype)

@@ -1,0 +1,296 @@
+"""adaptive_span_attention against an oracle in plain Python, gradcheck, budgets, and the paper's facts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sukhops import adaptive_span_attention, reference
+from sukhops.testing import assert_close, budget, distance
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+pairs = torch.ops.sukhops.adaptive_span_pairs
+
+
+def make(b=2, h=4, hkv=2, m=37, n=50, d=12, *, per_token=False, rel=None, seed=0):
+    """Leaf tensors: spans below -ramp, at 0, between integers, and beyond every key."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    span = torch.tensor([-60.0, 0.0, 6.3, 400.0], dtype=torch.float64).repeat(h)[:h]
+    given = {
+        "q": normal(b, h, m, d),
+        "k": normal(b, hkv, n, d),
+        "v": normal(b, hkv, n, d),
+        "span": 20 * normal(b, h, m) if per_token else span,
+    }
+    if rel is not None:
+        given["rel_pos"] = normal(*rel, d)
+    return {name: t.requires_grad_() for name, t in given.items()}
+
+
+# inputs, options
+CASES = {
+    "heads": ({}, {}),
+    "tokens": ({"per_token": True}, {"ramp": 9.5}),
+    "not itself": ({}, {"include_self": False, "ramp": 3.0}),
+    "limited": ({}, {"max_span": 11, "scale": 0.7}),
+    "padded": ({}, {"key_start": torch.tensor([0, 30])}),
+    "packed": ({}, {"key_start": torch.stack([torch.arange(37) // 9 * 9 + 13, torch.zeros(37).long()])}),
+    "positions": ({"rel": (60,)}, {"ramp": 7.0}),
+    "short positions": ({"rel": (4, 15)}, {"include_self": False}),
+    "all": (
+        {"per_token": True, "rel": (4, 33)},
+        {"max_span": 21, "key_start": torch.tensor([7, 22]), "include_self": False},
+    ),
+    "one query": ({"m": 1, "rel": (50,)}, {}),
+    "many keys": ({"b": 1, "h": 2, "hkv": 1, "m": 150, "n": 333, "d": 80}, {}),
+}
+cases = pytest.mark.parametrize("name", CASES)
+small_cases = pytest.mark.parametrize("name", [n for n in CASES if n != "many keys"])
+
+
+def case(name):
+    inputs, options = CASES[name]
+    return make(**inputs), options
+
+
+def spans_as(dtype, f, options):
+    """f with spans in the dtype that goes with q's."""
+    low = torch.float64 if dtype == torch.float64 else torch.float32
+    return lambda **given: f(**given | {"span": given["span"].to(low)}, **options)
+
+
+def oracle(
+    q, k, v, span, ramp=32.0, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None
+):
+    """Row by row and key by key, in Python's floats."""
+    (b, h, m, d), (_, hkv, n, _) = q.shape, k.shape
+    scale = d**-0.5 if scale is None else scale
+    out = torch.zeros(b, h, m, d, dtype=torch.float64)
+    for i_b in range(b):
+        for i_h in range(h):
+            keys, values = k[i_b, i_h * hkv // h].tolist(), v[i_b, i_h * hkv // h].tolist()
+            table = None if rel_pos is None else (rel_pos if rel_pos.dim() == 2 else rel_pos[i_h]).tolist()
+            for i in range(m):
+                z = span[i_h].item() if span.dim() == 1 else span[i_b, i_h, i].item()
+                start = 0 if key_start is None else key_start.reshape(b, -1).expand(b, m)[i_b, i].item()
+                query, weights = q[i_b, i_h, i].tolist(), {}
+                for j in range(n):
+                    x = n - m + i - j - (0 if include_self else 1)
+                    if x < 0 or j < start or (max_span is not None and x >= max_span):
+                        continue
+                    if table is not None and x >= len(table):
+                        continue
+                    weight = min(1.0, max(0.0, (ramp + z - x) / ramp))
+                    if weight > 0:
+                        score = sum(a * (c + (table[x][e] if table else 0.0))
+                                    for e, (a, c) in enumerate(zip(query, keys[j], strict=True)))  # fmt: skip
+                        weights[j] = math.log(weight) + scale * score
+                if weights:
+                    top = max(weights.values())
+                    total = math.fsum(math.exp(s - top) for s in weights.values())
+                    for e in range(d):
+                        terms = [math.exp(s - top) / total * values[j][e] for j, s in weights.items()]
+                        out[i_b, i_h, i, e] = math.fsum(terms)
+    return out
+
+
+@small_cases
+@pytest.mark.parametrize("f", [reference.adaptive_span_attention, adaptive_span_attention])
+def test_matches_the_oracle(name, f):
+    given, options = case(name)
+    given = {n: t.detach() for n, t in given.items()}
+    exact, ours = oracle(**given, **options), f(**given, **options)
+    assert distance(ours, exact) <= 4 * budget(ours, exact, exact)
+
+
+@small_cases
+def test_gradcheck(name):
+    inputs, options = CASES[name]
+    small = {"b": 2, "h": 4, "hkv": 2, "m": min(7, inputs.get("m", 7)), "n": 11, "d": 3} | {
+        n: t for n, t in inputs.items() if n not in ("m", "n")
+    }
+    given = make(**small)
+    with torch.no_grad():  # away from whole numbers, where the ramp has its corners
+        given["span"].copy_((given["span"] / 8).floor() + 0.37)
+    if "key_start" in options:
+        options = options | {"key_start": torch.tensor([0, 6])}
+    options = options | {"ramp": 2.0}
+    names = list(given)
+
+    def f(*tensors):
+        return adaptive_span_attention(**dict(zip(names, tensors, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(f, tuple(given.values()))
+
+
+@cases
+@pytest.mark.parametrize("dtype", LOW)
+def test_within_budget(name, dtype):
+    given, options = case(name)
+    op = spans_as(dtype, adaptive_span_attention, options)
+    # in float64 the reference gets the spans that the op gets
+    plain = spans_as(torch.float64, reference.adaptive_span_attention, options)
+    assert_close(op, plain, given, dtype)
+
+
+@pytest.mark.parametrize("need", ["q", "k", "v", "span", "rel_pos"])
+def test_one_gradient_alone(need):
+    given, options = case("all")
+    full = torch.autograd.grad(adaptive_span_attention(**given, **options).sin().sum(), given[need])[0]
+    alone = {n: t.detach().requires_grad_(n == need) for n, t in given.items()}
+    (ours,) = torch.autograd.grad(adaptive_span_attention(**alone, **options).sin().sum(), alone[need])
+    assert torch.equal(ours, full)
+
+
+# ------------------------------------------------------------------ facts (Sukhbaatar et al. 2019)
+
+
+def plain(given):
+    return {n: t.detach().float() for n, t in given.items()}
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_a_long_span_is_windowed_attention(include_self):
+    given = plain(make(hkv=4, m=50))
+    given["span"].fill_(49.0)
+    x = torch.arange(50).unsqueeze(1) - torch.arange(50) - int(not include_self)
+    seen = (x >= 0) & (x < 20)
+    exact = F.scaled_dot_product_attention(*(given[n].double() for n in "qkv"), attn_mask=seen)
+    low = F.scaled_dot_product_attention(*(given[n] for n in "qkv"), attn_mask=seen)
+    ours = adaptive_span_attention(**given, max_span=20, include_self=include_self)
+    if not include_self:  # the first token sees nothing: 0 here
+        ours, low, exact = ours[:, :, 1:], low[:, :, 1:], exact[:, :, 1:]
+    assert distance(ours, exact) <= budget(ours, low, exact)
+
+
+def test_weights_sum_to_one():
+    given = plain(make(per_token=True, rel=(50,)))
+    given["v"] = torch.ones_like(given["v"])
+    out = adaptive_span_attention(**given, ramp=5.0)
+    empty = given["span"] <= -5.0
+    assert not out[empty].any()
+    assert (out[~empty] - 1).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("ramp", [1e-6, 1.0])
+def test_a_ramp_of_one_token_is_a_hard_window(ramp):
+    given = plain(make())
+    given["span"] = torch.tensor([0.0, 3.0, 7.0, 12.0])
+    for h, z in enumerate([0, 3, 7, 12]):
+        one = {n: t[:, h : h + 1] for n, t in given.items() if n == "q"}
+        one |= {n: given[n][:, h // 2 : h // 2 + 1] for n in "kv"}
+        soft = adaptive_span_attention(**one, span=given["span"][h : h + 1], ramp=ramp)
+        hard = adaptive_span_attention(**one, span=torch.tensor([100.0]), max_span=z + 1)
+        exact = reference.adaptive_span_attention(
+            **{n: t.double() for n, t in one.items()}, span=torch.tensor([100.0]).double(), max_span=z + 1
+        )
+        assert distance(soft, exact) <= budget(soft, hard, exact)
+
+
+def test_a_constant_in_every_score_changes_nothing():
+    given = make(d=12)
+    with torch.no_grad():
+        given["q"][..., -1] = 1.0
+        given["k"][..., -1] = 0.0
+    moved = given | {"k": given["k"] + F.one_hot(torch.tensor(11), 12) * 30.0}
+    a, b = adaptive_span_attention(**given), adaptive_span_attention(**moved)
+    assert distance(a, b) <= 1e3 * torch.finfo(torch.float64).eps  # scores of size 10 lose three bits
+
+
+def test_equal_values_give_the_span_no_gradient():
+    given = make()
+    given["v"] = torch.ones_like(given["v"])
+    grad = torch.autograd.grad(adaptive_span_attention(**given).sum(), given["span"])[0]
+    assert grad.abs().max() <= 1e3 * torch.finfo(torch.float64).eps
+
+
+def test_keys_beyond_the_ramp_change_nothing():
+    given = make(m=8)
+    with torch.no_grad():
+        given["span"].fill_(6.3)
+    cut = {n: t[:, :, -18:] if n in "kv" else t for n, t in given.items()}  # 8 queries, 10 keys before them
+    results = []
+    for inputs in (given, cut):
+        out = adaptive_span_attention(**inputs, ramp=4.0)
+        grads = torch.autograd.grad(out.sin().sum(), [given[n] for n in ("q", "k", "v", "span")])
+        results.append([out, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_blocks_with_a_cache_are_one_pass():
+    given = plain(make(m=50, rel=(50,)))
+    whole = adaptive_span_attention(**given)
+    start, parts = 0, []
+    for size in (1, 16, 30, 3):
+        end = start + size
+        block = {n: given[n][:, :, start:end] if n == "q" else given[n][:, :, :end] for n in "qkv"}
+        parts.append(adaptive_span_attention(**block, span=given["span"], rel_pos=given["rel_pos"]))
+        start = end
+    exact = reference.adaptive_span_attention(**{n: t.double() for n, t in given.items()})
+    ours = torch.cat(parts, 2)
+    assert distance(ours, exact) <= budget(ours, whole, exact)
+
+
+def test_both_ends_of_the_ramp_count():
+    """At a whole span x = span and x = span + ramp have a weight of 1 and 0, and both move it."""
+    for n, expected in ((4, 2), (5, 3), (7, 5)):  # ramp 3, span 1: x = 1..4 count, of n keys that are seen
+        v = torch.zeros(1, 1, n, 1, dtype=torch.float64)
+        q = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        span = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+        v[0, 0] = torch.arange(n, dtype=torch.float64).square().unsqueeze(1)
+        out = adaptive_span_attention(q, torch.zeros_like(v), v, span, ramp=3.0)
+        x = torch.arange(n - 1, -1, -1, dtype=torch.float64)
+        weight = ((4 - x) / 3).clamp(0, 1)
+        inside = (x >= 1) & (x <= 4)
+        values = v.flatten()
+        slope = (values - (weight * values).sum() / weight.sum()) / weight.sum() / 3
+        (grad,) = torch.autograd.grad(out.sum(), span)
+        assert abs(grad.item() - slope[inside].sum().item()) <= 16 * torch.finfo(torch.float64).eps * n * n
+        assert inside.sum() == min(4, expected + 1)
+
+
+def test_scores_outside_of_the_span_do_not_matter():
+    """Softmax first and mask later would leave a row of 1e-19 here, or 0 / 0."""
+    for dtype in LOW:
+        q = torch.ones(1, 1, 1, 8, dtype=dtype)
+        k = torch.zeros(1, 1, 60, 8, dtype=dtype)
+        k[:, :, :5] = 50.0
+        v = torch.ones_like(k)
+        out = adaptive_span_attention(q, k, v, torch.tensor([10.0]), ramp=4.0)
+        assert torch.equal(out, torch.ones_like(out))
+
+
+def test_cost_follows_the_spans():
+    """Visited pairs: at most the window of each head and one block more, and linear in T."""
+    spans = torch.tensor([16.0, 64.0, 160.0, 700.0])
+    counts = []
+    for t in (1024, 2048, 4096):
+        q, k, v = (torch.randn(1, 4, t, 16) for _ in range(3))
+        before = pairs()
+        adaptive_span_attention(q, k, v, spans)
+        counts.append(pairs() - before)
+        assert counts[-1] <= t * (spans + 32 + 64).sum()
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])  # every token more costs the same
+    full = torch.full((4,), 1e6)
+    before = pairs()
+    adaptive_span_attention(q, k, v, full)
+    assert (pairs() - before) >= 4 * 4096 * 4096 // 2
+
+
+def test_per_token_spans_move_the_work():
+    q, k, v = (torch.randn(1, 1, 2048, 16) for _ in range(3))
+    short = torch.full((1, 1, 2048), 8.0)
+    long = short.clone()
+    long[..., 1024:1040] = 1000.0
+    counts = []
+    for span in (short, long):
+        before = pairs()
+        adaptive_span_attention(q, k, v, span, ramp=8.0)
+        counts.append(pairs() - before)
+    blocks = 64 * 2048  # a longer span takes larger blocks of queries, which visit up to 64 keys more each
+    assert counts[0] < counts[1] < counts[0] + 64 * 1100 + blocks

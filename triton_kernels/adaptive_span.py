@@ -1,0 +1,654 @@
+"""Adaptive-span attention on CUDA: Triton kernels whose work follows the spans of the heads.
+
+Every program reads the span of its head, or of its rows, and walks the keys from the first that can weigh
+anything: no mask in memory, no look at a value by the host. Tiles where every key weighs 1 skip the mask.
+Programs of the heads with the longest spans start first; few queries share out their keys among several
+programs, whose results are joined in order. Each output has one owner: repeats are bitwise the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 256
+PROGRAMS = 264  # that a launch should have: two for each processor
+# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper
+# and later, on Ampere where they differ, and float32; SMALL for what is not listed
+FORWARD = {
+    "half": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+# the forward of at most 16 rows, all the query heads that share a key head among them
+FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2))}
+ROWS = {  # gradients of q and span
+    "half": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+KEYS = {  # gradients of k and v, one query head to a key head
+    "half": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+}
+GROUPED_KEYS = {  # several query heads to a key head
+    "half": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+}
+REL_FORWARD = {  # with rel_pos tiles are square
+    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
+REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
+REL_KEYS = {"half": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
+REL_DISTANCES = {  # the gradient of rel_pos
+    "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "ampere": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+SMALL = (16, 16, 4, 1)
+
+
+@triton.jit
+def _part(at, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    c = FIRST + tl.arange(0, WIDTH)[None, :]
+    if FIRST + WIDTH > D:
+        return tl.load(at + c, mask=c < D, other=0.0)
+    else:
+        return tl.load(at + c)
+
+
+@triton.jit
+def _rows(ptr, at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """The rows that start `at` [R] elements after ptr, in parts [R, D1] and [R, D2]: 80 is 64 and 16."""
+    at = ptr + at[:, None]
+    if D2:
+        return (_part(at, 0, D1, D), _part(at, D1, D2, D))
+    else:
+        return (_part(at, 0, D1, D),)
+
+
+@triton.jit
+def _distances(rel_ptr, x, limit, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """rel_pos of distances x; those that are never seen give any other."""
+    x = tl.minimum(tl.maximum(x, 0), limit - 1)
+    return _rows(rel_ptr, x.to(tl.int64) * D, D, D1, D2)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr):
+    if D2:
+        return (tl.zeros((ROWS, D1), ACC), tl.zeros((ROWS, D2), ACC))
+    else:
+        return (tl.zeros((ROWS, D1), ACC),)
+
+
+@triton.jit
+def _dot(x, y, ACC: tl.constexpr):
+    """x . y^T over the parts: [R, C]."""
+    z = tl.dot(x[0], y[0].T, input_precision="ieee", out_dtype=ACC)
+    if len(x) > 1:
+        z = tl.dot(x[1], y[1].T, z, input_precision="ieee", out_dtype=ACC)
+    return z
+
+
+@triton.jit
+def _add_product(acc, w, y, ACC: tl.constexpr):
+    """acc + w . y, by part; w [R, C] is rounded to y's dtype."""
+    w = w.to(y[0].dtype)
+    first = tl.dot(w, y[0], acc[0], input_precision="ieee", out_dtype=ACC)
+    if len(acc) > 1:
+        return (first, tl.dot(w, y[1], acc[1], input_precision="ieee", out_dtype=ACC))
+    else:
+        return (first,)
+
+
+@triton.jit
+def _scaled(acc, factor):
+    if len(acc) > 1:
+        return (acc[0] * factor, acc[1] * factor)
+    else:
+        return (acc[0] * factor,)
+
+
+@triton.jit
+def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """acc * factor [R] or [] to rows `at`, where mask."""
+    at, mask = ptr + at[:, None], mask[:, None]
+    c = tl.arange(0, D1)[None, :]
+    tl.store(at + c, (acc[0] * factor).to(ptr.dtype.element_ty), mask & (c < D))
+    if D2:
+        c = D1 + tl.arange(0, D2)[None, :]
+        tl.store(at + c, (acc[1] * factor).to(ptr.dtype.element_ty), mask & (c < D))
+
+
+@triton.jit
+def _window(p, span_at, start_ptr, at, ramp, limit, n, CLOSED: tl.constexpr):
+    """Of rows at p: the span, the first key that is seen, and one from which on all weigh 1.
+
+    A NaN sees every key, and gives none the weight 1. CLOSED: the key at the very end of the ramp, where the
+    weight is 0, is seen as well.
+    """
+    span = tl.load(span_at)
+    span = tl.where(span < -ramp - 1.0, -ramp - 1.0, span)  # nothing is seen below -ramp
+    reach = ramp + span
+    if CLOSED:
+        end = tl.floor(reach)
+    else:
+        end = tl.ceil(reach) - 1.0
+    first = p - tl.where(reach < limit, end, limit - 1.0).to(tl.int32)
+    near = tl.where(span == span, span, 0.0)
+    whole = p - tl.where(near < limit, near, limit * 1.0).to(tl.int32) + 1
+    if start_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(start_ptr + at), 0), n).to(tl.int32)
+        first, whole = tl.maximum(first, start), tl.maximum(whole, start)
+    return span, first, whole
+
+
+@triton.jit
+def _weight(past, ramp, per_token):
+    """Of a key for which past = span - x >= -ramp; exact at the ends of the ramp."""
+    return tl.minimum((ramp + past) * per_token, 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def forward_tiles(
+    q_ptr, k_ptr, v_ptr,  # [B, H, M, D] and twice [B, Hkv, N, D]
+    span_ptr,  # [B, H, M] by its strides
+    rel_ptr,  # [limit or more, D] or [H, .., D], or None
+    start_ptr,  # [B, M] or None
+    order_ptr,  # [lanes] the longest first, or None
+    out_ptr, lse_ptr,  # [B, H, M, splits, D] and without D
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
+    heads, group, m, n, limit, skip, splits, ramp: tl.float64, scale: tl.float64,
+    PACK: tl.constexpr,  # query heads of a tile; more than 1 only with a rel_pos that they share, or none
+    SKEW: tl.constexpr,  # whether the rows of a tile stand one after the other, or all at one place (M = 1)
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(PACK * m, BM)
+    pid = tl.program_id(0)
+    split = pid % splits
+    tile = tiles - 1 - pid // splits % tiles
+    b = (pid // splits // tiles).to(tl.int64)
+    lane = tl.program_id(1).to(tl.int64)
+    if order_ptr is not None:
+        lane = tl.load(order_ptr + lane)
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    row = tl.minimum(tile * BM + r, PACK * m - 1)  # rows past the last repeat it, and are not stored
+    query = row % m
+    head = lane * PACK + row // m
+    kv = lane * PACK // group
+    p = n - m - skip + query
+    span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
+    span, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
+    low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
+    whole, nearest = tl.max(whole, 0), tl.min(p, 0)
+    share = tl.cdiv(tl.cdiv(high - low, BN), splits) * BN
+    low += split * share
+    high = tl.minimum(high, low + share)
+
+    farthest = (p - first).to(ACC)[:, None]
+    q = _rows(q_ptr + b * q_b, head * q_h + query.to(tl.int64) * q_t, D, D1, D2)
+    k_ptr += b * k_b + kv * k_h
+    v_ptr += b * v_b + kv * v_h
+    if rel_ptr is not None:
+        rel_ptr += lane * rel_h
+        if SKEW:  # x = behind + r - c: those from `behind` on are the products `upper`, those before `lower`
+            turn = (r[:, None] - c[None, :]) & (BN - 1)
+            below = c[None, :] <= r[:, None]
+            behind = n - m - skip + tile * BM - low
+    top = tl.full((BM,), float("-inf"), ACC)
+    total = tl.zeros((BM,), ACC)
+    acc = _zeros(BM, D1, D2, ACC)
+    for j in range(low, high, BN):
+        at = tl.minimum(j + c, n - 1).to(tl.int64)
+        s = _dot(q, _rows(k_ptr, at * k_t, D, D1, D2), ACC)
+        if rel_ptr is not None:
+            if SKEW:
+                upper = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+                behind -= BN
+                lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+                s += tl.gather(tl.where(below, upper, lower), turn, 1)
+            else:
+                s += _dot(q, _distances(rel_ptr, n - m - skip - j - c, limit, D, D1, D2), ACC)
+        s *= scale
+        edge = (j < whole) | (j + BN - 1 > nearest)
+        if edge:
+            x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
+            s = tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
+        here = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(here == float("-inf"), 0.0, here)
+        w = tl.exp(s - shift[:, None])
+        if edge:
+            x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
+            w *= _weight(span[:, None] - x, ramp, per_token)
+        decay = tl.exp(top - shift)
+        total = total * decay + tl.sum(w, 1)
+        acc = _scaled(acc, decay[:, None])
+        acc = _add_product(acc, w, _rows(v_ptr, at * v_t, D, D1, D2), ACC)
+        top = here
+    empty = total == 0.0
+    out_row = ((b * heads + head) * m + query) * splits + split
+    mask = tile * BM + r < PACK * m
+    lse = top + tl.log(tl.where(empty, 1.0, total))
+    lse = tl.where(empty, tl.where(splits == 1, float("inf"), float("-inf")), lse)
+    tl.store(lse_ptr + out_row, lse, mask)
+    factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+    _store(out_ptr, out_row * D, mask, acc, factor[:, None], D, D1, D2)
+
+
+@triton.jit
+def join_splits(
+    part_ptr, part_lse_ptr,  # [rows, splits, D], and without D: -inf where a part saw nothing
+    out_ptr, lse_ptr,  # [rows, D] and [rows]
+    splits, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    s, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    lse = tl.load(part_lse_ptr + row * splits + s, s < splits, other=float("-inf"))
+    some = lse != float("-inf")
+    top = tl.max(lse, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    w = tl.exp(lse - top)
+    total = tl.sum(w, 0)
+    empty = total == 0.0
+    at = (row * splits + s[:, None]) * D + c[None, :]
+    parts = tl.load(part_ptr + at, some[:, None] & (c < D)[None, :], other=0.0)
+    out = tl.sum(parts * w[:, None], 0) / tl.where(empty, 1.0, total)
+    tl.store(out_ptr + row * D + c, out.to(out_ptr.dtype.element_ty), c < D)
+    tl.store(lse_ptr + row, tl.where(empty, float("inf"), top + tl.log(total)))
+
+
+@triton.jit
+def row_sums(
+    grad_ptr, out_ptr,  # [B, H, M, D]
+    span_ptr, start_ptr,
+    delta_ptr,  # [B, H, M] out: grad . out
+    first_ptr, whole_ptr,  # [B, H, tiles] out: the first key seen by a row of the tile; by all, whole
+    g_b, g_h, g_t, span_b, span_h, span_t,
+    heads, m, n, limit, skip, ramp: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, BM)
+    tile = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, BM)
+    row = tl.minimum(tile * BM + r, m - 1).to(tl.int64)
+    at = (b * heads + head) * m + row
+    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    out = _rows(out_ptr, at * D, D, D1, D2)
+    delta = tl.sum(grad[0].to(ACC) * out[0].to(ACC), 1)
+    if D2:
+        delta += tl.sum(grad[1].to(ACC) * out[1].to(ACC), 1)
+    tl.store(delta_ptr + at, delta, tile * BM + r < m)
+    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+    p = n - m - skip + row.to(tl.int32)
+    _, first, whole = _window(p, span_at, start_ptr, b * m + row, tl.cast(ramp, ACC), limit, n, CLOSED=True)
+    at = (b * heads + head) * tiles + tile
+    tl.store(first_ptr + at, tl.min(first, 0))
+    tl.store(whole_ptr + at, tl.max(whole, 0))
+
+
+@triton.jit
+def _exponent(s, x, farthest):
+    """s where the key is seen; at most e^80, which only keys beyond the ramp's end can reach."""
+    s = tl.minimum(s, 80.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
+
+
+@triton.jit
+def backward_rows(
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    order_ptr,  # [H] the longest first
+    lse_ptr, delta_ptr,  # [B, H, M]
+    dq_ptr, dspan_ptr,  # [B, H, M, D] and [B, H, M] out, or None
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BM)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    head = tl.load(order_ptr + tl.program_id(1))
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    row = tl.minimum(tile * BM + r, m - 1)  # rows past the last repeat it, and are not stored
+    p = n - m - skip + row
+    row = row.to(tl.int64)
+    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+    span, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
+    low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
+    whole, nearest = tl.max(whole, 0), tl.min(p, 0)
+    farthest = (p - first).to(ACC)[:, None]
+    row_at = (b * heads + head) * m + row
+    lse, delta = tl.load(lse_ptr + row_at)[:, None], tl.load(delta_ptr + row_at)[:, None]
+    q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    k_ptr += b * k_b + head // group * k_h
+    v_ptr += b * v_b + head // group * v_h
+    if rel_ptr is not None:
+        rel_ptr += head * rel_h
+        turn = (r[:, None] - c[None, :]) & (BN - 1)
+        below = c[None, :] <= r[:, None]
+        behind = n - m - skip + tile * BM - low
+    dspan = tl.zeros((BM,), ACC)
+    dq = _zeros(BM, D1, D2, ACC)
+    for j in range(low, high, BN):
+        at = tl.minimum(j + c, n - 1).to(tl.int64)
+        k = _rows(k_ptr, at * k_t, D, D1, D2)
+        s = _dot(q, k, ACC)
+        if rel_ptr is not None:
+            after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
+            behind -= BN
+            before = _distances(rel_ptr, behind + c, limit, D, D1, D2)
+            upper, lower = _dot(q, after, ACC), _dot(q, before, ACC)
+            s += tl.gather(tl.where(below, upper, lower), turn, 1)
+        s = s * scale - lse
+        edge = (j < whole) | (j + BN - 1 > nearest)
+        if edge:
+            s = _exponent(s, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
+        w = tl.exp(s)
+        dw = _dot(grad, _rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
+        if edge:
+            past = span[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
+            if dspan_ptr is not None:
+                dspan += tl.sum(tl.where(past > 0.0, 0.0, w * dw), 1)
+            w *= _weight(past, ramp, per_token)
+        ds = w * dw
+        if dq_ptr is not None:
+            dq = _add_product(dq, ds, k, ACC)
+            if rel_ptr is not None:
+                turned = tl.gather(ds, turn, 1)
+                dq = _add_product(dq, tl.where(below, turned, 0.0), after, ACC)
+                dq = _add_product(dq, tl.where(below, 0.0, turned), before, ACC)
+    mask = tile * BM + r < m
+    if dq_ptr is not None:
+        _store(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
+    if dspan_ptr is not None:
+        tl.store(dspan_ptr + row_at, dspan * per_token, mask)
+
+
+@triton.jit
+def backward_keys(
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    order_ptr,  # [Hkv] the longest first
+    lse_ptr, delta_ptr,  # [B, H, M]
+    first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
+    dk_ptr, dv_ptr,  # [B, Hkv, N, D] out
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
+    BY_ROW: tl.constexpr,  # whether the rows of a head differ in their span or first key
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BM)
+    key = tl.program_id(0) % tl.cdiv(n, BN) * BN  # the first of the tile
+    b = (tl.program_id(0) // tl.cdiv(n, BN)).to(tl.int64)
+    kv = tl.load(order_ptr + tl.program_id(1))
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    at = tl.minimum(key + c, n - 1).to(tl.int64)
+    k = _rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
+    v = _rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
+    dk, dv = _zeros(BN, D1, D2, ACC), _zeros(BN, D1, D2, ACC)
+    origin = n - m - skip  # where the first query stands
+    for member in range(group):
+        head = kv * group + member
+        q_at = q_ptr + b * q_b + head * q_h
+        grad_at = grad_ptr + b * g_b + head * g_h
+        rows_at = (b * heads + head) * m
+        tiles_at = (b * heads + head) * tiles
+        span_at = span_ptr + b * span_b + head * span_h
+        low = tl.maximum(key - origin, 0) // BM
+        if BY_ROW:
+            high = low
+            for t0 in range(low, tiles, 256):
+                t = t0 + tl.arange(0, 256)
+                looks = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
+                high = tl.maximum(high, tl.max(tl.where(looks, t + 1, 0), 0))
+        else:
+            span, first, whole = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
+            farthest = (-first).to(ACC)
+            high = tl.minimum(tl.cdiv(tl.maximum(key + BN - first - origin, 0), BM), tiles)
+        for tile in range(low, high):
+            i = tile * BM
+            row = tl.minimum(i + r, m - 1).to(tl.int64)
+            q = _rows(q_at, row * q_t, D, D1, D2)
+            grad = _rows(grad_at, row * g_t, D, D1, D2)
+            s = _dot(k, q, ACC)  # [BN, BM]
+            if rel_ptr is not None:
+                behind = origin + i - key + c
+                upper = _dot(_distances(rel_ptr + head * rel_h, behind, limit, D, D1, D2), q, ACC)
+                lower = _dot(_distances(rel_ptr + head * rel_h, behind - BN, limit, D, D1, D2), q, ACC)
+                mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
+                s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
+            # rows past the last weigh nothing
+            lse = tl.load(lse_ptr + rows_at + i + r, i + r < m, other=float("inf"))
+            s = s * scale - lse[None, :]
+            if BY_ROW:
+                whole_tile = tl.load(whole_ptr + tiles_at + tile)
+            else:
+                whole_tile = origin + i + BM - 1 + whole
+            edge = (key < whole_tile) | (key + BN - 1 > origin + i)
+            if edge:
+                x = (origin + i + r - key).to(ACC)[None, :] - c.to(ACC)[:, None]
+                if BY_ROW:
+                    span_row, first_row, _ = _window(
+                        origin + row.to(tl.int32), span_at + row * span_t, start_ptr, b * m + row,
+                        ramp, limit, n, CLOSED=True,
+                    )  # fmt: skip
+                    s = _exponent(s, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
+                    w = tl.exp(s) * _weight(span_row[None, :] - x, ramp, per_token)
+                else:
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span - x, ramp, per_token)
+            else:
+                w = tl.exp(s)
+            dv = _add_product(dv, w, grad, ACC)
+            dw = _dot(v, grad, ACC) - tl.load(delta_ptr + rows_at + row)[None, :]
+            dk = _add_product(dk, w * dw, q, ACC)
+    at = ((b * tl.num_programs(1) + kv) * n + key + c) * D
+    _store(dk_ptr, at, key + c < n, dk, scale, D, D1, D2)
+    _store(dv_ptr, at, key + c < n, dv, 1.0, D, D1, D2)
+
+
+@triton.jit
+def backward_distances(
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    lse_ptr, delta_ptr,  # [B, H, M]
+    first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
+    drel_ptr,  # [splits, lanes, limit, D] out
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
+    batch, heads, group, m, n, limit, skip, splits,
+    shared,  # heads that share a row: H or 1
+    ramp: tl.float64, scale: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
+    per_token = 1.0 / ramp
+    tiles = tl.cdiv(m, BT)
+    split = tl.program_id(0) % splits
+    distance = tl.program_id(0) // splits * BT  # the nearest of the tile
+    lane = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, BT)
+    turn = (r[:, None] - r[None, :]) & (BT - 1)
+    below = r[None, :] <= r[:, None]
+    x = (distance + turn).to(ACC)  # of a row and a key: key - c is the row's place - distance, or BT before
+    rel = _distances(rel_ptr + lane * rel_h, distance + r, limit, D, D1, D2)
+    drel = _zeros(BT, D1, D2, ACC)
+    share = tl.cdiv(batch * tiles, splits)
+    for step in range(shared * share):  # heads in order, and the tiles of queries that this split owns
+        head, unit = lane * shared + step // share, split * share + step % share
+        kv = head // group
+        if unit < batch * tiles:
+            b, i = (unit // tiles).to(tl.int64), unit % tiles * BT
+            tile_at = (b * heads + head) * tiles + unit % tiles
+            place = n - m - skip + i - distance  # of the first row, less the nearest distance
+            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(place + BT - 1, n - 1 - distance):
+                row = tl.minimum(i + r, m - 1).to(tl.int64)
+                near = tl.minimum(tl.maximum(place + r, 0), n - 1).to(tl.int64)
+                far = tl.minimum(tl.maximum(place - BT + r, 0), n - 1).to(tl.int64)
+                q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+                grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+                k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
+                s = _dot(q, _rows(k_at, near * k_t, D, D1, D2), ACC)
+                s = tl.where(below, s, _dot(q, _rows(k_at, far * k_t, D, D1, D2), ACC))
+                s += tl.gather(_dot(q, rel, ACC), turn, 1)
+                at = (b * heads + head) * m
+                lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
+                s = s * scale - lse[:, None]
+                edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
+                if edge:
+                    p = n - m - skip + row.to(tl.int32)
+                    span_at = span_ptr + b * span_b + head * span_h + row * span_t
+                    span, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
+                    farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
+                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span[:, None] - x, ramp, per_token)
+                else:
+                    w = tl.exp(s)
+                dw = _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC)
+                dw = tl.where(below, dw, _dot(grad, _rows(v_at, far * v_t, D, D1, D2), ACC))
+                ds = w * (dw - tl.load(delta_ptr + at + row)[:, None])
+                drel = _add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
+    at = ((split * tl.num_programs(1) + lane) * limit + distance + r) * D
+    _store(drel_ptr, at, distance + r < limit, drel, scale, D, D1, D2)
+
+
+# ------------------------------------------------------------------ launchers
+
+
+def _parts(d: int) -> tuple[int, int]:
+    """Powers of two that hold a row of d: one, or two where they are fewer columns together."""
+    whole = max(16, triton.next_power_of_2(d))
+    rest = max(16, triton.next_power_of_2(d - whole // 2))
+    return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
+
+
+def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
+    kind = {torch.float64: "double", torch.float32: "float"}.get(q.dtype, "half")
+    if "ampere" in table and kind == "half" and q.is_cuda:
+        kind = "half" if torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
+    return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)] if kind in table else SMALL
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t, its last axis without gaps; the others are read by their strides."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _longest_first(span: Tensor, lanes: int) -> Tensor:
+    reach = span if span.dim() == 1 else span.amax((0, 2))  # [H]
+    return reach.view(lanes, -1).sum(1).argsort(descending=True)
+
+
+def _limit(n: int, max_span: int | None, rel_pos: Tensor | None) -> int:
+    """Distances from here on are never seen."""
+    return min(n, n if max_span is None else max_span, n if rel_pos is None else rel_pos.shape[-2])
+
+
+def _widths(q: Tensor) -> dict:
+    d = q.shape[3]
+    if d > MAX_WIDTH:
+        raise NotImplementedError(f"q: CUDA supports heads of width d <= {MAX_WIDTH}, got {d}")
+    d1, d2 = _parts(d)
+    return dict(D=d, D1=d1, D2=d2, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32)
+
+
+def _strides(q, k, v, span, rel_pos, grad=None) -> list[int]:
+    given = [q, k, v] if grad is None else [q, k, v, grad]
+    span_strides = span.stride() if span.dim() == 3 else (0, span.stride(0), 0)
+    per_head = rel_pos is not None and rel_pos.dim() == 3
+    return [*(x for t in given for x in t.stride()[:3]), *span_strides, rel_pos.stride(0) if per_head else 0]
+
+
+def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
+    """The CUDA kernel of sukhops::adaptive_span."""
+    (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
+    widths = _widths(q)
+    out, lse = q.new_empty(q.shape), span.new_empty(q.shape[:3])
+    if not lse.numel():
+        return out, lse
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
+    few = m * pack <= 16 and (rel_pos is None or m == 1)
+    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL_FORWARD, q)
+    tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
+    splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
+    part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
+    part_lse = lse if splits == 1 else lse.new_empty(b, h, m, splits)
+    forward_tiles[(tiles * b * splits, lanes)](
+        q, k, v, span, rel_pos, key_start, None if few else _longest_first(span, lanes), part, part_lse,
+        *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp, scale,
+        PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if splits > 1:
+        join_splits[(b * h * m,)](
+            part, part_lse, out, lse, splits,
+            D=d, SPLITS=triton.next_power_of_2(splits), WIDTH=triton.next_power_of_2(d), num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, skip, max_span, need_q, need_kv,
+             need_span, need_rel_pos):  # fmt: skip
+    """The CUDA kernel of sukhops::adaptive_span_backward."""
+    (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
+    widths, empty = _widths(q), q.new_empty(0)
+    dq, dk, dv = (
+        t.new_empty(t.shape if need else 0) for t, need in ((q, need_q), (k, need_kv), (v, need_kv))
+    )
+    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else empty
+    if not lse.numel():
+        return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
+    grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
+    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
+    sizes = (h, h // hkv, m, n, limit, skip)
+
+    def summed(bm):
+        delta, tiles = torch.empty_like(lse), triton.cdiv(m, bm)
+        first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
+        row_sums[(tiles * b, h)](
+            grad, out, span, key_start, delta, first, whole, *strides[9:-1], h, m, n, limit, skip, ramp,
+            **widths, BM=bm, num_warps=4,
+        )  # fmt: skip
+        return lse, delta, first, whole
+
+    bm, bn, warps, stages = _pick(REL_KEYS if rel_pos is not None else KEYS if h == hkv else GROUPED_KEYS, q)
+    saved = summed(bm)
+    if need_kv:
+        backward_keys[(triton.cdiv(n, bn) * b, hkv)](
+            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, hkv), *saved, dk, dv, *strides,
+            *sizes, ramp, scale, BY_ROW=span.dim() == 3 or key_start is not None, **widths,
+            BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if need_rel_pos:
+        bt, _, warps, stages = _pick(REL_DISTANCES, q)
+        lanes, tiles = h if rel_pos.dim() == 3 else 1, triton.cdiv(limit, bt)
+        splits = max(1, min(4 * PROGRAMS // (tiles * lanes), triton.cdiv(m, bt) * b))
+        parts = lse.new_empty(splits, lanes, limit, d)
+        backward_distances[(tiles * splits, lanes)](
+            q, k, v, grad, span, rel_pos, key_start, *summed(bt), parts, *strides, b, *sizes, splits,
+            h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
+    dspan = lse.new_empty(lse.shape) if need_span else None
+    if need_q or need_span:
+        bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
+        backward_rows[(triton.cdiv(m, bm) * b, h)](
+            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), *saved[:2],
+            dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
+            **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if need_span and span.dim() == 1:
+        dspan = dspan.sum((0, 2))
+    return dq, dk, dv, dspan if need_span else empty.to(span.dtype), drel
