@@ -8,7 +8,7 @@ namespace sukhops {
 
 constexpr int64_t kTile = 8;       // rows between two alignments of the window's exponents
 constexpr int64_t kDrawTile = 64;  // boundaries whose inflow is tabulated at a time
-constexpr int64_t kTogether = 4;   // walks, or recursions, taken side by side
+constexpr int64_t kTogether = 4;   // walks taken side by side
 constexpr int64_t kPadding = 32;   // numbers behind an array that whole vectors run into
 
 // one sequence: its scores, what its recursion leaves, and the room that it needs
@@ -69,53 +69,38 @@ Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   return g;
 }
 
-// f(chains, b, count) for `together` sequences b .. b + count at a time. alpha and exponent are rows of the given
-// tensors, or the thread's own room; `whole` says how many of w, mean and after are taken.
+// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room; `whole`
+// says how many of w, mean and after are taken
 template <class S, class A, class F>
-void each_group(const Lattice& g, int64_t together, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
+void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
   const int64_t window = g.k + kPadding, own = g.t + 1, size = g.t + window;
-  const int64_t room_size = 2 * (kTile + window) + (4 + kTile) * window + whole * size + (alpha ? 0 : own);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
     // left as it comes: memory that is not used is not touched
-    const std::unique_ptr<A[]> room(new A[together * room_size]);
-    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : together * own]);
-    std::vector<Chain<S, A>> chains(together);
-    std::vector<A*> owned(together);
-    for (int64_t i = 0; i < together; ++i) {
-      A* at = room.get() + i * room_size;
-      const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
-      Chain<S, A>& c = chains[i];
-      c.k = g.k, c.stored = g.t;
-      c.a = take(kTile + window), c.n = take(kTile + window);
-      c.room = take(3 * window), c.tile = take((kTile + 1) * window);
-      if (whole > 0) c.w = take(size);
-      if (whole > 1) c.mean = take(size), c.after = take(size);
-      owned[i] = at;
-    }
-    for (int64_t b = lo; b < hi; b += together) {
-      const int64_t count = std::min(together, hi - b);
-      for (int64_t i = 0; i < count; ++i) {
-        Chain<S, A>& c = chains[i];
-        c.scores = data<S>(g.scores) + (b + i) * g.t * g.k, c.length = g.lengths[b + i];
-        c.alpha = alpha ? data<A>(*alpha) + (b + i) * own : owned[i];
-        c.exponent = exponent ? data<double>(*exponent) + (b + i) * own : exponents.get() + i * own;
-      }
-      f(chains.data(), b, count);
+    const std::unique_ptr<A[]> room(new A[2 * (kTile + window) + (4 + kTile) * window + whole * size + (alpha ? 0 : own)]);
+    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
+    A* at = room.get();
+    const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
+    Chain<S, A> c{};
+    c.k = g.k, c.stored = g.t;
+    c.a = take(kTile + window), c.n = take(kTile + window);
+    c.room = take(3 * window), c.tile = take((kTile + 1) * window);
+    if (whole > 0) c.w = take(size);
+    if (whole > 1) c.mean = take(size), c.after = take(size);
+    A* const owned = at;
+    for (int64_t b = lo; b < hi; ++b) {
+      c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
+      c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
+      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.get();
+      f(c, b);
     }
   });
 }
 
-// f(chain, b) for each sequence
-template <class S, class A, class F>
-void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
-  each_group<S, A>(g, 1, whole, alpha, exponent, [&](Chain<S, A>* c, int64_t b, int64_t) { f(*c, b); });
-}
-
 template <class S, class A>
-void run_forward(Chain<S, A>* chains, int64_t count) {
+void run_forward(Chain<S, A>& c) {
   static const auto run = SUKHOPS_BEST(forward<S, A>);
-  run(chains, count);
+  run(c);
 }
 
 // calls f(S{}) with the type of the scores: float or double
@@ -132,14 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const Tensor exponent = empty({1, g.b, g.t + 1}, ScalarType::Double, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_group<S, S>(g, kTogether, 0, &alpha, &exponent, [&](Chain<S, S>* chains, int64_t b, int64_t count) {
-      run_forward(chains, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const Chain<S, S>& c = chains[i];
-        const double end = c.alpha[c.length];
-        data<S>(logz)[b + i] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
-        for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
-      }
+    each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      run_forward(c);
+      const double end = c.alpha[c.length];
+      data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
+      for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
     });
   });
   return {logz, alpha, exponent};
@@ -173,7 +155,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
     each_chain<S, double>(g, 3, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
       if (upstream) c.upstream = data<S>(*upstream) + b * g.t * g.k;
       if (grad) c.grad = data<S>(*grad)[b * grad->stride(0)], c.out = data<S>(out) + b * g.t * g.k;
-      run_forward(&c, 1);
+      run_forward(c);
       static const auto run = SUKHOPS_BEST(moments<S>);
       run(c, grad != nullptr);
       data<S>(mean)[b] = c.mean[c.length];

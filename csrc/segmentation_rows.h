@@ -159,55 +159,44 @@ static void rebase(Chain<S, A>& c) {
   c.base += top;
 }
 
-// alpha[t] and the exponent of boundary t, at slot `at`, and its segments into the window. The window of boundaries
-// t .. t + k is a ring: boundary j stays at j % size, and rows are read rotated instead.
+// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length]. The window
+// of boundaries t .. t + k is a ring: boundary j stays at j % size, and rows are read rotated instead.
 template <int W, class S, class A>
-SUKHOPS_INLINE void forward_step(Chain<S, A>& c, int64_t size, int64_t t, int64_t at) {
+static void forward_chain(Chain<S, A>& c) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
+  const int64_t size = padded(c.k, W);
   I lane{};
   for (int l = 0; l < W; ++l) lane[l] = l;
-  if (t % kTile == 0) rebase<W>(c);
-  const A* x = row<W>(c, t) - at - 1;  // lane i > at is segment i - at - 1, lane i <= at that plus size
-  const A a = c.a[at], n = c.n[at];
-  c.alpha[t] = a;
-  c.exponent[t] = c.base + n;
-  for (int64_t i = 0; i < size; i += W) {
-    V m, e;
-    const I place = lane + (typename Format<A>::Int)(i - at);
-    split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
-    const V gone = V{} - A(__builtin_inf());
-    const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n, ahead = add - old;
-    const V have = place == 0 ? V{} : read<V>(c.a + i), more = m * a;
-    // the larger exponent stays, the other number is shifted to it
-    const auto larger = add > old;
-    write(c.n + i, larger ? add : old);
-    write(c.a + i, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+  for (int64_t i = 0; i < size; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
+  c.base = 0;
+  if (size > 0) c.a[0] = 1, c.n[0] = 0;
+  for (int64_t t = 0, at = 0; t < c.length; ++t, at = at + 1 < size ? at + 1 : 0) {
+    if (size == 0) {
+      c.alpha[t] = t == 0, c.exponent[t] = t == 0 ? 0 : -__builtin_inf();
+      continue;
+    }
+    if (t % kTile == 0) rebase<W>(c);
+    const A* x = row<W>(c, t) - at - 1;  // lane i > at is segment i - at - 1, lane i <= at that plus size
+    const A a = c.a[at], n = c.n[at];
+    c.alpha[t] = a;
+    c.exponent[t] = c.base + n;
+    for (int64_t i = 0; i < size; i += W) {
+      V m, e;
+      const I place = lane + (typename Format<A>::Int)(i - at);
+      split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
+      const V gone = V{} - A(__builtin_inf());
+      const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n, ahead = add - old;
+      const V have = place == 0 ? V{} : read<V>(c.a + i), more = m * a;
+      // the larger exponent stays, the other number is shifted to it
+      const auto larger = add > old;
+      write(c.n + i, larger ? add : old);
+      write(c.a + i, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+    }
   }
-}
-
-// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length], of `count`
-// chains of the same k. A step waits for the one before it: the others' steps fill that time.
-template <int W, class S, class A>
-static void forward_chains(Chain<S, A>* chains, int64_t count) {
-  const int64_t k = chains[0].k, size = padded(k, W);
-  int64_t longest = 0;
-  for (Chain<S, A>* c = chains; c < chains + count; ++c) {
-    for (int64_t i = 0; i < size; ++i) c->a[i] = 0, c->n[i] = -__builtin_inf();
-    c->base = 0;
-    if (size > 0) c->a[0] = 1, c->n[0] = 0;
-    longest = c->length > longest ? c->length : longest;
-  }
-  if (size > 0)
-    for (int64_t t = 0, at = 0; t < longest; ++t, at = at + 1 < size ? at + 1 : 0)
-      for (Chain<S, A>* c = chains; c < chains + count; ++c)
-        if (t < c->length) forward_step<W>(*c, size, t, at);
-  for (Chain<S, A>* c = chains; c < chains + count; ++c) {
-    for (int64_t t = 0; size == 0 && t < c->length; ++t) c->alpha[t] = t == 0, c->exponent[t] = t == 0 ? 0 : -__builtin_inf();
-    const int64_t at = size ? c->length % size : 0;
-    c->alpha[c->length] = size ? c->a[at] : A(c->length == 0);
-    c->exponent[c->length] = size ? c->base + c->n[at] : c->length == 0 ? 0 : -__builtin_inf();
-  }
+  const int64_t at = size ? c.length % size : 0;
+  c.alpha[c.length] = size ? c.a[at] : A(c.length == 0);
+  c.exponent[c.length] = size ? c.base + c.n[at] : c.length == 0 ? 0 : -__builtin_inf();
 }
 
 // for boundaries from t0 on: the exponent, relative to that tile, and alpha
@@ -457,8 +446,8 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
 // ---------------------------------------------------------------- what segmentation.cpp calls
 
 template <class S, class A>
-static void forward(Chain<S, A>* chains, int64_t count) {
-  with_lanes<A>(chains[0].k, [&](auto w) { forward_chains<decltype(w)::value>(chains, count); });
+static void forward(Chain<S, A>& c) {
+  with_lanes<A>(c.k, [&](auto w) { forward_chain<decltype(w)::value>(c); });
 }
 
 template <class A>
