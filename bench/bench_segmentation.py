@@ -67,7 +67,7 @@ def peers(b: int, t: int, k: int) -> dict[str, Provider]:
     return {
         "a loop": Provider(logz(loop), 8 * steps, "torch", seconds=1.2e-3 * t),
         "pytorch-struct": Provider(
-            logz(pytorch_struct), 40 * steps * (k + 2), "torch-struct", seconds=5e-9 * b * t * (k + 1) ** 2
+            logz(pytorch_struct), 40 * steps * (k + 2), "torch-struct", seconds=3e-7 * b * t * (k + 1) ** 2
         ),
     }
 

@@ -24,7 +24,7 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(value: float | None, form: str = ",.0f") -> str:
+def number(value: float | None, form: str = "z,.0f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 

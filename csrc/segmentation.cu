@@ -133,41 +133,41 @@ struct Batch {
 
 // one block per sequence: warp 0 alpha and logz, warp 1, where there is one, beta
 template <int C, class S>
-__global__ void __launch_bounds__(64) sweeps(Batch<S> g, S* logz, S* value, double* exponent) {
+__global__ void __launch_bounds__(64, 1) sweeps(Batch<S> g, S* logz, double* value, double* exponent) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x, side = threadIdx.x / 32, at = (side * g.b + b) * (g.t + 1);
   Warp<C, S> p{reinterpret_cast<S*>(memory) + side * Warp<C, S>::shared(g.k),
                static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
   const warp::Sequence<S> q = g.sequence(b);
   for (int64_t j = (q.length < 0 ? 0 : q.length + 1) + p.lane(); j <= g.t; j += 32)
-    value[at + j] = q.length < 0 ? S(NAN) : S(0), exponent[at + j] = q.length < 0 ? 0 : -warp::infinity();
-  if (q.length >= 0) warp::sweep(p, q, side == 1, value + at, exponent + at);
+    value[at + j] = q.length < 0 ? NAN : 0, exponent[at + j] = q.length < 0 ? 0 : -warp::infinity();
+  if (q.length >= 0) warp::sweep<S>(p, q, side == 1, value + at, exponent + at);
   __syncwarp();
   if (side == 0 && p.lead()) {
-    const S end = q.length < 0 ? S(NAN) : value[at + q.length];
-    logz[b] = end == S(0) ? -S(warp::infinity())
-              : q.length < 0 ? end
-                             : S(log(double(end)) + exponent[at + q.length] * 0.693147180559945309);
+    const double end = q.length < 0 ? NAN : value[at + q.length];
+    logz[b] = S(end == 0 ? -warp::infinity()
+                : q.length < 0 ? end
+                               : log(end) + exponent[at + q.length] * 0.693147180559945309);
   }
 }
 
 template <class S>
-__global__ void posteriors(Batch<S> g, const S* value, const double* exponent, const S* grad, int64_t grad_stride,
+__global__ void posteriors(Batch<S> g, const double* value, const double* exponent, const S* grad, int64_t grad_stride,
                            S* out) {
   const int64_t all = g.b * g.t * g.k, sides = g.b * (g.t + 1);
   for (int64_t e = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; e < all; e += int64_t(gridDim.x) * blockDim.x) {
     const int64_t b = e / (g.t * g.k), t = e / g.k % g.t, j = t + 1 + e % g.k, at = b * (g.t + 1);
     const warp::Sequence<S> q = g.sequence(b);
-    S p = q.length < 0 ? S(NAN) : S(0);
-    if (j <= q.length && value[at + q.length] != S(0))
+    double p = q.length < 0 ? NAN : 0;
+    if (j <= q.length && value[at + q.length] != 0)
       p = warp::posterior(g.scores[e], value[at + t], exponent[at + t], value[sides + at + j], exponent[sides + at + j],
                           value[at + q.length], exponent[at + q.length]);
-    out[e] = p == S(0) ? S(0) : p * grad[b * grad_stride];
+    out[e] = p == 0 ? S(0) : S(p * grad[b * grad_stride]);
   }
 }
 
 template <int C, class S>
-__global__ void __launch_bounds__(32) best(Batch<S> g, double* sums, S* score, int64_t* segments) {
+__global__ void __launch_bounds__(32, 1) best(Batch<S> g, double* sums, S* score, int64_t* segments) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x;
   Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
@@ -179,22 +179,22 @@ __global__ void __launch_bounds__(32) best(Batch<S> g, double* sums, S* score, i
 }
 
 template <class S>
-__global__ void draws(Batch<S> g, const S* alpha, const double* exponent, const int64_t* seed, int64_t samples,
+__global__ void draws(Batch<S> g, const double* alpha, const double* exponent, const int64_t* seed, int64_t samples,
                       int64_t* segments) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, b = i % g.b, at = b * (g.t + 1);
   if (i >= samples * g.b) return;
   const warp::Sequence<S> q = g.sequence(b);
-  const S end = q.length < 0 ? S(NAN) : alpha[at + q.length];
+  const double end = q.length < 0 ? NAN : alpha[at + q.length];
   if (end != end)
     for (int64_t t = 0; t < g.t; ++t) segments[i * g.t + t] = -1;
-  else if (end != S(0))
+  else if (end != 0)
     warp::draw(q, alpha + at, exponent + at,
                static_cast<uint64_t>(*seed) + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(i + 1), segments + i * g.t);
 }
 
 // `room`: alpha, exponent and mean, [3, B, T + 1]; out is null where no gradient is wanted
 template <int C, class S>
-__global__ void __launch_bounds__(32) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
+__global__ void __launch_bounds__(32, 1) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
                                               double* room, S* mean, S* out) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x, n = g.b * (g.t + 1), at = b * (g.t + 1), from = b * g.t * g.k;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(32) moments(Batch<S> g, const S* upstream, con
   double *alpha = room + at, *exponent = room + n + at, *sum = room + 2 * n + at;
   const S* worth = upstream ? upstream + from : nullptr;
   if (q.length >= 0) {
-    warp::sweep(p, q, false, alpha, exponent);
+    warp::sweep<double>(p, q, false, alpha, exponent);
     warp::expect(p, q, alpha, exponent, worth, sum);
     if (out) warp::covariance(p, q, alpha, exponent, worth, sum, double(grad[b * grad_stride]), out + from);
   }
@@ -258,8 +258,12 @@ template <class F>
 void choose(const Launch& l, const F& f) {
   const auto width = [&](auto s) {
     if (l.k <= 32) return f(s, Slots<1>());
-    if (l.k <= 64) return f(s, Slots<2>());
-    f(s, Slots<4>());
+    if constexpr (sizeof(s) == 8) {  // four doubles to a lane spill
+      STD_TORCH_CHECK(l.k <= 64, "scores: CUDA takes float64 segments of up to K = 64 positions, got K = ", l.k);
+      f(s, Slots<2>());
+    } else {
+      l.k <= 64 ? f(s, Slots<2>()) : f(s, Slots<4>());
+    }
   };
   l.scores.scalar_type() == ScalarType::Double ? width(double{}) : width(float{});
 }
@@ -278,13 +282,13 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const Launch l(scores, lengths);
   const ScalarType dtype = scores.scalar_type();
   const int64_t sides = need_gradient ? 2 : 1;
-  const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, dtype, scores);
+  const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
   const Tensor exponent = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
   choose(l, [&](auto s, auto c) {
     using S = decltype(s);
     constexpr int C = decltype(c)::value;
     launch(sweeps<C, S>, l, l.b, 32 * static_cast<int>(sides), sides * Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(),
-           data<S>(logz), data<S>(value), data<double>(exponent));
+           data<S>(logz), data<double>(value), data<double>(exponent));
   });
   return {logz, value, exponent};
 }
@@ -297,7 +301,7 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
   const int64_t blocks = (l.b * l.t * l.k + 255) / 256;
   choose(l, [&](auto s, auto) {
     using S = decltype(s);
-    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const S*>(data<S>(alpha)),
+    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const double*>(data<double>(alpha)),
            static_cast<const double*>(data<double>(exponent)), static_cast<const S*>(data<S>(grad)), grad.stride(0),
            data<S>(out));
   });
@@ -356,7 +360,7 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
   const Tensor segments = torch::stable::new_zeros(scores, std::vector<int64_t>{num_samples, l.b, l.t}, ScalarType::Long);
   choose(l, [&](auto s, auto) {
     using S = decltype(s);
-    launch(draws<S>, l, (num_samples * l.b + 127) / 128, 128, 0, l.batch<S>(), static_cast<const S*>(data<S>(alpha)),
+    launch(draws<S>, l, (num_samples * l.b + 127) / 128, 128, 0, l.batch<S>(), static_cast<const double*>(data<double>(alpha)),
            static_cast<const double*>(data<double>(exponent)), static_cast<const int64_t*>(data<int64_t>(seed)),
            num_samples, data<int64_t>(segments));
   });

@@ -1,6 +1,8 @@
 // The recursions of segmentation.cu, written for an owner P of one sequence: a warp, whose lanes hold the slots of
 // a window between them, or a host thread that holds them all, on which tests run the same arithmetic.
 // As on the CPU (segmentation_rows.h) a number is a * 2^n and the window a ring: boundary j stays in slot j % k.
+// Mantissas are double: a posterior is alpha * beta / z of long products, and float ones would drift apart. What a
+// score's exponential is rounded to, E, cancels there: all three have the same one.
 #pragma once
 
 #include <cmath>
@@ -48,14 +50,6 @@ SUKHOPS_BOTH Number<A> split(A x) {
 }
 
 // 2^d for an integer d, 0 below the smallest exponent or where d is NaN, at most 2^(half of the largest)
-SUKHOPS_BOTH float power(float d) {
-  if (!(d >= -126.0f)) return 0.0f;
-  const int32_t bits = (static_cast<int32_t>(d > 63.0f ? 63.0f : d) + 127) << 23;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 SUKHOPS_BOTH double power(double d) {
   if (!(d >= -1022.0)) return 0.0;
   const int64_t bits = (static_cast<int64_t>(d > 511.0 ? 511.0 : d) + 1023) << 52;
@@ -65,20 +59,20 @@ SUKHOPS_BOTH double power(double d) {
 }
 
 // a * 2^n += (a0 * 2^n0) * exp(x); a slot that its boundary has left starts from nothing
-template <class A>
-SUKHOPS_BOTH void add(A& a, A& n, bool gone, A a0, A n0, A x) {
-  const Number<A> e = split(x);
-  const A old = gone ? -A(infinity()) : n, sum = e.n + n0, most = sum > old ? sum : old;
+template <class E>
+SUKHOPS_BOTH void add(double& a, E& n, bool gone, double a0, E n0, E x) {
+  const Number<E> e = split(x);
+  const E old = gone ? -E(infinity()) : n, sum = e.n + n0, most = sum > old ? sum : old;
   a = a * power(old - most) + (e.m * power(sum - most)) * a0;
   n = most;
 }
 
 // the mantissa into [1/2, 1)
-template <class A>
-SUKHOPS_BOTH void normalise(A& a, A& n) {
+template <class E>
+SUKHOPS_BOTH void normalise(double& a, E& n) {
   int e = 0;
-  if (a > A(0) && a < A(infinity())) a = frexp(a, &e);
-  n += A(e);
+  if (a > 0 && a < infinity()) a = frexp(a, &e);
+  n += E(e);
 }
 
 // what all recursions of a sequence share: segment (t, i) covers t .. t + i and has score[t * k + i]
@@ -103,13 +97,14 @@ struct Direction {
 
 // value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
 // forwards, beta backwards. Rows come through P's store, P::kAhead steps ahead of their use.
-template <class P, class A, class S>
-SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, A* value, double* exponent) {
+template <class E, class P, class S>
+SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, double* value, double* exponent) {
   const Direction d{backwards, q.length};
-  A a[P::kOwn], n[P::kOwn];
+  double a[P::kOwn];
+  E n[P::kOwn];
   double base = 0;
   SUKHOPS_UNROLL
-  for (int i = 0; i < P::kOwn; ++i) a[i] = p.slot(i) == 0, n[i] = p.slot(i) == 0 ? A(0) : -A(infinity());
+  for (int i = 0; i < P::kOwn; ++i) a[i] = p.slot(i) == 0, n[i] = p.slot(i) == 0 ? E(0) : -E(infinity());
   p.open(q, d);
   int at = 0;
   for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
@@ -117,40 +112,41 @@ SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, A* value, do
     if (u % kRebase == 0) {
       SUKHOPS_UNROLL
       for (int i = 0; i < P::kOwn; ++i) normalise(a[i], n[i]);
-      const A top = p.max(n);
-      if (top > -A(infinity())) {
+      const E top = p.max(n);
+      if (top > -E(infinity())) {
         SUKHOPS_UNROLL
         for (int i = 0; i < P::kOwn; ++i) n[i] -= top;
         base += top;
       }
     }
-    const A a0 = p.broadcast(a, at), n0 = p.broadcast(n, at);
+    const double a0 = p.broadcast(a, at);
+    const E n0 = p.broadcast(n, at);
     if (p.lead()) value[d.boundary(u)] = a0, exponent[d.boundary(u)] = base + n0;
     SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       const bool there = slot < q.k && u + 1 + to <= q.length;
-      add(a[i], n[i], slot == at, a0, n0, there ? A(p.score(q, d, u, to)) : -A(infinity()));
+      add(a[i], n[i], slot == at, a0, n0, there ? E(p.score(q, d, u, to)) : -E(infinity()));
     }
   }
-  const A a0 = q.k > 0 ? p.broadcast(a, at) : A(q.length == 0);
-  const A n0 = q.k > 0 ? p.broadcast(n, at) : q.length == 0 ? A(0) : -A(infinity());
+  const double a0 = q.k > 0 ? p.broadcast(a, at) : q.length == 0;
+  const E n0 = q.k > 0 ? p.broadcast(n, at) : q.length == 0 ? E(0) : -E(infinity());
   if (p.lead()) value[d.boundary(q.length)] = a0, exponent[d.boundary(q.length)] = base + n0;
 }
 
 // the share of segment x, from a boundary with sum (a0, n0), in a boundary's sum (a1, n1): at most 1
-template <class A>
-SUKHOPS_BOTH A share(A x, A a0, double n0, A a1, double n1) {
-  const Number<A> e = split(x);
-  const A d = n1 > -infinity() && n0 > -infinity() ? e.n + A(n0 - n1) : -A(infinity());
-  const A r = (e.m * a0) * power(d) / (a1 == A(0) ? A(1) : a1);
-  return r > A(1) ? A(1) : r;
+template <class E>
+SUKHOPS_BOTH double share(E x, double a0, double n0, double a1, double n1) {
+  const Number<E> e = split(x);
+  const double d = n1 > -infinity() && n0 > -infinity() ? e.n + (n0 - n1) : -infinity();
+  const double r = (e.m * a0) * power(d) / (a1 == 0 ? 1 : a1);
+  return r > 1 ? 1 : r;
 }
 
 // the posterior of a segment between boundaries with alpha (a0, n0) and beta (b1, m1); logz is (z, nz)
-template <class A>
-SUKHOPS_BOTH A posterior(A x, A a0, double n0, A b1, double m1, A z, double nz) {
-  return share<A>(x, a0 * b1, n0 + m1, z, nz);
+template <class E>
+SUKHOPS_BOTH double posterior(E x, double a0, double n0, double b1, double m1, double z, double nz) {
+  return share(x, a0 * b1, n0 + m1, z, nz);
 }
 
 // best[j], the largest sum of scores of the first j positions, in double; false where a score is NaN or +inf
@@ -210,27 +206,26 @@ SUKHOPS_BOTH uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
 }
 
 // walks one segmentation back from the end; `stream` is seed + step * (sample * sequences + sequence + 1)
-template <class A>
-SUKHOPS_BOTH void draw(const Sequence<A>& q, const A* alpha, const double* exponent, uint64_t stream,
+template <class S>
+SUKHOPS_BOTH void draw(const Sequence<S>& q, const double* alpha, const double* exponent, uint64_t stream,
                        int64_t* segments) {
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
-  constexpr int bits = sizeof(A) == 4 ? 24 : 53;
   stream = mixed(stream);
   for (int64_t j = q.length; j > 0;) {
-    const uint64_t number = mixed(stream + kStep * static_cast<uint64_t>(j)) >> (64 - bits);
-    const A u = A(number) / A(uint64_t(1) << bits);
-    A total = 0;
+    const uint64_t number = mixed(stream + kStep * static_cast<uint64_t>(j)) >> 11;
+    const double u = static_cast<double>(number) / 9007199254740992.0;
+    double total = 0;
     const int64_t most = q.k < j ? q.k : j;
     for (int64_t i = 0; i < most; ++i)
       total += share(q.score[(j - 1 - i) * q.k + i], alpha[j - 1 - i], exponent[j - 1 - i], alpha[j], exponent[j]);
-    A sum = 0;
+    double sum = 0;
     int64_t length = 0;
     for (int64_t i = 0; i < most; ++i) {
       const int64_t t = j - 1 - i;
-      const A s = share(q.score[t * q.k + i], alpha[t], exponent[t], alpha[j], exponent[j]);
+      const double s = share(q.score[t * q.k + i], alpha[t], exponent[t], alpha[j], exponent[j]);
       sum += s;
-      if (s > A(0)) length = i + 1;
-      if (s > A(0) && sum > u * total) break;
+      if (s > 0) length = i + 1;
+      if (s > 0 && sum > u * total) break;
     }
     j -= length;
     segments[j] = length;

@@ -20,26 +20,25 @@ void with_owner(int64_t k, const F& f) {
 
 template <class S>
 void posterior_of(const Sequence<S>& q, S* logz, S* out) {
-  std::vector<S> alpha(q.length + 1), beta(q.length + 1);
-  std::vector<double> alpha_n(q.length + 1), beta_n(q.length + 1);
+  std::vector<double> alpha(q.length + 1), alpha_n(q.length + 1), beta(q.length + 1), beta_n(q.length + 1);
   with_owner(q.k, [&](auto& p) {
-    sweep(p, q, false, alpha.data(), alpha_n.data());
-    sweep(p, q, true, beta.data(), beta_n.data());
+    sweep<S>(p, q, false, alpha.data(), alpha_n.data());
+    sweep<S>(p, q, true, beta.data(), beta_n.data());
   });
-  const auto log_of = [](S a, double n) { return a == 0 ? -infinity() : std::log(double(a)) + n * 0.693147180559945309; };
+  const auto log_of = [](double a, double n) { return a == 0 ? -infinity() : std::log(a) + n * 0.693147180559945309; };
   logz[0] = S(log_of(alpha[q.length], alpha_n[q.length]));
   logz[1] = S(log_of(beta[0], beta_n[0]));
   for (int64_t t = 0; t < q.length && alpha[q.length] != 0; ++t)
     for (int64_t i = 0; i < q.k && t + i < q.length; ++i)
-      out[t * q.k + i] = posterior(q.score[t * q.k + i], alpha[t], alpha_n[t], beta[t + 1 + i], beta_n[t + 1 + i],
-                                   alpha[q.length], alpha_n[q.length]);
+      out[t * q.k + i] = S(posterior(q.score[t * q.k + i], alpha[t], alpha_n[t], beta[t + 1 + i], beta_n[t + 1 + i],
+                                     alpha[q.length], alpha_n[q.length]));
 }
 
 template <class S>
 void moments_of(const Sequence<S>& q, const S* upstream, S* mean, S* out) {
   std::vector<double> alpha(q.length + 1), exponent(q.length + 1), sums(q.length + 1);
   with_owner(q.k, [&](auto& p) {
-    sweep(p, q, false, alpha.data(), exponent.data());
+    sweep<double>(p, q, false, alpha.data(), exponent.data());
     expect(p, q, alpha.data(), exponent.data(), upstream, sums.data());
     covariance(p, q, alpha.data(), exponent.data(), upstream, sums.data(), 1.0, out);
   });
@@ -54,9 +53,8 @@ void best_of(const Sequence<S>& q, S* score, int64_t* segments) {
 
 template <class S>
 void samples_of(const Sequence<S>& q, int64_t t, int64_t samples, int64_t seed, int64_t* segments) {
-  std::vector<S> alpha(q.length + 1);
-  std::vector<double> exponent(q.length + 1);
-  with_owner(q.k, [&](auto& p) { sweep(p, q, false, alpha.data(), exponent.data()); });
+  std::vector<double> alpha(q.length + 1), exponent(q.length + 1);
+  with_owner(q.k, [&](auto& p) { sweep<S>(p, q, false, alpha.data(), exponent.data()); });
   for (int64_t s = 0; s < samples && alpha[q.length] != 0; ++s)
     draw(q, alpha.data(), exponent.data(), uint64_t(seed) + 0x9e3779b97f4a7c15u * uint64_t(s + 1), segments + s * t);
 }

@@ -91,6 +91,11 @@ def problems(draw):
     return scores, lengths
 
 
+def upstream_like(scores: torch.Tensor) -> torch.Tensor:
+    """A gradient whose sums over a segmentation are below 1, which is what budgets assume of an input."""
+    return 0.1 * torch.arange(scores.numel(), dtype=scores.dtype).cos().reshape(scores.shape)
+
+
 def sequences(scores: torch.Tensor, lengths: torch.Tensor | None) -> list[Sequence]:
     ends = [scores.shape[1]] * scores.shape[0] if lengths is None else lengths.tolist()
     return [Sequence(s, n) for s, n in zip(scores, ends, strict=True)]

@@ -39,8 +39,8 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128,
-            on CUDA.
+        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128
+            (64 in float64), on CUDA.
 
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
@@ -161,8 +161,10 @@ def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | N
 @torch.library.register_fake("sukhops::segmentation_logz")
 def _(scores, lengths, need_gradient):
     b, t, _ = scores.shape
-    shape = (2 if need_gradient and scores.device.type == "cuda" else 1, b, t + 1)
-    return scores.new_empty(b), scores.new_empty(shape), scores.new_empty(shape, dtype=torch.float64)
+    cuda = scores.device.type == "cuda"  # mantissas of both sweeps in double
+    shape = (2 if need_gradient and cuda else 1, b, t + 1)
+    alpha = scores.new_empty(shape, dtype=torch.float64 if cuda else scores.dtype)
+    return scores.new_empty(b), alpha, scores.new_empty(shape, dtype=torch.float64)
 
 
 @torch.library.register_fake("sukhops::segmentation_marginals")
@@ -205,10 +207,13 @@ def _save_logz(ctx, inputs, output):
     scores, lengths, _ = inputs
     _, alpha, exponent = output
     ctx.mark_non_differentiable(alpha, exponent)
+    ctx.set_materialize_grads(False)  # zeros for alpha and exponent would be filled
     ctx.save_for_backward(scores, lengths, alpha, exponent)
 
 
 def _gradient_logz(ctx, grad, *_):
+    if grad is None:
+        return None, None, None
     return _ops.segmentation_marginals(*ctx.saved_tensors, grad), None, None
 
 
