@@ -125,17 +125,25 @@ def example(found: list[dict]) -> str:
     return markdown(["", *columns], body)
 
 
-def machine(found: list[dict]) -> str:
-    r = found[0]
-    return f"{r['machine']}, {r['threads']} threads, {r['isa']}, torch {r['torch']}."
+def machine() -> str:
+    """Which machine each table was measured on."""
+    names: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for r in rows(path.stem):
+            if "isa" in r:
+                text = f"{r['machine']}, {r['threads']} threads, {r['isa']}, torch {r['torch']}"
+                names.setdefault(text, [])
+                if path.stem not in names[text]:
+                    names[text].append(path.stem)
+    return "\n".join(f"- {', '.join(files)}: {text}." for text, files in names.items())
 
 
 def block(name: str) -> str:
-    found = rows("vocab_head" if name == "machine" else name)
+    if name == "machine":
+        return machine()
+    found = rows(name)
     if not found:
         return ""
-    if name == "machine":
-        return machine(found)
     if name == "train_step":
         return train_step(found)
     if name in ("pairs", "roofline", "lexicon"):
