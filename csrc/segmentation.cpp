@@ -20,11 +20,12 @@ struct Chain {
   double* exponent;     // [length + 1]
   double base;          // what the window's exponents are relative to
   A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
-  A* room;              // [3, k + kPadding]
-  A* tile;              // [kTile, k + kPadding]: shares
+  A *sum, *inverse;     // of the same boundaries in a plain tile, likewise
+  A* room;              // [k + kPadding]: a row
+  A* tile;              // [2, kTile, k + kPadding]: shares
   A* w;                 // the mass of each boundary, [length + k + kPadding]
   A *mean, *after;      // likewise
-  int bad;
+  bool plain, bad;
   A grad;
   S* out;               // [stored, k]
   int64_t stored;       // rows of out; those behind length are 0
@@ -77,14 +78,14 @@ void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* 
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
     // left as it comes: memory that is not used is not touched
-    const std::unique_ptr<A[]> room(new A[2 * (kTile + window) + (4 + kTile) * window + whole * size + (alpha ? 0 : own)]);
+    const std::unique_ptr<A[]> room(new A[4 * (kTile + window) + (2 + 2 * kTile) * window + whole * size + (alpha ? 0 : own)]);
     const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
     A* at = room.get();
     const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
     Chain<S, A> c{};
     c.k = g.k, c.stored = g.t;
-    c.a = take(kTile + window), c.n = take(kTile + window);
-    c.room = take(3 * window), c.tile = take((kTile + 1) * window);
+    for (A** of : {&c.a, &c.n, &c.sum, &c.inverse}) *of = take(kTile + window);
+    c.room = take(window), c.tile = take((2 * kTile + 1) * window);
     if (whole > 0) c.w = take(size);
     if (whole > 1) c.mean = take(size), c.after = take(size);
     A* const owned = at;

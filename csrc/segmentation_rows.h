@@ -4,6 +4,17 @@
 // A number is a * 2^n: the exponent n is an integer kept in A, relative to a double, so that scores of any
 // size are added without overflow, and without a logarithm before the end. Sums of a sequence's own numbers
 // depend on nothing else, so neither the number of threads nor the other sequences change a bit.
+//
+// Rows are taken kTile at a time. In most tiles all numbers are within reach of one exponent: such a tile is
+// `plain`, and its exponents are left out. A tile finds out by itself, and is done again if it was not.
+
+// powers of two that bound the numbers of a plain tile: no product of theirs overflows or loses a bit
+struct Plain {
+  int lowest, scores;  // a score's exponential has one of this many exponents from -lowest on, or is 0
+  int low, high;       // sums over all ways to a boundary are in [2^-low, 2^high], or 0
+  int top;             // where the largest sum of the window starts
+  int least;           // a sum that ways are still missing from is at least 2^-least, or 0
+};
 
 template <class A>
 struct Format;
@@ -13,6 +24,8 @@ struct Format<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr Int kMagicBits = 0x4b400000;
+  static constexpr Plain kPlain{48, 64, 54, 104, 70, 100};
 };
 template <>
 struct Format<double> {
@@ -20,6 +33,8 @@ struct Format<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kMagic = 6755399441055744.0;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr Int kMagicBits = 0x4338000000000000;
+  static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
 };
 
 template <class A, int W>
@@ -28,22 +43,27 @@ struct Wide {
   typedef typename Format<A>::Int i __attribute__((vector_size(W * sizeof(A))));
 };
 
-template <int W>
-struct Lanes {
-  static constexpr int value = W;
+// how a window of k is held: W lanes a vector, N vectors, N = 0 for any number of them
+template <int W, int N>
+struct Shape {
+  static constexpr int lanes = W, vectors = N;
 };
 
-// lanes for a window of k: what a register of this instruction set holds, or fewer
 template <class A, class F>
-SUKHOPS_INLINE void with_lanes(int64_t k, const F& f) {
-  constexpr int most = kRegisterBytes / sizeof(A);
-  if constexpr (most > 8) {
-    if (k > 8) return f(Lanes<16>());
-  }
+SUKHOPS_INLINE void with_shape(int64_t k, const F& f) {
+  constexpr int most = kRegisterBytes / sizeof(A);  // lanes of a register
   if constexpr (most > 4) {
-    if (k > 4) return f(Lanes<8>());
+    if (k <= 4) return f(Shape<4, 1>());
   }
-  f(Lanes<(most < 4 ? most : 4)>());
+  if constexpr (most > 8) {
+    if (k <= 8) return f(Shape<8, 1>());
+  }
+  switch ((k + most - 1) / most) {
+    case 1: return f(Shape<most, 1>());
+    case 2: return f(Shape<most, 2>());
+    case 4: return f(Shape<most, 4>());
+    default: return f(Shape<most, 0>());
+  }
 }
 
 template <class V, class A>
@@ -58,14 +78,13 @@ SUKHOPS_INLINE void write(A* p, V x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+// exp(r) for |r| <= log(2) / 2; the minimax polynomial of its degree, error 5e-9
 template <class V>
 SUKHOPS_INLINE V exp_near_zero(V r, float) {
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * (r * r) + r + 1.0f;
+  const V square = r * r;
+  const V low = r * 0.166665181517601f + 0.4999999403953552f;
+  const V high = (square * 1.381416223011911e-3f + 4.166840761899948e-2f) + r * 8.36892705410719e-3f;
+  return (high * square + low) * square + r + 1.0f;
 }
 
 template <class V>
@@ -98,6 +117,18 @@ SUKHOPS_INLINE void split(V x, V& m, V& n) {
   n = coarse ? y : k;
 }
 
+// exp(x), to the bit what split has; `outside` gets bits above Plain::scores for a score that a plain tile cannot have
+template <class A, class V, class I>
+SUKHOPS_INLINE V plain_exp(V x, I& outside) {
+  using F = Format<A>;
+  constexpr A magic = F::kMagic + F::kBias;
+  const I impossible = x == -A(__builtin_inf());
+  const V shifted = x * A(1.44269504088896341) + magic, k = shifted - magic;
+  outside |= ~impossible & ((I)shifted - (F::kMagicBits + F::kBias - F::kPlain.lowest));
+  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
+  return impossible ? V{} : p * (V)((I)shifted << F::kMantissa);
+}
+
 // 2^d for an integer d <= the largest exponent, 0 where d is below the smallest one or NaN
 template <class A, class V>
 SUKHOPS_INLINE V power(V d) {
@@ -123,86 +154,146 @@ SUKHOPS_INLINE auto sum_lanes(V x) {
 
 SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return (k + w - 1) / w * w; }
 
-// row t with -inf where a segment is too long: in place if it is whole, else in the middle of `room`
+// the lanes of x from the second one on, then the first one of y
+template <int W, class V>
+SUKHOPS_INLINE V next_lane(V x, V y) {
+  if constexpr (W == 2) return __builtin_shufflevector(x, y, 1, 2);
+  if constexpr (W == 4) return __builtin_shufflevector(x, y, 1, 2, 3, 4);
+  if constexpr (W == 8) return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8);
+  if constexpr (W == 16)
+    return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+}
+
+// row t with -inf where a segment is too long: in place if it is whole, else in `room`
 template <int W, class S, class A>
 SUKHOPS_INLINE const A* row(const Chain<S, A>& c, int64_t t) {
   const S* x = c.scores + t * c.k;
   const int64_t valid = c.k < c.length - t ? c.k : c.length - t, size = padded(c.k, W);
   if constexpr (sizeof(S) == sizeof(A)) {
-    if (valid == size && t > 0) return x;  // row 0 has no row before it, which a rotated read runs into
+    if (valid == size) return x;
   }
-  A* room = c.room + size;
-  for (int64_t k = 0; k < valid; ++k) room[k] = x[k];
-  for (int64_t k = valid; k < size; ++k) room[k] = -__builtin_inf();
-  return room;
+  for (int64_t k = 0; k < valid; ++k) c.room[k] = x[k];
+  for (int64_t k = valid; k < size; ++k) c.room[k] = -__builtin_inf();
+  return c.room;
 }
 
-// brings the mantissas of the window into [1, 2) and its exponents near 0
-template <int W, class S, class A>
-static void rebase(Chain<S, A>& c) {
+// brings mantissas into [1, 2), the largest exponent to 0; returns what the exponents have lost
+template <int W, class A>
+SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   using F = Format<A>;
   V most = V{} - A(__builtin_inf());
-  for (int64_t k = 0; k < c.k; k += W) {
-    const V a = read<V>(c.a + k);
-    const V e = __builtin_convertvector((((I)a >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-    const V n = read<V>(c.n + k) + e;
-    write(c.a + k, a * power<A>(-e));
-    write(c.n + k, n);
-    most = n > most ? n : most;
+  for (int64_t k = 0; k < size; k += W) {
+    const V x = read<V>(a + k);
+    const V e = __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
+    const V m = read<V>(n + k) + e;
+    write(a + k, x * power<A>(-e));
+    write(n + k, m);
+    most = m > most ? m : most;
   }
   A top = most[0];
   for (int l = 1; l < W; ++l) top = most[l] > top ? most[l] : top;
-  if (!(top > -__builtin_inf())) return;
-  for (int64_t k = 0; k < c.k; k += W) write(c.n + k, read<V>(c.n + k) - top);
-  c.base += top;
+  if (!(top > -__builtin_inf())) return 0;
+  for (int64_t k = 0; k < size; k += W) write(n + k, read<V>(n + k) - top);
+  return top;
 }
 
-// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length]. The window
-// of boundaries t .. t + k is a ring: boundary j stays at j % size, and rows are read rotated instead.
-template <int W, class S, class A>
-static void forward_chain(Chain<S, A>& c) {
+// alpha and exponent of `rows` boundaries from t0 on, found[i] * 2^base
+template <int W, int64_t size, class S, class A>
+SUKHOPS_INLINE void keep(Chain<S, A>& c, int64_t t0, int64_t rows, A (&found)[size], double base) {
+  A exponents[size] = {};
+  base += normalise<W>(found, exponents, size);
+  for (int64_t i = 0; i < rows; ++i) c.alpha[t0 + i] = found[i];
+  for (int64_t i = 0; i < rows; ++i) c.exponent[t0 + i] = found[i] != 0 ? base + exponents[i] : -__builtin_inf();
+}
+
+// takes rows t0 .. t0 + rows to the window c.a * 2^c.n, which is normalised; false, with nothing done, where the
+// tile is not plain
+template <int W, int N, class S, class A>
+SUKHOPS_INLINE bool forward_plain(Chain<S, A>& c, int64_t t0, int64_t rows) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
-  const int64_t size = padded(c.k, W);
-  I lane{};
-  for (int l = 0; l < W; ++l) lane[l] = l;
-  for (int64_t i = 0; i < size; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
-  c.base = 0;
-  if (size > 0) c.a[0] = 1, c.n[0] = 0;
-  for (int64_t t = 0, at = 0; t < c.length; ++t, at = at + 1 < size ? at + 1 : 0) {
-    if (size == 0) {
-      c.alpha[t] = t == 0, c.exponent[t] = t == 0 ? 0 : -__builtin_inf();
-      continue;
-    }
-    if (t % kTile == 0) rebase<W>(c);
-    const A* x = row<W>(c, t) - at - 1;  // lane i > at is segment i - at - 1, lane i <= at that plus size
-    const A a = c.a[at], n = c.n[at];
-    c.alpha[t] = a;
-    c.exponent[t] = c.base + n;
-    for (int64_t i = 0; i < size; i += W) {
-      V m, e;
-      const I place = lane + (typename Format<A>::Int)(i - at);
-      split<A>(place > 0 ? read<V>(x + i) : read<V>(x + i + size), m, e);
-      const V gone = V{} - A(__builtin_inf());
-      const V old = place == 0 ? gone : read<V>(c.n + i), add = e + n, ahead = add - old;
-      const V have = place == 0 ? V{} : read<V>(c.a + i), more = m * a;
-      // the larger exponent stays, the other number is shifted to it
-      const auto larger = add > old;
-      write(c.n + i, larger ? add : old);
-      write(c.a + i, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+  constexpr Plain plain = Format<A>::kPlain;
+  const V low = power<A>(V{} - A(plain.low)), high = power<A>(V{} + A(plain.high));
+  const int64_t n = N ? N : padded(c.k, W) / W;
+  V own[N + 1];  // the window: in registers where its size is known
+  const auto get = [&](int64_t k) { return N ? own[k] : read<V>(c.tile + k * W); };
+  const auto set = [&](int64_t k, V x) { N ? void(own[k] = x) : write(c.tile + k * W, x); };
+  I within = ~I{}, outside{};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < n; ++k) {
+    const V a = read<V>(c.a + k * W), e = read<V>(c.n + k * W) + A(plain.top);
+    within &= (a == A(0)) | (e >= A(-plain.least));
+    set(k, a * power<A>(e));
+  }
+  set(n, V{});
+  A found[W > kTile ? W : kTile] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* x = row<W>(c, t0 + i);
+    V now = get(0);
+    const V sum = V{} + (found[i] = now[0]);
+    within &= (sum == A(0)) | ((sum >= low) & (sum <= high));
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < n; ++k) {
+      const V next = get(k + 1);
+      const V more = __builtin_assoc_barrier(plain_exp<A>(read<V>(x + k * W), outside) * sum);  // rounded, as there
+      set(k, next_lane<W>(now, next) + more);
+      now = next;
     }
   }
-  const int64_t at = size ? c.length % size : 0;
-  c.alpha[c.length] = size ? c.a[at] : A(c.length == 0);
-  c.exponent[c.length] = size ? c.base + c.n[at] : c.length == 0 ? 0 : -__builtin_inf();
+  within &= (outside & -plain.scores) == 0;
+  if (sum_lanes<W>(within) != -W) return false;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < n; ++k) write(c.a + k * W, get(k)), write(c.n + k * W, V{});
+  c.base -= plain.top;
+  keep<W>(c, t0, rows, found, c.base);
+  return true;
+}
+
+// the same for any tile: every number keeps its exponent
+template <int W, int N, class S, class A>
+SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
+  typedef typename Wide<A, W>::f V;
+  const int64_t size = N ? N * W : padded(c.k, W);
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* x = row<W>(c, t0 + i);
+    const A a = c.a[0], n = c.n[0];
+    c.alpha[t0 + i] = a;
+    c.exponent[t0 + i] = c.base + n;
+    for (int64_t k = 0; k < size; k += W) {  // behind the window there is always a vector of nothing
+      V m, e;
+      split<A>(read<V>(x + k), m, e);
+      const V have = next_lane<W>(read<V>(c.a + k), read<V>(c.a + k + W)), more = m * a;
+      const V old = next_lane<W>(read<V>(c.n + k), read<V>(c.n + k + W)), add = e + n, ahead = add - old;
+      // the larger exponent stays, the other number is shifted to it
+      const auto larger = add > old;
+      write(c.n + k, larger ? add : old);
+      write(c.a + k, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+    }
+  }
+}
+
+// alpha[t] * 2^exponent[t], the sum over segmentations of the first t positions, for t in [0, length]. Lane i of the
+// window is boundary t + i.
+template <int W, int N, class S, class A>
+static void forward_chain(Chain<S, A> c) {  // a copy stays in registers
+  const int64_t size = padded(c.k, W);
+  for (int64_t i = 0; i < size + W; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
+  c.a[0] = 1, c.n[0] = 0, c.base = 0;
+  for (int64_t t = 0; t < c.length; t += kTile) {
+    const int64_t rows = kTile < c.length - t ? kTile : c.length - t;
+    c.base += normalise<W>(c.a, c.n, size);
+    if (!forward_plain<W, N>(c, t, rows)) forward_wide<W, N>(c, t, rows);
+  }
+  c.base += normalise<W>(c.a, c.n, size);
+  c.alpha[c.length] = c.a[0], c.exponent[c.length] = c.base + c.n[0];
 }
 
 // for boundaries from t0 on: the exponent, relative to that tile, and alpha
 template <int W, class S, class A>
-static void prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
-  const int64_t size = rows + padded(c.k, W) + 1, inside = size < c.length - t0 + 1 ? size : c.length - t0 + 1;
+SUKHOPS_INLINE void prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
+  const int64_t size = rows + padded(c.k, W) + W, inside = size < c.length - t0 + 1 ? size : c.length - t0 + 1;
   const double* exponent = c.exponent + t0;
   const A* alpha = c.alpha + t0;
   int64_t reached = inside - 1;
@@ -247,47 +338,123 @@ SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
   for (int64_t l = 0; l < W && l < valid; ++l) p[l] = S(x[l]);
 }
 
-// c.grad times the posterior of every segment. The mass w of a boundary is the share of the segmentations that
-// have it; it flows back through the segments that end there. Behind a tile masses are known and taken whole
-// vectors at a time; inside it, where each row waits for the next, one by one.
-template <int W, class A>
-static void marginal_chain(Chain<A, A>& c) {
+template <class A>
+struct Tile {
+  int64_t first, rows;
+  A* shares;  // [rows, stride], the inflow of its rows
+};
+
+// of a tile that has been prepared
+template <int W, int N, class A>
+SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
   typedef typename Wide<A, W>::f V;
-  const int64_t size = padded(c.k, W), stride = size > kTile ? size : kTile;
+  const int64_t size = N ? N * W : padded(c.k, W);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const Source<A> from = source<W>(c, tile.first + i, i);
+    for (int64_t k = 0; k < size; k += W) write(tile.shares + i * stride + k, inflow<V>(from, k));
+  }
+}
+
+// likewise, or false where numbers are not within reach of the smallest alpha of the tile's rows
+template <int W, int N, class A>
+SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
+  typedef typename Wide<A, W>::f V;
+  typedef typename Wide<A, W>::i I;
+  constexpr Plain plain = Format<A>::kPlain;
+  const V high = power<A>(V{} + A(plain.high));
+  const int64_t size = N ? N * W : padded(c.k, W);
+  I within = ~I{}, outside{};
+  for (int64_t i = tile.rows - 1; i >= 0; --i) {
+    const A* x = row<W>(c, tile.first + i);
+    __builtin_prefetch(x - kTile * c.k);
+    const V from = V{} + (c.n[i] < A(__builtin_inf()) ? c.sum[i] : A(0));
+    within &= from <= high;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < size; k += W) {
+      const V sum = read<V>(c.sum + i + 1 + k), inverse = read<V>(c.inverse + i + 1 + k);
+      const V part = plain_exp<A>(read<V>(x + k), outside) * from, near = part * inverse;
+      write(tile.shares + i * stride + k, near + (part - near * sum) * inverse);  // the quotient to the last bit
+    }
+  }
+  within &= (outside & -plain.scores) == 0;
+  return c.plain && sum_lanes<W>(within) == -W;
+}
+
+// for a tile that has been prepared: alpha relative to the smallest one of its rows, and its inverse
+template <int W, class A>
+SUKHOPS_INLINE void prepare_plain(Chain<A, A>& c, int64_t rows) {
+  typedef typename Wide<A, W>::f V;
+  typedef typename Wide<A, W>::i I;
+  constexpr Plain plain = Format<A>::kPlain;
+  const int64_t size = padded(c.k, W);
+  const A most = plain.least;
+  A least = __builtin_inf();
+  for (int64_t i = 0; i < rows; ++i) least = c.n[i] < least ? c.n[i] : least;
+  I within = ~I{};
+  for (int64_t i = 0; i < rows + size; i += W) {
+    V d = read<V>(c.n + i) - (least + A(plain.low));
+    within &= (d <= most) | (d == A(__builtin_inf()));
+    d = d < -most ? V{} - most : d > most ? V{} + most : d;
+    const V sum = read<V>(c.a + i) * power<A>(d);
+    write(c.sum + i, sum);
+    write(c.inverse + i, A(1) / sum);
+  }
+  c.plain = sum_lanes<W>(within) == -W;
+}
+
+// the mass of the tile's boundaries. Behind the tile masses are known and taken whole vectors at a time; inside it,
+// where each row waits for the next, one by one.
+template <int W, int N, class A>
+SUKHOPS_INLINE void settle(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
+  typedef typename Wide<A, W>::f V;
+  const int64_t size = N ? N * W : padded(c.k, W), rows = tile.rows;
+  const A* shares = tile.shares;
+  A* w = c.w + tile.first;
+  A mass[kTile];
+  for (int64_t i = 0; i < rows; ++i) {
+    V sum{};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < size; k += W) sum += read<V>(shares + i * stride + k) * read<V>(w + i + 1 + k);
+    mass[i] = sum_lanes<W>(sum);
+  }
+  if (rows == kTile) {  // a whole tile, unrolled
+#pragma GCC unroll 8
+    for (int j = kTile - 1; j > 0; --j)
+#pragma GCC unroll 8
+      for (int i = 0; i < j; ++i) mass[i] += shares[i * stride + j - i - 1] * mass[j];
+  } else {
+    for (int64_t j = rows - 1; j > 0; --j)
+      for (int64_t i = 0; i < j; ++i) mass[i] += shares[i * stride + j - i - 1] * mass[j];
+  }
+  for (int64_t i = 0; i < rows; ++i) w[i] = mass[i];
+}
+
+// c.grad times the posterior of every segment. The mass w of a boundary is the share of the segmentations that
+// have it; it flows back through the segments that end there. The shares of the tile before do not wait for it.
+template <int W, int N, class A>
+static void marginal_chain(Chain<A, A> c) {
+  typedef typename Wide<A, W>::f V;
+  const int64_t size = N ? N * W : padded(c.k, W), stride = size > kTile ? size : kTile;
   for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0;
-  for (int64_t i = 0; i < kTile * stride; ++i) c.tile[i] = 0;
+  for (int64_t i = 0; i < 2 * kTile * stride; ++i) c.tile[i] = 0;
   c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
   for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
-  for (int64_t end = c.length; end > 0; end -= kTile) {
-    const int64_t t0 = end > kTile ? end - kTile : 0, rows = end - t0;
-    A* w = c.w + t0;
-    A mass[kTile];
-    prepare<W>(c, t0, rows);
-    for (int64_t i = 0; i < rows; ++i) {
-      const Source<A> from = source<W>(c, t0 + i, i);
-      V sum{};
-      for (int64_t k = 0; k < size; k += W) {
-        const V share = inflow<V>(from, k);
-        write(c.tile + i * stride + k, share);
-        sum += share * read<V>(w + i + 1 + k);
-      }
-      mass[i] = sum_lanes<W>(sum);
-    }
-    if (rows == kTile) {  // a whole tile, unrolled
-#pragma GCC unroll 8
-      for (int j = kTile - 1; j > 0; --j)
-#pragma GCC unroll 8
-        for (int i = 0; i < j; ++i) mass[i] += c.tile[i * stride + j - i - 1] * mass[j];
-    } else {
-      for (int64_t j = rows - 1; j > 0; --j)
-        for (int64_t i = 0; i < j; ++i) mass[i] += c.tile[i * stride + j - i - 1] * mass[j];
-    }
-    for (int64_t i = 0; i < rows; ++i) w[i] = mass[i];
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < c.k; k += W)
-        write_row<W, A, A>(c.out + (t0 + i) * c.k + k,
-                           read<V>(c.tile + i * stride + k) * read<V>(w + i + 1 + k), c.k - k);
-  }
+  Tile<A> now{c.length, 0, c.tile}, next{0, 0, c.tile + kTile * stride};
+  do {
+    next.rows = now.first < kTile ? now.first : kTile;
+    next.first = now.first - next.rows;
+    prepare<W>(c, next.first, next.rows);
+    prepare_plain<W>(c, next.rows);
+    settle<W, N>(c, now, stride);
+    if (!shares_plain<W, N>(c, next, stride)) shares_wide<W, N>(c, next, stride);
+    for (int64_t i = 0; i < now.rows; ++i)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < size; k += W)
+        write_row<W, A, A>(c.out + (now.first + i) * c.k + k,
+                           read<V>(now.shares + i * stride + k) * read<V>(c.w + now.first + i + 1 + k), c.k - k);
+    const Tile<A> done = now;
+    now = next, next = done;
+  } while (now.rows > 0);
 }
 
 // what a segment is worth: the upstream gradient or, without one, its surprise, -log of its share, whose sum over
@@ -447,23 +614,23 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
 
 template <class S, class A>
 static void forward(Chain<S, A>& c) {
-  with_lanes<A>(c.k, [&](auto w) { forward_chain<decltype(w)::value>(c); });
+  with_shape<A>(c.k, [&](auto s) { forward_chain<s.lanes, s.vectors>(c); });
 }
 
 template <class A>
 static void marginals(Chain<A, A>& c) {
-  with_lanes<A>(c.k, [&](auto w) { marginal_chain<decltype(w)::value>(c); });
+  with_shape<A>(c.k, [&](auto s) { marginal_chain<s.lanes, s.vectors>(c); });
 }
 
 template <class S>
 static void moments(Chain<S, double>& c, bool gradient) {
-  with_lanes<double>(c.k, [&](auto w) {
-    expect<decltype(w)::value>(c);
-    if (gradient) covariance<decltype(w)::value>(c);
+  with_shape<double>(c.k, [&](auto s) {
+    expect<s.lanes>(c);
+    if (gradient) covariance<s.lanes>(c);
   });
 }
 
 template <class A>
 static void samples(Chain<A, A>& c, const Draw<A>& d) {
-  with_lanes<A>(c.k, [&](auto w) { draw<decltype(w)::value>(c, d); });
+  with_shape<A>(c.k, [&](auto s) { draw<s.lanes>(c, d); });
 }
