@@ -152,7 +152,7 @@ SUKHOPS_INLINE auto sum_lanes(V x) {
   }
 }
 
-SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return (k + w - 1) / w * w; }
+SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
 
 // the lanes of x from the second one on, then the first one of y
 template <int W, class V>
@@ -162,6 +162,12 @@ SUKHOPS_INLINE V next_lane(V x, V y) {
   if constexpr (W == 8) return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8);
   if constexpr (W == 16)
     return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+}
+
+// brings a row to the cache, to be read or written; any address will do
+template <int write, class S>
+SUKHOPS_INLINE void fetch(const S* p, int64_t k) {
+  for (int64_t i = 0; i < k; i += 64 / sizeof(S)) __builtin_prefetch(p + i, write);
 }
 
 // row t with -inf where a segment is too long: in place if it is whole, else in `room`
@@ -231,6 +237,7 @@ SUKHOPS_INLINE bool forward_plain(Chain<S, A>& c, int64_t t0, int64_t rows) {
   A found[W > kTile ? W : kTile] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const A* x = row<W>(c, t0 + i);
+    fetch<0>(c.scores + (t0 + i + 2 * kTile) * c.k, c.k);
     V now = get(0);
     const V sum = V{} + (found[i] = now[0]);
     within &= (sum == A(0)) | ((sum >= low) & (sum <= high));
@@ -366,7 +373,8 @@ SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int6
   I within = ~I{}, outside{};
   for (int64_t i = tile.rows - 1; i >= 0; --i) {
     const A* x = row<W>(c, tile.first + i);
-    __builtin_prefetch(x - kTile * c.k);
+    fetch<0>(c.scores + (tile.first + i - 2 * kTile) * c.k, c.k);
+    fetch<1>(c.out + (tile.first + i) * c.k, c.k);
     const V from = V{} + (c.n[i] < A(__builtin_inf()) ? c.sum[i] : A(0));
     within &= from <= high;
 #pragma GCC unroll 4

@@ -45,8 +45,9 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
     scores, lengths = _prepare(scores, lengths)
-    need = torch.is_grad_enabled() and scores.requires_grad
-    return _ops.segmentation_logz(scores, lengths, need)[0]
+    if torch.is_grad_enabled() and scores.requires_grad:
+        return _Logz.apply(scores, lengths)
+    return _ops.segmentation_logz(scores, lengths, False)[0]
 
 
 def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -215,6 +216,20 @@ def _gradient_logz(ctx, grad, *_):
     if grad is None:
         return None, None, None
     return _ops.segmentation_marginals(*ctx.saved_tensors, grad), None, None
+
+
+class _Logz(torch.autograd.Function):
+    """The registered formula without the time that registering costs, which would be longer than the kernels."""
+
+    @staticmethod
+    def forward(ctx, scores, lengths):
+        logz, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
+        ctx.save_for_backward(scores, lengths, alpha, exponent)
+        return logz
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ops.segmentation_marginals(*ctx.saved_tensors, grad), None
 
 
 def _save_marginals(ctx, inputs, output):
