@@ -39,8 +39,8 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float) -> T
     """The mask as a bias, the one way into PyTorch's attention that has a gradient for the span."""
     t = torch.arange(k.shape[2])
     x = t[-q.shape[2] :].unsqueeze(1) - t
-    mask = soft_mask(span, x) * (x >= 0)
-    bias = torch.where(mask > 0, mask.clamp(min=1e-30).log(), -torch.inf)
+    seen = (x >= 0) & (x <= span.view(-1, 1, 1) + ramp)
+    bias = torch.where(seen, (soft_mask(span, x) + 1e-30).log(), -torch.inf)  # a weight of 0 has a slope too
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
