@@ -121,7 +121,7 @@ def cases(sweep: bool = False) -> list[Case]:
     flex = {"FlexAttention": Provider(flex_attention, scores, "torch", compiles=True)}
     return [
         case("learned spans", "fwd_nograd", published | (slow | flex if sweep else {})),
-        case("learned spans", "fwd_bwd", published | (slow if sweep else {})),
+        case("learned spans", "fwd_bwd", published | (slow | flex if sweep else {})),
         case("full spans", "fwd_bwd", {}, full=True),
         case("one decoding step", "fwd_nograd", {}, t=1, keys=8192),
         *(case("growth with T", "fwd_bwd", published if t <= 8192 else {}, t=t, floor=None)
