@@ -31,6 +31,17 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("name", ["heads", "all"])
+@pytest.mark.parametrize("need", [(True,) * 4, (False, True, False, True), (True, False, True, False)])
+def test_opcheck_backward(name, need):
+    given, options = case(name)
+    tensors = flat({n: t.detach() for n, t in given.items()}, options)
+    out, lse = op(*tensors)
+    need = (*need[:3], need[3] and "rel_pos" in given)
+    arguments = (torch.randn_like(out), *tensors[:6], out, lse, *tensors[6:], *need)
+    torch.library.opcheck(torch.ops.sukhops.adaptive_span_backward.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["heads", "all"])
 def test_compiled_equals_eager(name):
     given, options = case(name)
 

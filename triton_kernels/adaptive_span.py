@@ -534,11 +534,11 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
              need_span, need_rel_pos):  # fmt: skip
     """The CUDA kernel of sukhops::adaptive_span_backward."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
-    widths, empty = _widths(q), q.new_empty(0)
+    widths = _widths(q)
     dq, dk, dv = (
         t.new_empty(t.shape if need else 0) for t, need in ((q, need_q), (k, need_kv), (v, need_kv))
     )
-    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else empty
+    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else q.new_empty(0)
     if not lse.numel():
         return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
@@ -583,4 +583,4 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         )  # fmt: skip
     if need_span and span.dim() == 1:
         dspan = dspan.sum((0, 2))
-    return dq, dk, dv, dspan if need_span else empty.to(span.dtype), drel
+    return dq, dk, dv, dspan if need_span else span.new_empty(0), drel
