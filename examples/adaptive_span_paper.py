@@ -6,7 +6,7 @@ blocks, a cache behind them. What differs from the published run: dropout is on 
 operator has none on attention weights); the cache holds keys and values, not the hidden states that they come
 from, so no gradient reaches the projections through it; symbols are bytes. Source: Sukhbaatar et al. 2019.
 
-It is meant for a GPU. On 2 CPU cores a step takes one to two minutes while spans are short, in 6 GB of memory
+It is meant for a GPU. On 2 CPU cores a step takes one to two minutes while spans are short, in 7 GB of memory
 with the batch in 8 parts; the caches of all 64 sequences grow to 26 GB over the first 16 steps.
 """
 
