@@ -1,11 +1,10 @@
 """Compiles kernels ahead of time, without a GPU, and reads what came out of them.
 
-Results are cached under .cache/ by a hash of the kernel file, the options and the compiler's version.
+Results are cached under .cache/ by a hash of the kernel, the options and the compiler's version.
 """
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -55,7 +54,7 @@ class Kernel(NamedTuple):
 def build(kernel, arch: int, signature: dict, constants: dict, warps: int, stages: int = 3) -> Built:
     """`signature` gives a type per argument ("*fp32", "i64", ...); pointers and ints marked with a
     trailing "!" are divisible by 16, as aligned tensors and padded strides are."""
-    text = inspect.getsource(inspect.getmodule(kernel.fn))
+    text = kernel.cache_key  # of the kernel and of all that it calls
     key = repr((WIDE, text, kernel.__name__, arch, signature, constants, warps, stages, triton.__version__))
     return Built(**cached(f"{kernel.__name__}-{arch}", key, lambda: _triton(
         kernel, arch, signature, constants, warps, stages

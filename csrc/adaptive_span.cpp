@@ -202,14 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   SpanCall<A>& c = p.call;
   const ScalarType dtype = q.scalar_type(), acc = acc_dtype(dtype);
   const Strided g(grad, c.grad, c.grad_stride);
-  const Tensor none = empty({0}, dtype, q);
+  const auto none = [&](ScalarType t) { return empty({0}, t, q); };  // a new one each: outputs share no memory
   c.need_q = need_q, c.need_kv = need_kv;
   c.out = out.data_ptr();
   c.lse = data<A>(lse);
   const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1, table = rel_pos ? p.rel.size(1) * c.wide : 0;
-  const Tensor dq = need_q ? empty({c.batch, c.heads, c.m, c.d}, dtype, q) : none;
-  Tensor dk = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none;
-  Tensor dv = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none;
+  const Tensor dq = need_q ? empty({c.batch, c.heads, c.m, c.d}, dtype, q) : none(dtype);
+  Tensor dk = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none(dtype);
+  Tensor dv = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none(dtype);
   const Tensor rows = empty({c.batch, c.heads, c.m}, acc, q);
   c.grad_q = dq.data_ptr();
   if (need_kv) c.grad_k = data<A>(dk), c.grad_v = data<A>(dv);
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto narrowed = [&](const Tensor& t) {  // the first d columns, in the tensors' dtype
     return torch::stable::contiguous(torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(t), t.dim() - 1, 0, c.d), dtype));
   };
-  Tensor dspan = none, total = none;
+  Tensor dspan = none(acc), total = none(dtype);
   if (need_span && span.dim() == 3) dspan = rows;
   if (need_span && span.dim() == 1) {
     dspan = empty({c.heads}, acc, q);
@@ -264,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     torch::stable::copy_(total, torch::stable::from_blob(first, {sizes.data(), 3}, {strides.data(), 3}, q.device(), acc));
     if (rel_pos->dim() == 2) total = torch::stable::squeeze(total, 0);
   }
-  return {dq, need_kv ? narrowed(dk) : none, need_kv ? narrowed(dv) : none, dspan, total};
+  return {dq, need_kv ? narrowed(dk) : dk, need_kv ? narrowed(dv) : dv, dspan, total};
 }
 
 // calls f(S{}, A{}) with how a dtype is stored and what it is computed in

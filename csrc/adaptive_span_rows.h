@@ -3,18 +3,6 @@
 // lie in panels of two registers, a tile of keys as [panel][key][lane], so every product is one kernel whose
 // operands stay in the first cache: a column of numbers, each broadcast against a row of two registers.
 
-template <class A>
-SUKHOPS_INLINE typename Register<A>::type get(const A* p) {
-  typename Register<A>::type x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-template <class A, class V>
-SUKHOPS_INLINE void set(A* p, V x) {
-  __builtin_memcpy(p, &x, sizeof x);
-}
-
 // every lane x: x - 0 is x, which x + 0 is not
 template <class A>
 SUKHOPS_INLINE typename Register<A>::type fill(A x) {
@@ -244,6 +232,25 @@ static const S* row(const void* base, const int64_t* stride, int64_t b, int64_t 
   return (const S*)base + b * stride[0] + h * stride[1] + i * stride[2];
 }
 
+template <class A>
+struct Tile {
+  int64_t keys;
+  const A *k, *v;
+  bool plain;  // every query sees each key at full weight
+};
+
+// the keys from j0 on, their values, and in w.score their scores with the block's queries
+template <class S, class A>
+static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int64_t lanes, const Reach<A>& r,
+                    const Distances<A>& x, const SpanWork<A>& w) {
+  const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
+  const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
+  const A* v = gather(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], keys, c.d, w.values);
+  if (x.table) skew<false>(x, j0, keys, lanes, w.score, w.rel);
+  tile_product(k, keys, w.q_panels, lanes, c.d, w.score, x.table);
+  return {keys, k, v, (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to};
+}
+
 // One block of queries: out and lse. Returns the pairs that it multiplied.
 template <class S, class A>
 static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
@@ -259,12 +266,7 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   for (int64_t i = 0; i < c.d * lanes; ++i) w.sum[i] = 0;
   const int64_t kv = h / c.group;
   for (int64_t j0 = r.first; j0 < r.last; j0 += kTile) {
-    const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
-    const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
-    const A* v = gather(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], keys, c.d, w.values);
-    if (x.table) skew<false>(x, j0, keys, lanes, w.score, w.rel);
-    tile_product(k, keys, w.q_panels, lanes, c.d, w.score, x.table);
-    const bool plain = (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to;
+    const auto [keys, k, v, plain] = tile<S>(c, b, kv, j0, lanes, r, x, w);
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
       const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i), before = get(w.top + i);
@@ -337,13 +339,8 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
   for (int64_t i = 0; skewed && i < x.rows * lanes; ++i) w.grad_rel[i] = 0;
 
   for (int64_t j0 = r.first; j0 < r.last; j0 += kTile) {
-    const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
-    const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
-    const A* v = gather(row<S>(c.v, c.v_stride, b, kv, j0), c.v_stride[2], keys, c.d, w.values);
-    if (x.table) skew<false>(x, j0, keys, lanes, w.score, w.rel);
-    tile_product(k, keys, w.q_panels, lanes, c.d, w.score, x.table);
+    const auto [keys, k, v, plain] = tile<S>(c, b, kv, j0, lanes, r, x, w);
     tile_product(v, keys, w.g_panels, lanes, c.d, w.slope, false);
-    const bool plain = (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to;
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
       A* slope = w.slope + (score - w.score);

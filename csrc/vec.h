@@ -93,6 +93,24 @@ struct Register<double> {
   static constexpr int64_t lanes = kRegisterBytes / 8;
 };
 
+// a vector from memory and back; without a V, one register
+template <class V, class A>
+SUKHOPS_INLINE V get(const A* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class A>
+SUKHOPS_INLINE typename Register<A>::type get(const A* p) {
+  return get<typename Register<A>::type>(p);
+}
+
+template <class A, class V>
+SUKHOPS_INLINE void set(A* p, V x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
 // to nearest, ties to even; a NaN stays one
 SUKHOPS_INLINE void put(HalfBits* p, float x) {
   uint32_t bits;

@@ -4,7 +4,7 @@ Both models are the same, relative positions included, and start from the same w
 each head starts at 0, learns, and pays the published penalty; in the other it is fixed at all of the 1024
 bytes that a model sees. Compared at equal steps and, with the full model trained for fewer, at equal time.
 
-    python examples/adaptive_span.py [--seeds 0 1 2] [--data FILE] [--checkpoint DIR] [--quick]
+    python examples/adaptive_span.py [--seeds 0 1 2] [--data FILE] [--checkpoint DIR] [--tune] [--quick]
     python examples/adaptive_span.py --paper enwik8 --data FILE [--steps N] [--split N] [--checkpoint DIR]
 
 The first prints mean ± deviation over seeds, saves bench/results/example_adaptive_span.jsonl and a plot of
@@ -36,6 +36,9 @@ import sukhops
 
 LENGTH, BATCH, WIDTH, LAYERS, HEADS = 1024, 1, 128, 3, 4
 COEF = 2e-6  # of the penalty, in nats per token of mean span, as published for a small model
+ADAPTIVE, FULL = "adaptive spans", "full attention"
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LR = 2e-3  # the best of RATES for each variant, by --tune: on a seed and a piece of text not reported
 
 
 def transformer(seed: int, init: float) -> Transformer:
@@ -55,45 +58,64 @@ def spans(model: Transformer) -> list[sukhops.nn.AdaptiveSpan]:
     return [block.attention.adaptive_span for block in model.blocks]
 
 
+def pieces(ids: Tensor, tests: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Text to learn from, windows of the text behind it to choose by, and of the last to report."""
+    tenth = len(ids) // 10
+    held = (held_out(part, LENGTH + 1, tests) for part in (ids[-2 * tenth : -tenth], ids[-tenth:]))
+    return ids[: -2 * tenth], *held
+
+
+def trained(variant: str, seed: int, text: Tensor, steps: int, lr: float, saved: Path | None = None):
+    """A model of the variant, and the seconds that it took."""
+    adaptive = variant == ADAPTIVE
+    model = transformer(seed, 0.0 if adaptive else 1.0)
+    for span in spans(model):
+        span.requires_grad_(adaptive)
+
+    def loss(step: int) -> Tensor:
+        batch = next(windows(text, LENGTH + 1, BATCH, seed * 1_000_000 + step))
+        penalty = sum(s.penalty(COEF) for s in spans(model)) if adaptive else 0.0
+        return language_model_loss(model, batch) + penalty
+
+    name = f"{variant}, seed {seed}, lr {lr:g}"
+    run = train(model, loss, steps, lr=lr, name=name, weight_decay=0.0, checkpoint=saved)
+    return model, run.seconds
+
+
+def tune(ids: Tensor, steps: int, tests: int) -> None:
+    """Prints what LR is chosen by."""
+    learn, choose, _ = pieces(ids, tests)
+    for variant in (ADAPTIVE, FULL):
+        for lr in RATES:
+            model, _ = trained(variant, 3, learn, steps, lr)
+            print(f"{variant}, lr {lr:g}: {bits_per_token(model, choose):.3f} bits per byte", flush=True)
+
+
 def run(seed: int, ids: Tensor, steps: int, tests: int, directory: Path | None) -> list[dict]:
-    learn, rest = ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
-    test = held_out(rest, LENGTH + 1, tests)
+    learn, _, test = pieces(ids, tests)
     rows = []
 
-    def measure(variant: str, model: Transformer, steps: int, coef: float) -> float:
-        """Trains the model, adds its row, returns the seconds."""
-
-        def loss(step: int) -> Tensor:
-            batch = next(windows(learn, LENGTH + 1, BATCH, seed * 1_000_000 + step))
-            return language_model_loss(model, batch) + sum(s.penalty(coef) for s in spans(model))
-
-        saved = directory and directory / f"adaptive_span_{variant.replace(' ', '_')}_{seed}.pt"
-        seconds = train(
-            model, loss, steps, lr=2e-3, name=f"{variant}, seed {seed}", weight_decay=0.0, checkpoint=saved
-        ).seconds
+    def measure(variant: str, label: str, steps: int) -> float:
+        """Trains a model, adds its row, returns the seconds."""
+        saved = directory and directory / f"adaptive_span_{label.replace(' ', '_')}_{seed}.pt"
+        model, seconds = trained(variant, seed, learn, steps, LR, saved)
         before = torch.ops.sukhops.adaptive_span_pairs()
         bits = bits_per_token(model, test)
         pairs = torch.ops.sukhops.adaptive_span_pairs() - before
         learned = [s.report().tokens for s in spans(model)]
         rows.append({
-            "variant": variant, "seed": seed, "bits per byte": bits,
+            "variant": label, "seed": seed, "bits per byte": bits,
             "mean span": statistics.mean(t for layer in learned for t in layer),
             "keys per query": pairs / (len(test) * LENGTH * LAYERS * HEADS),
             "steps": steps, "seconds": seconds, "ms per step": 1000 * seconds / steps,
         })  # fmt: skip
-        if coef:
+        if variant == ADAPTIVE:
             rows[-1]["spans"] = learned
         return seconds
 
-    def full() -> Transformer:
-        model = transformer(seed, 1.0)
-        for span in spans(model):
-            span.requires_grad_(False)
-        return model
-
-    short = measure("adaptive spans", transformer(seed, 0.0), steps, COEF)
-    long = measure("full attention, equal steps", full(), steps, 0.0)
-    measure("full attention, equal time", full(), max(1, round(steps * short / long)), 0.0)
+    short = measure(ADAPTIVE, ADAPTIVE, steps)
+    long = measure(FULL, f"{FULL}, equal steps", steps)
+    measure(FULL, f"{FULL}, equal time", max(1, round(steps * short / long)))
     return rows
 
 
@@ -101,6 +123,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help="a text file, for instance enwik8 or text8")
     parser.add_argument("--checkpoint", type=Path, help="a directory to save to, and to go on from")
+    parser.add_argument("--tune", action="store_true", help="compare learning rates: LR is chosen so")
     parser.add_argument("--paper", choices=sorted(PAPERS), help="train the published model instead")
     parser.add_argument("--steps", type=int, help="of the published model, fewer than published")
     parser.add_argument("--split", type=int, default=8, help="parts that its batch is computed in")
@@ -112,6 +135,9 @@ def main() -> None:
         return
     ids = as_bytes(corpus(options.data))
     steps, tests = (6, 2) if options.quick else (500, 64)
+    if options.tune:
+        tune(ids, steps, tests)
+        return
     rows = [row for seed in options.seeds for row in run(seed, ids, steps, tests, options.checkpoint)]
     columns = {
         "bits per byte": ".3f", "mean span": ",.0f", "keys per query": ",.0f", "ms per step": ",.0f",

@@ -5,6 +5,9 @@ the token itself, Adagrad with a linear warm-up, each tensor's gradient clipped 
 blocks, a cache behind them. What differs from the published run: dropout is on the residuals only (the
 operator has none on attention weights); the cache holds keys and values, not the hidden states that they come
 from, so no gradient reaches the projections through it; symbols are bytes. Source: Sukhbaatar et al. 2019.
+
+It is meant for a GPU. On 2 CPU cores a step takes one to two minutes while spans are short, in 7 GB of memory
+with the batch in 8 parts; the caches of all 64 sequences grow to 26 GB over the first 16 steps.
 """
 
 import math

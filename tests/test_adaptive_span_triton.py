@@ -11,6 +11,7 @@ from sukhops.testing import assert_close, compare
 
 TABLES = ("FORWARD", "FEW", "ROWS", "KEYS", "GROUPED_KEYS", "REL_FORWARD", "REL_ROWS", "REL_KEYS",
           "REL_DISTANCES")  # fmt: skip
+WIDTHS = (32, 64, 80, 96, 128, 192, 256)
 interpreter = pytest.mark.interpreter
 
 
@@ -103,6 +104,16 @@ def test_launchers_match_the_reference(name, small):
         case["span"] = (torch.rand(1, 2, case["m"]) * 16 - 4).tolist()
         case["span"][0][1][:3] = [-50.0, 5.0, 1000.0]
     assert_close(launchers, exact, inputs(**case), dtype)
+
+
+@interpreter
+@pytest.mark.full
+@pytest.mark.parametrize("rel_pos", [None, (150,)])
+@pytest.mark.parametrize("hkv", [1, 2])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_every_width_in_its_own_tiles(d, hkv, rel_pos):
+    given = inputs(hkv=hkv, m=70, n=150, d=d, span=(3.0, 66.5), rel_pos=rel_pos)
+    assert_close(launchers, exact, given, torch.float16)
 
 
 @interpreter
@@ -237,7 +248,7 @@ def check_build(table, arch, dtype, d):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("table", PROGRAMS)
 def test_every_width_compiles_within_the_limits(table, arch, d):

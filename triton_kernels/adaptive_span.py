@@ -9,115 +9,54 @@ programs, whose results are joined in order. Each output has one owner: repeats 
 import torch
 import triton
 import triton.language as tl
+from sukhops.triton_kernels._parts import add_product, dot, load_rows, parts, scaled, store_rows, zeros
 from torch import Tensor
 
 MAX_WIDTH = 256
 PROGRAMS = 264  # that a launch should have: two for each processor
-# queries and keys of a tile, warps, stages, for heads up to 64, 128 and 256 wide: half precisions on Hopper
+UP_TO = (64, 96, 128)  # widths of heads, and MAX_WIDTH, that have tiles of their own
+# queries and keys of a tile, warps, stages, for each of these widths: half precisions on Hopper
 # and later, on Ampere where they differ, and float32; SMALL for what is not listed
 FORWARD = {
-    "half": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "half": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "ampere": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 # the forward of at most 16 rows, all the query heads that share a key head among them
-FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2))}
+FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2))}
 ROWS = {  # gradients of q and span
-    "half": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "half": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "ampere": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 KEYS = {  # gradients of k and v, one query head to a key head
-    "half": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "half": ((32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "ampere": ((32, 64, 4, 2), (16, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
 GROUPED_KEYS = {  # several query heads to a key head
-    "half": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-    "ampere": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
-    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "half": ((32, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    "ampere": ((32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
 REL_FORWARD = {  # with rel_pos tiles are square
-    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
-    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 8, 1)),
+    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
 }
-REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
-REL_KEYS = {"half": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
+REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2))}
+REL_KEYS = {"half": ((32, 32, 8, 1), (16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1))}
 REL_DISTANCES = {  # the gradient of rel_pos
-    "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    "ampere": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    "ampere": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
 }
 SMALL = (16, 16, 4, 1)
-
-
-@triton.jit
-def _part(at, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    c = FIRST + tl.arange(0, WIDTH)[None, :]
-    if FIRST + WIDTH > D:
-        return tl.load(at + c, mask=c < D, other=0.0)
-    else:
-        return tl.load(at + c)
-
-
-@triton.jit
-def _rows(ptr, at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """The rows that start `at` [R] elements after ptr, in parts [R, D1] and [R, D2]: 80 is 64 and 16."""
-    at = ptr + at[:, None]
-    if D2:
-        return (_part(at, 0, D1, D), _part(at, D1, D2, D))
-    else:
-        return (_part(at, 0, D1, D),)
 
 
 @triton.jit
 def _distances(rel_ptr, x, limit, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     """rel_pos of distances x; those that are never seen give any other."""
     x = tl.minimum(tl.maximum(x, 0), limit - 1)
-    return _rows(rel_ptr, x.to(tl.int64) * D, D, D1, D2)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr):
-    if D2:
-        return (tl.zeros((ROWS, D1), ACC), tl.zeros((ROWS, D2), ACC))
-    else:
-        return (tl.zeros((ROWS, D1), ACC),)
-
-
-@triton.jit
-def _dot(x, y, ACC: tl.constexpr):
-    """x . y^T over the parts: [R, C]."""
-    z = tl.dot(x[0], y[0].T, input_precision="ieee", out_dtype=ACC)
-    if len(x) > 1:
-        z = tl.dot(x[1], y[1].T, z, input_precision="ieee", out_dtype=ACC)
-    return z
-
-
-@triton.jit
-def _add_product(acc, w, y, ACC: tl.constexpr):
-    """acc + w . y, by part; w [R, C] is rounded to y's dtype."""
-    w = w.to(y[0].dtype)
-    first = tl.dot(w, y[0], acc[0], input_precision="ieee", out_dtype=ACC)
-    if len(acc) > 1:
-        return (first, tl.dot(w, y[1], acc[1], input_precision="ieee", out_dtype=ACC))
-    else:
-        return (first,)
-
-
-@triton.jit
-def _scaled(acc, factor):
-    if len(acc) > 1:
-        return (acc[0] * factor, acc[1] * factor)
-    else:
-        return (acc[0] * factor,)
-
-
-@triton.jit
-def _store(ptr, at, mask, acc, factor, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """acc * factor [R] or [] to rows `at`, where mask."""
-    at, mask = ptr + at[:, None], mask[:, None]
-    c = tl.arange(0, D1)[None, :]
-    tl.store(at + c, (acc[0] * factor).to(ptr.dtype.element_ty), mask & (c < D))
-    if D2:
-        c = D1 + tl.arange(0, D2)[None, :]
-        tl.store(at + c, (acc[1] * factor).to(ptr.dtype.element_ty), mask & (c < D))
+    return load_rows(rel_ptr, x.to(tl.int64) * D, D, D1, D2)
 
 
 @triton.jit
@@ -189,7 +128,7 @@ def forward_tiles(
     high = tl.minimum(high, low + share)
 
     farthest = (p - first).to(ACC)[:, None]
-    q = _rows(q_ptr + b * q_b, head * q_h + query.to(tl.int64) * q_t, D, D1, D2)
+    q = load_rows(q_ptr + b * q_b, head * q_h + query.to(tl.int64) * q_t, D, D1, D2)
     k_ptr += b * k_b + kv * k_h
     v_ptr += b * v_b + kv * v_h
     if rel_ptr is not None:
@@ -200,18 +139,18 @@ def forward_tiles(
             behind = n - m - skip + tile * BM - low
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
-    acc = _zeros(BM, D1, D2, ACC)
+    acc = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
         at = tl.minimum(j + c, n - 1).to(tl.int64)
-        s = _dot(q, _rows(k_ptr, at * k_t, D, D1, D2), ACC)
+        s = dot(q, load_rows(k_ptr, at * k_t, D, D1, D2), ACC)
         if rel_ptr is not None:
             if SKEW:
-                upper = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+                upper = dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 behind -= BN
-                lower = _dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
+                lower = dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 s += tl.gather(tl.where(below, upper, lower), turn, 1)
             else:
-                s += _dot(q, _distances(rel_ptr, n - m - skip - j - c, limit, D, D1, D2), ACC)
+                s += dot(q, _distances(rel_ptr, n - m - skip - j - c, limit, D, D1, D2), ACC)
         s *= scale
         edge = (j < whole) | (j + BN - 1 > nearest)
         if edge:
@@ -225,8 +164,8 @@ def forward_tiles(
             w *= _weight(span[:, None] - x, ramp, per_token)
         decay = tl.exp(top - shift)
         total = total * decay + tl.sum(w, 1)
-        acc = _scaled(acc, decay[:, None])
-        acc = _add_product(acc, w, _rows(v_ptr, at * v_t, D, D1, D2), ACC)
+        acc = scaled(acc, decay[:, None])
+        acc = add_product(acc, w, load_rows(v_ptr, at * v_t, D, D1, D2), ACC)
         top = here
     empty = total == 0.0
     out_row = ((b * heads + head) * m + query) * splits + split
@@ -235,7 +174,7 @@ def forward_tiles(
     lse = tl.where(empty, tl.where(splits == 1, float("inf"), float("-inf")), lse)
     tl.store(lse_ptr + out_row, lse, mask)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    _store(out_ptr, out_row * D, mask, acc, factor[:, None], D, D1, D2)
+    store_rows(out_ptr, out_row * D, mask, acc, factor[:, None], D, D1, D2)
 
 
 @triton.jit
@@ -277,8 +216,8 @@ def row_sums(
     r = tl.arange(0, BM)
     row = tl.minimum(tile * BM + r, m - 1).to(tl.int64)
     at = (b * heads + head) * m + row
-    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
-    out = _rows(out_ptr, at * D, D, D1, D2)
+    grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    out = load_rows(out_ptr, at * D, D, D1, D2)
     delta = tl.sum(grad[0].to(ACC) * out[0].to(ACC), 1)
     if D2:
         delta += tl.sum(grad[1].to(ACC) * out[1].to(ACC), 1)
@@ -326,8 +265,8 @@ def backward_rows(
     farthest = (p - first).to(ACC)[:, None]
     row_at = (b * heads + head) * m + row
     lse, delta = tl.load(lse_ptr + row_at)[:, None], tl.load(delta_ptr + row_at)[:, None]
-    q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
-    grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+    q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+    grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
     k_ptr += b * k_b + head // group * k_h
     v_ptr += b * v_b + head // group * v_h
     if rel_ptr is not None:
@@ -336,23 +275,23 @@ def backward_rows(
         below = c[None, :] <= r[:, None]
         behind = n - m - skip + tile * BM - low
     dspan = tl.zeros((BM,), ACC)
-    dq = _zeros(BM, D1, D2, ACC)
+    dq = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
         at = tl.minimum(j + c, n - 1).to(tl.int64)
-        k = _rows(k_ptr, at * k_t, D, D1, D2)
-        s = _dot(q, k, ACC)
+        k = load_rows(k_ptr, at * k_t, D, D1, D2)
+        s = dot(q, k, ACC)
         if rel_ptr is not None:
             after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
             behind -= BN
             before = _distances(rel_ptr, behind + c, limit, D, D1, D2)
-            upper, lower = _dot(q, after, ACC), _dot(q, before, ACC)
+            upper, lower = dot(q, after, ACC), dot(q, before, ACC)
             s += tl.gather(tl.where(below, upper, lower), turn, 1)
         s = s * scale - lse
         edge = (j < whole) | (j + BN - 1 > nearest)
         if edge:
             s = _exponent(s, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
         w = tl.exp(s)
-        dw = _dot(grad, _rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
+        dw = dot(grad, load_rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
         if edge:
             past = span[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
             if dspan_ptr is not None:
@@ -360,14 +299,14 @@ def backward_rows(
             w *= _weight(past, ramp, per_token)
         ds = w * dw
         if dq_ptr is not None:
-            dq = _add_product(dq, ds, k, ACC)
+            dq = add_product(dq, ds, k, ACC)
             if rel_ptr is not None:
                 turned = tl.gather(ds, turn, 1)
-                dq = _add_product(dq, tl.where(below, turned, 0.0), after, ACC)
-                dq = _add_product(dq, tl.where(below, 0.0, turned), before, ACC)
+                dq = add_product(dq, tl.where(below, turned, 0.0), after, ACC)
+                dq = add_product(dq, tl.where(below, 0.0, turned), before, ACC)
     mask = tile * BM + r < m
     if dq_ptr is not None:
-        _store(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
+        store_rows(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
     if dspan_ptr is not None:
         tl.store(dspan_ptr + row_at, dspan * per_token, mask)
 
@@ -393,9 +332,9 @@ def backward_keys(
     kv = tl.load(order_ptr + tl.program_id(1))
     r, c = tl.arange(0, BM), tl.arange(0, BN)
     at = tl.minimum(key + c, n - 1).to(tl.int64)
-    k = _rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
-    v = _rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
-    dk, dv = _zeros(BN, D1, D2, ACC), _zeros(BN, D1, D2, ACC)
+    k = load_rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
+    v = load_rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
+    dk, dv = zeros(BN, D1, D2, ACC), zeros(BN, D1, D2, ACC)
     origin = n - m - skip  # where the first query stands
     for member in range(group):
         head = kv * group + member
@@ -418,13 +357,13 @@ def backward_keys(
         for tile in range(low, high):
             i = tile * BM
             row = tl.minimum(i + r, m - 1).to(tl.int64)
-            q = _rows(q_at, row * q_t, D, D1, D2)
-            grad = _rows(grad_at, row * g_t, D, D1, D2)
-            s = _dot(k, q, ACC)  # [BN, BM]
+            q = load_rows(q_at, row * q_t, D, D1, D2)
+            grad = load_rows(grad_at, row * g_t, D, D1, D2)
+            s = dot(k, q, ACC)  # [BN, BM]
             if rel_ptr is not None:
                 behind = origin + i - key + c
-                upper = _dot(_distances(rel_ptr + head * rel_h, behind, limit, D, D1, D2), q, ACC)
-                lower = _dot(_distances(rel_ptr + head * rel_h, behind - BN, limit, D, D1, D2), q, ACC)
+                upper = dot(_distances(rel_ptr + head * rel_h, behind, limit, D, D1, D2), q, ACC)
+                lower = dot(_distances(rel_ptr + head * rel_h, behind - BN, limit, D, D1, D2), q, ACC)
                 mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
                 s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
             # rows past the last weigh nothing
@@ -448,12 +387,12 @@ def backward_keys(
                     w = tl.exp(_exponent(s, x, farthest)) * _weight(span - x, ramp, per_token)
             else:
                 w = tl.exp(s)
-            dv = _add_product(dv, w, grad, ACC)
-            dw = _dot(v, grad, ACC) - tl.load(delta_ptr + rows_at + row)[None, :]
-            dk = _add_product(dk, w * dw, q, ACC)
+            dv = add_product(dv, w, grad, ACC)
+            dw = dot(v, grad, ACC) - tl.load(delta_ptr + rows_at + row)[None, :]
+            dk = add_product(dk, w * dw, q, ACC)
     at = ((b * tl.num_programs(1) + kv) * n + key + c) * D
-    _store(dk_ptr, at, key + c < n, dk, scale, D, D1, D2)
-    _store(dv_ptr, at, key + c < n, dv, 1.0, D, D1, D2)
+    store_rows(dk_ptr, at, key + c < n, dk, scale, D, D1, D2)
+    store_rows(dv_ptr, at, key + c < n, dv, 1.0, D, D1, D2)
 
 
 @triton.jit
@@ -479,7 +418,7 @@ def backward_distances(
     below = r[None, :] <= r[:, None]
     x = (distance + turn).to(ACC)  # of a row and a key: key - c is the row's place - distance, or BT before
     rel = _distances(rel_ptr + lane * rel_h, distance + r, limit, D, D1, D2)
-    drel = _zeros(BT, D1, D2, ACC)
+    drel = zeros(BT, D1, D2, ACC)
     share = tl.cdiv(batch * tiles, splits)
     for step in range(shared * share):  # heads in order, and the tiles of queries that this split owns
         head, unit = lane * shared + step // share, split * share + step % share
@@ -492,12 +431,12 @@ def backward_distances(
                 row = tl.minimum(i + r, m - 1).to(tl.int64)
                 near = tl.minimum(tl.maximum(place + r, 0), n - 1).to(tl.int64)
                 far = tl.minimum(tl.maximum(place - BT + r, 0), n - 1).to(tl.int64)
-                q = _rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
-                grad = _rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
+                q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
+                grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
                 k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
-                s = _dot(q, _rows(k_at, near * k_t, D, D1, D2), ACC)
-                s = tl.where(below, s, _dot(q, _rows(k_at, far * k_t, D, D1, D2), ACC))
-                s += tl.gather(_dot(q, rel, ACC), turn, 1)
+                s = dot(q, load_rows(k_at, near * k_t, D, D1, D2), ACC)
+                s = tl.where(below, s, dot(q, load_rows(k_at, far * k_t, D, D1, D2), ACC))
+                s += tl.gather(dot(q, rel, ACC), turn, 1)
                 at = (b * heads + head) * m
                 lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
                 s = s * scale - lse[:, None]
@@ -510,29 +449,22 @@ def backward_distances(
                     w = tl.exp(_exponent(s, x, farthest)) * _weight(span[:, None] - x, ramp, per_token)
                 else:
                     w = tl.exp(s)
-                dw = _dot(grad, _rows(v_at, near * v_t, D, D1, D2), ACC)
-                dw = tl.where(below, dw, _dot(grad, _rows(v_at, far * v_t, D, D1, D2), ACC))
+                dw = dot(grad, load_rows(v_at, near * v_t, D, D1, D2), ACC)
+                dw = tl.where(below, dw, dot(grad, load_rows(v_at, far * v_t, D, D1, D2), ACC))
                 ds = w * (dw - tl.load(delta_ptr + at + row)[:, None])
-                drel = _add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
+                drel = add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
     at = ((split * tl.num_programs(1) + lane) * limit + distance + r) * D
-    _store(drel_ptr, at, distance + r < limit, drel, scale, D, D1, D2)
+    store_rows(drel_ptr, at, distance + r < limit, drel, scale, D, D1, D2)
 
 
 # ------------------------------------------------------------------ launchers
-
-
-def _parts(d: int) -> tuple[int, int]:
-    """Powers of two that hold a row of d: one, or two where they are fewer columns together."""
-    whole = max(16, triton.next_power_of_2(d))
-    rest = max(16, triton.next_power_of_2(d - whole // 2))
-    return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
 
 
 def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
     kind = {torch.float64: "double", torch.float32: "float"}.get(q.dtype, "half")
     if "ampere" in table and kind == "half" and q.is_cuda:
         kind = "half" if torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
-    return table[kind][(q.shape[3] > 64) + (q.shape[3] > 128)] if kind in table else SMALL
+    return table[kind][sum(q.shape[3] > width for width in UP_TO)] if kind in table else SMALL
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -558,7 +490,7 @@ def _widths(q: Tensor) -> dict:
     d = q.shape[3]
     if d > MAX_WIDTH:
         raise NotImplementedError(f"q: CUDA supports heads of width d <= {MAX_WIDTH}, got {d}")
-    d1, d2 = _parts(d)
+    d1, d2 = parts(d)
     return dict(D=d, D1=d1, D2=d2, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32)
 
 
@@ -602,11 +534,11 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
              need_span, need_rel_pos):  # fmt: skip
     """The CUDA kernel of sukhops::adaptive_span_backward."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
-    widths, empty = _widths(q), q.new_empty(0)
+    widths = _widths(q)
     dq, dk, dv = (
         t.new_empty(t.shape if need else 0) for t, need in ((q, need_q), (k, need_kv), (v, need_kv))
     )
-    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else empty
+    drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else q.new_empty(0)
     if not lse.numel():
         return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
@@ -651,4 +583,4 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         )  # fmt: skip
     if need_span and span.dim() == 1:
         dspan = dspan.sum((0, 2))
-    return dq, dk, dv, dspan if need_span else empty.to(span.dtype), drel
+    return dq, dk, dv, dspan if need_span else span.new_empty(0), drel

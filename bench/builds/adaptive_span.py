@@ -6,6 +6,7 @@ from typing import NamedTuple
 import triton.language as tl
 from gpu_build import POINTERS, Built, build
 from sukhops.triton_kernels import adaptive_span as kernels
+from sukhops.triton_kernels._parts import parts
 
 INPUTS = ("q", "k", "v", "grad", "rel", "out", "dq", "dk", "dv")  # tensors of the inputs' dtype
 PROGRAMS = {  # table of the configurations: kernel, what its programs meet
@@ -48,9 +49,9 @@ def compiled(
     kind = {"float32": "float", "float64": "double"}.get(dtype, "half")
     if kind == "half" and arch < 90 and "ampere" in configurations:
         kind = "ampere"
-    wide = (d > 64) + (d > 128)
+    wide = sum(d > width for width in kernels.UP_TO)
     bm, bn, warps, stages = configurations[kind][wide] if kind in configurations else kernels.SMALL
-    d1, d2 = kernels._parts(d)
+    d1, d2 = parts(d)
     acc = "float64" if dtype == "float64" else "float32"
     constants = dict(
         PACK=group if few else 1, SKEW=not few, BY_ROW=by_row, D=d, D1=d1, D2=d2, ACC=getattr(tl, acc), BM=bm,

@@ -326,9 +326,10 @@ class AdaptiveSpanAttention(nn.Module):
 
         The outputs stay what they were. The cache then keeps, head by head, exactly the keys that the window
         (span and ramp, `windows`) can still see: a head of keys and values that several heads share, those
-        of the longest. Its shapes are the same from the first call on, so that decoding compiles to one
-        graph. The ratio gets no gradient any more. `state_dict` is the same as that of a layer that is not
-        frozen; a frozen one that loads takes its windows from the spans that it got.
+        of the longest. Its shapes are the same from the first call on, so a cache that fills up never makes
+        `torch.compile` compile again: decoding token by token takes two graphs, one for the first position,
+        a constant to it, and one for all others. The ratio gets no gradient any more. `state_dict` is that of
+        a layer that is not frozen; a frozen one that loads takes its windows from the spans that it got.
         """
         self.adaptive_span.ratio.requires_grad_(False)
         self.windows = tuple(self.adaptive_span.report().keys)

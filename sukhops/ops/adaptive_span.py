@@ -30,7 +30,8 @@ def adaptive_span_attention(
 
     and the weights of a row are normalised. Time and memory follow the spans, head by head: keys beyond
     span + ramp are never read, and no mask is built. The span's gradient counts the closed interval, both
-    ends of the ramp. Deterministic; differentiable once.
+    ends of the ramp. Differentiable once. Repeats are bitwise the same; on the CPU another number of threads
+    changes the rounding of rel_pos's gradient, which each thread sums for itself, and of nothing else.
 
     Args:
         q: [B, H, M, d], float32, bfloat16, float16 or float64: the last M of the N positions.
@@ -54,6 +55,8 @@ def adaptive_span_attention(
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _checks.check_tensor(name, t)
     q, k, v, rel_pos = _checks.as_floats(q=q, k=k, v=v, rel_pos=rel_pos)
     if q.dim() != 4 or q.shape[3] == 0 or q.shape[1] == 0:
         raise ValueError(f"q: expected shape [B, H, M, d] with H, d >= 1, got {list(q.shape)}")
@@ -72,6 +75,8 @@ def adaptive_span_attention(
             f"ramp: expected a finite number of tokens > 0, got {ramp!r}; "
             "for a hard window take a small one and a span half a token short"
         )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if max_span is not None and (not isinstance(max_span, int) or max_span < 1):
         raise ValueError(f"max_span: expected an int >= 1 or None, got {max_span!r}")
     if rel_pos is not None:
