@@ -552,14 +552,36 @@ SUKHOPS_INLINE uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
   return z ^ (z >> 31);
 }
 
+// how many lanes of a comparison hold
+template <int W, class I>
+SUKHOPS_INLINE int64_t count_lanes(I holds) {
+#ifdef SUKHOPS_X86
+  if constexpr (sizeof(I) == 64) {
+    typedef __typeof__(holds[0] + 0) E;
+    typedef E Half __attribute__((vector_size(32)));
+    Half half[2];
+    __builtin_memcpy(half, &holds, sizeof holds);
+    return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
+  } else if constexpr (sizeof(I) == 32) {
+    if constexpr (W == 8) return __builtin_popcount(__builtin_ia32_movmskps256((Wide<float, 8>::f)holds));
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskpd256((Wide<double, 4>::f)holds));
+  } else {
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskps((Wide<float, 4>::f)holds));
+    if constexpr (W == 2) return __builtin_popcount(__builtin_ia32_movmskpd((Wide<double, 2>::f)holds));
+  }
+#else
+  return -sum_lanes<W>(holds);
+#endif
+}
+
 // Walks `samples` segmentations back from the end; at each boundary a segment is drawn from its inflow. The
 // number drawn depends on the seed, the sample, the sequence and the boundary, on nothing else.
-template <int W, class A>
-static void draw(Chain<A, A>& c, const Draw<A>& d) {
+template <int W, int N, class A>
+static void draw(Chain<A, A> c, Draw<A> d) {
   typedef typename Wide<A, W>::f V;
-  typedef typename Wide<A, W>::i I;
+  using Int = typename Format<A>::Int;
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
-  const int64_t size = padded(c.k, W);
+  const int64_t size = N ? N * W : padded(c.k, W);
   for (int64_t s = 0; s < d.samples; ++s) {
     d.position[s] = c.length;
     int64_t* out = d.segments + s * d.sequences * c.stored;
@@ -567,8 +589,8 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
     d.stream[s] = mixed(d.seed + kStep * uint64_t(s * d.sequences + d.sequence + 1));
   }
   for (int64_t end = c.length; end > 0; end -= kDrawTile) {
-    const int64_t first = end - kDrawTile > 0 ? end - kDrawTile : 0;  // boundaries (first, end]
-    for (int64_t i = 0; i < (end - first) * size; ++i) d.table[i] = 0;
+    const int64_t first = end - kDrawTile > 0 ? end - kDrawTile : 0, rows = end - first;  // boundaries (first, end]
+    for (int64_t i = 0; i < rows * size; ++i) d.table[i] = 0;
     for (int64_t t = first + 1 - c.k > 0 ? first + 1 - c.k : 0, tile = t; t < end; ++t) {
       if ((t - tile) % kTile == 0) prepare<W>(c, tile = t, kTile < end - t ? kTile : end - t);
       const Source<A> from = source<W>(c, t, t - tile);
@@ -580,7 +602,7 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
         }
       }
     }
-    for (int64_t j = 0; j < end - first; ++j) {  // the running sums, of which the last is 1
+    for (int64_t j = 0; j < rows; ++j) {  // the running sums, of which the last is 1
       A* p = d.table + j * size;
       A total = 0;
       for (int64_t k = 0; k < size; ++k) p[k] = total += p[k];
@@ -589,30 +611,35 @@ static void draw(Chain<A, A>& c, const Draw<A>& d) {
     for (int64_t s = 0; s < d.samples; s += kTogether) {  // several walks at a time: each waits for its own step only
       const int64_t count = d.samples - s < kTogether ? d.samples - s : kTogether;
       int64_t found[kTogether][kDrawTile] = {}, at[kTogether];
-      for (int64_t i = 0; i < count; ++i) {
-        at[i] = d.position[s + i];
-        if (at[i] >= first && at[i] < end) found[i][at[i] - first] = d.segment[s + i];  // which starts here, ends behind
+      A drawn[kTogether][kDrawTile];  // for boundary first + 1 + j
+      for (int64_t i = 0; i < kTogether; ++i) {
+        at[i] = i < count ? d.position[s + i] - first : 0;
+        if (at[i] >= 0 && at[i] < rows && i < count) found[i][at[i]] = d.segment[s + i];  // starts here, ends behind
+        if (i >= count) continue;
+        for (int64_t j = 0; j < kDrawTile; ++j) {
+          const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t(first + 1 + j)) >> (63 - Format<A>::kMantissa);
+          drawn[i][j] = A(Int(bits)) * (A(0.5) / A(int64_t(1) << Format<A>::kMantissa));
+        }
       }
       for (bool more = true; more;) {
         more = false;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t j = at[i];
-          if (j <= first) continue;
-          const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t(j)) >> (63 - Format<A>::kMantissa);
-          const A u = A(int64_t(bits)) * (A(0.5) / A(int64_t(1) << Format<A>::kMantissa));
-          const A* p = d.table + (j - first - 1) * size;
-          I below{};
-          for (int64_t k = 0; k < size; k += W) below -= (I)(read<V>(p + k) <= u);
-          const int64_t length = 1 + sum_lanes<W>(below);
-          at[i] = j - length;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kTogether; ++i) {
+          if (at[i] <= 0) continue;
+          const V u = V{} + drawn[i][at[i] - 1];
+          const A* p = d.table + (at[i] - 1) * size;
+          int64_t length = 1;
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < size; k += W) length += count_lanes<W>(read<V>(p + k) <= u);
+          at[i] -= length;
           d.segment[s + i] = length;
-          if (at[i] >= first) found[i][at[i] - first] = length;
+          if (at[i] >= 0) found[i][at[i]] = length;
           more = true;
         }
       }
       for (int64_t i = 0; i < count; ++i) {
-        d.position[s + i] = at[i];
-        __builtin_memcpy(d.segments + (s + i) * d.sequences * c.stored + first, found[i], (end - first) * 8);
+        d.position[s + i] = first + at[i];
+        __builtin_memcpy(d.segments + (s + i) * d.sequences * c.stored + first, found[i], rows * 8);
       }
     }
   }
@@ -640,5 +667,5 @@ static void moments(Chain<S, double>& c, bool gradient) {
 
 template <class A>
 static void samples(Chain<A, A>& c, const Draw<A>& d) {
-  with_shape<A>(c.k, [&](auto s) { draw<s.lanes>(c, d); });
+  with_shape<A>(c.k, [&](auto s) { draw<s.lanes, s.vectors>(c, d); });
 }
