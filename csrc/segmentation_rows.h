@@ -8,161 +8,7 @@
 // Rows are taken kTile at a time. In most tiles all numbers are within reach of one exponent: such a tile is
 // `plain`, and its exponents are left out. A tile finds out by itself, and is done again if it was not.
 
-// powers of two that bound the numbers of a plain tile: no product of theirs overflows or loses a bit
-struct Plain {
-  int lowest, scores;  // a score's exponential has one of this many exponents from -lowest on, or is 0
-  int low, high;       // sums over all ways to a boundary are in [2^-low, 2^high], or 0
-  int top;             // where the largest sum of the window starts
-  int least;           // a sum that ways are still missing from is at least 2^-least, or 0
-};
-
-template <class A>
-struct Format;
-template <>
-struct Format<float> {
-  typedef int32_t Int;
-  static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr Int kMagicBits = 0x4b400000;
-  static constexpr Plain kPlain{48, 64, 54, 104, 70, 100};
-};
-template <>
-struct Format<double> {
-  typedef int64_t Int;
-  static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kMagic = 6755399441055744.0;
-  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
-  static constexpr Int kMagicBits = 0x4338000000000000;
-  static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
-};
-
-template <class A, int W>
-struct Wide {
-  typedef A f __attribute__((vector_size(W * sizeof(A))));
-  typedef typename Format<A>::Int i __attribute__((vector_size(W * sizeof(A))));
-};
-
-// how a window of k is held: W lanes a vector, N vectors, N = 0 for any number of them
-template <int W, int N>
-struct Shape {
-  static constexpr int lanes = W, vectors = N;
-};
-
-template <class A, class F>
-SUKHOPS_INLINE void with_shape(int64_t k, const F& f) {
-  constexpr int most = kRegisterBytes / sizeof(A);  // lanes of a register
-  if constexpr (most > 4) {
-    if (k <= 4) return f(Shape<4, 1>());
-  }
-  if constexpr (most > 8) {
-    if (k <= 8) return f(Shape<8, 1>());
-  }
-  switch ((k + most - 1) / most) {
-    case 1: return f(Shape<most, 1>());
-    case 2: return f(Shape<most, 2>());
-    case 4: return f(Shape<most, 4>());
-    default: return f(Shape<most, 0>());
-  }
-}
-
-template <class V, class A>
-SUKHOPS_INLINE V read(const A* p) {
-  V x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-template <class V, class A>
-SUKHOPS_INLINE void write(A* p, V x) {
-  __builtin_memcpy(p, &x, sizeof x);
-}
-
-// exp(r) for |r| <= log(2) / 2; the minimax polynomial of its degree, error 5e-9
-template <class V>
-SUKHOPS_INLINE V exp_near_zero(V r, float) {
-  const V square = r * r;
-  const V low = r * 0.166665181517601f + 0.4999999403953552f;
-  const V high = (square * 1.381416223011911e-3f + 4.166840761899948e-2f) + r * 8.36892705410719e-3f;
-  return (high * square + low) * square + r + 1.0f;
-}
-
-template <class V>
-SUKHOPS_INLINE V exp_near_zero(V r, double) {
-  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  return p * (r * r) + r + 1.0;
-}
-
-// m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
-template <class A, class V>
-SUKHOPS_INLINE void split(V x, V& m, V& n) {
-  using F = Format<A>;
-  const V y = x * A(1.44269504088896341);
-  const V k = (y + F::kMagic) - F::kMagic;
-  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
-  // where a score has no fraction left that counts, it is its own exponent
-  const V one = V{} + A(1), size = y < A(0) ? -y : y;
-  const auto coarse = size >= F::kMagic / 3;
-  m = coarse ? (x < A(__builtin_inf()) ? one : one * A(__builtin_nan(""))) : p;
-  n = coarse ? y : k;
-}
-
-// exp(x), to the bit what split has; `outside` gets bits above Plain::scores for a score that a plain tile cannot have
-template <class A, class V, class I>
-SUKHOPS_INLINE V plain_exp(V x, I& outside) {
-  using F = Format<A>;
-  constexpr A magic = F::kMagic + F::kBias;
-  const I impossible = x == -A(__builtin_inf());
-  const V shifted = x * A(1.44269504088896341) + magic, k = shifted - magic;
-  outside |= ~impossible & ((I)shifted - (F::kMagicBits + F::kBias - F::kPlain.lowest));
-  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
-  return impossible ? V{} : p * (V)((I)shifted << F::kMantissa);
-}
-
-// 2^d for an integer d <= the largest exponent, 0 where d is below the smallest one or NaN
-template <class A, class V>
-SUKHOPS_INLINE V power(V d) {
-  using F = Format<A>;
-  typedef decltype(d < d) I;
-  const V shifted = d + (F::kMagic + F::kBias);
-  return d >= A(1 - F::kBias) ? (V)((I)shifted << F::kMantissa) : V{};
-}
-
-template <int W, class V>
-SUKHOPS_INLINE auto sum_lanes(V x) {
-  if constexpr (W == 1) {
-    return x[0];
-  } else {
-    typedef __typeof__(x[0] + 0) E;
-    typedef E Half __attribute__((vector_size(W / 2 * sizeof(E))));
-    Half low, high;
-    __builtin_memcpy(&low, &x, sizeof low);
-    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    return sum_lanes<W / 2>(Half(low + high));
-  }
-}
-
-SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
-
-// the lanes of x from the second one on, then the first one of y
-template <int W, class V>
-SUKHOPS_INLINE V next_lane(V x, V y) {
-  if constexpr (W == 2) return __builtin_shufflevector(x, y, 1, 2);
-  if constexpr (W == 4) return __builtin_shufflevector(x, y, 1, 2, 3, 4);
-  if constexpr (W == 8) return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8);
-  if constexpr (W == 16)
-    return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-}
+#include "segmentation_numbers.h"
 
 // brings a row to the cache, to be read or written; any address will do
 template <int write, class S>
@@ -191,17 +37,17 @@ SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
   using F = Format<A>;
   V most = V{} - A(__builtin_inf());
   for (int64_t k = 0; k < size; k += W) {
-    const V x = read<V>(a + k);
+    const V x = get<V>(a + k);
     const V e = __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-    const V m = read<V>(n + k) + e;
-    write(a + k, x * power<A>(-e));
-    write(n + k, m);
+    const V m = get<V>(n + k) + e;
+    set(a + k, x * power<A>(-e));
+    set(n + k, m);
     most = m > most ? m : most;
   }
   A top = most[0];
   for (int l = 1; l < W; ++l) top = most[l] > top ? most[l] : top;
   if (!(top > -__builtin_inf())) return 0;
-  for (int64_t k = 0; k < size; k += W) write(n + k, read<V>(n + k) - top);
+  for (int64_t k = 0; k < size; k += W) set(n + k, get<V>(n + k) - top);
   return top;
 }
 
@@ -224,35 +70,35 @@ SUKHOPS_INLINE bool forward_plain(Chain<S, A>& c, int64_t t0, int64_t rows) {
   const V low = power<A>(V{} - A(plain.low)), high = power<A>(V{} + A(plain.high));
   const int64_t n = N ? N : padded(c.k, W) / W;
   V own[N + 1];  // the window: in registers where its size is known
-  const auto get = [&](int64_t k) { return N ? own[k] : read<V>(c.tile + k * W); };
-  const auto set = [&](int64_t k, V x) { N ? void(own[k] = x) : write(c.tile + k * W, x); };
+  const auto at = [&](int64_t k) { return N ? own[k] : get<V>(c.tile + k * W); };
+  const auto move = [&](int64_t k, V x) { N ? void(own[k] = x) : set(c.tile + k * W, x); };
   I within = ~I{}, outside{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < n; ++k) {
-    const V a = read<V>(c.a + k * W), e = read<V>(c.n + k * W) + A(plain.top);
+    const V a = get<V>(c.a + k * W), e = get<V>(c.n + k * W) + A(plain.top);
     within &= (a == A(0)) | (e >= A(-plain.least));
-    set(k, a * power<A>(e));
+    move(k, a * power<A>(e));
   }
-  set(n, V{});
+  move(n, V{});
   A found[W > kTile ? W : kTile] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const A* x = row<W>(c, t0 + i);
     fetch<0>(c.scores + (t0 + i + 2 * kTile) * c.k, c.k);
-    V now = get(0);
+    V now = at(0);
     const V sum = V{} + (found[i] = now[0]);
     within &= (sum == A(0)) | ((sum >= low) & (sum <= high));
 #pragma GCC unroll 4
     for (int64_t k = 0; k < n; ++k) {
-      const V next = get(k + 1);
-      const V more = __builtin_assoc_barrier(plain_exp<A>(read<V>(x + k * W), outside) * sum);  // rounded, as there
-      set(k, next_lane<W>(now, next) + more);
+      const V next = at(k + 1);
+      const V more = __builtin_assoc_barrier(plain_exp<A>(get<V>(x + k * W), outside) * sum);  // rounded, as there
+      move(k, next_lane<W>(now, next) + more);
       now = next;
     }
   }
   within &= (outside & -plain.scores) == 0;
   if (sum_lanes<W>(within) != -W) return false;
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < n; ++k) write(c.a + k * W, get(k)), write(c.n + k * W, V{});
+  for (int64_t k = 0; k < n; ++k) set(c.a + k * W, at(k)), set(c.n + k * W, V{});
   c.base -= plain.top;
   keep<W>(c, t0, rows, found, c.base);
   return true;
@@ -270,13 +116,13 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
     c.exponent[t0 + i] = c.base + n;
     for (int64_t k = 0; k < size; k += W) {  // behind the window there is always a vector of nothing
       V m, e;
-      split<A>(read<V>(x + k), m, e);
-      const V have = next_lane<W>(read<V>(c.a + k), read<V>(c.a + k + W)), more = m * a;
-      const V old = next_lane<W>(read<V>(c.n + k), read<V>(c.n + k + W)), add = e + n, ahead = add - old;
+      split<A>(get<V>(x + k), m, e);
+      const V have = next_lane<W>(get<V>(c.a + k), get<V>(c.a + k + W)), more = m * a;
+      const V old = next_lane<W>(get<V>(c.n + k), get<V>(c.n + k + W)), add = e + n, ahead = add - old;
       // the larger exponent stays, the other number is shifted to it
       const auto larger = add > old;
-      write(c.n + k, larger ? add : old);
-      write(c.a + k, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+      set(c.n + k, larger ? add : old);
+      set(c.a + k, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
     }
   }
 }
@@ -331,16 +177,16 @@ SUKHOPS_INLINE Source<A> source(const Chain<S, A>& c, int64_t t, int64_t i) {
 template <class V, class A>
 SUKHOPS_INLINE V inflow(const Source<A>& s, int64_t k) {
   V m, e;
-  split<A>(read<V>(s.x + k), m, e);
-  const V d = (e + s.n) - read<V>(s.exponents + k), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
-  const V share = (m * s.alpha) * power<A>(d > cap ? cap : d) / read<V>(s.alphas + k);
+  split<A>(get<V>(s.x + k), m, e);
+  const V d = (e + s.n) - get<V>(s.exponents + k), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
+  const V share = (m * s.alpha) * power<A>(d > cap ? cap : d) / get<V>(s.alphas + k);
   return share > one ? one : share;
 }
 
 template <int W, class S, class A, class V>
 SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
   if constexpr (sizeof(S) == sizeof(A)) {
-    if (valid >= W) return write(p, x);
+    if (valid >= W) return set(p, x);
   }
   for (int64_t l = 0; l < W && l < valid; ++l) p[l] = S(x[l]);
 }
@@ -358,7 +204,7 @@ SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const Tile<A>& tile, int64
   const int64_t size = N ? N * W : padded(c.k, W);
   for (int64_t i = 0; i < tile.rows; ++i) {
     const Source<A> from = source<W>(c, tile.first + i, i);
-    for (int64_t k = 0; k < size; k += W) write(tile.shares + i * stride + k, inflow<V>(from, k));
+    for (int64_t k = 0; k < size; k += W) set(tile.shares + i * stride + k, inflow<V>(from, k));
   }
 }
 
@@ -379,9 +225,9 @@ SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int6
     within &= from <= high;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < size; k += W) {
-      const V sum = read<V>(c.sum + i + 1 + k), inverse = read<V>(c.inverse + i + 1 + k);
-      const V part = plain_exp<A>(read<V>(x + k), outside) * from, near = part * inverse;
-      write(tile.shares + i * stride + k, near + (part - near * sum) * inverse);  // the quotient to the last bit
+      const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
+      const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
+      set(tile.shares + i * stride + k, near + (part - near * sum) * inverse);  // the quotient to the last bit
     }
   }
   within &= (outside & -plain.scores) == 0;
@@ -395,17 +241,17 @@ SUKHOPS_INLINE void prepare_plain(Chain<A, A>& c, int64_t rows) {
   typedef typename Wide<A, W>::i I;
   constexpr Plain plain = Format<A>::kPlain;
   const int64_t size = padded(c.k, W);
-  const A most = plain.least;
+  const A most = plain.least, fewest = plain.lowest + plain.low + 1;  // below, nothing has come that counts
   A least = __builtin_inf();
   for (int64_t i = 0; i < rows; ++i) least = c.n[i] < least ? c.n[i] : least;
   I within = ~I{};
   for (int64_t i = 0; i < rows + size; i += W) {
-    V d = read<V>(c.n + i) - (least + A(plain.low));
+    V d = get<V>(c.n + i) - (least + A(plain.low));
     within &= (d <= most) | (d == A(__builtin_inf()));
-    d = d < -most ? V{} - most : d > most ? V{} + most : d;
-    const V sum = read<V>(c.a + i) * power<A>(d);
-    write(c.sum + i, sum);
-    write(c.inverse + i, A(1) / sum);
+    d = d < -fewest ? V{} - fewest : d > most ? V{} + most : d;
+    const V sum = get<V>(c.a + i) * power<A>(d);
+    set(c.sum + i, sum);
+    set(c.inverse + i, A(1) / sum);
   }
   c.plain = sum_lanes<W>(within) == -W;
 }
@@ -422,7 +268,7 @@ SUKHOPS_INLINE void settle(const Chain<A, A>& c, const Tile<A>& tile, int64_t st
   for (int64_t i = 0; i < rows; ++i) {
     V sum{};
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < size; k += W) sum += read<V>(shares + i * stride + k) * read<V>(w + i + 1 + k);
+    for (int64_t k = 0; k < size; k += W) sum += get<V>(shares + i * stride + k) * get<V>(w + i + 1 + k);
     mass[i] = sum_lanes<W>(sum);
   }
   if (rows == kTile) {  // a whole tile, unrolled
@@ -459,7 +305,7 @@ static void marginal_chain(Chain<A, A> c) {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < size; k += W)
         write_row<W, A, A>(c.out + (now.first + i) * c.k + k,
-                           read<V>(now.shares + i * stride + k) * read<V>(c.w + now.first + i + 1 + k), c.k - k);
+                           get<V>(now.shares + i * stride + k) * get<V>(c.w + now.first + i + 1 + k), c.k - k);
     const Tile<A> done = now;
     now = next, next = done;
   } while (now.rows > 0);
@@ -491,7 +337,7 @@ static void expect(Chain<S, double>& c) {
     for (int64_t k = 0; k < size; k += W) {
       const V share = inflow<V>(from, k);
       const V add = share * (c.mean[t] + worth<W>(c, share, t, k));
-      write(c.mean + t + 1 + k, read<V>(c.mean + t + 1 + k) + (share != 0.0 ? add : V{}));
+      set(c.mean + t + 1 + k, get<V>(c.mean + t + 1 + k) + (share != 0.0 ? add : V{}));
     }
   }
 }
@@ -515,7 +361,7 @@ static void covariance(Chain<S, double>& c) {
     V mass{}, after{};
     for (int64_t k = 0; k < size; k += W) {
       const V share = inflow<V>(from, k), worth_ = worth<W>(c, share, t, k);
-      const V w = read<V>(c.w + t + 1 + k), f = read<V>(c.after + t + 1 + k);
+      const V w = get<V>(c.w + t + 1 + k), f = get<V>(c.after + t + 1 + k);
       mass += share * w;
       after += share * (w * worth_ + f);
       const V out = share * (w * (before + worth_) + f) * c.grad;
@@ -550,28 +396,6 @@ SUKHOPS_INLINE uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
-}
-
-// how many lanes of a comparison hold
-template <int W, class I>
-SUKHOPS_INLINE int64_t count_lanes(I holds) {
-#ifdef SUKHOPS_X86
-  if constexpr (sizeof(I) == 64) {
-    typedef __typeof__(holds[0] + 0) E;
-    typedef E Half __attribute__((vector_size(32)));
-    Half half[2];
-    __builtin_memcpy(half, &holds, sizeof holds);
-    return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
-  } else if constexpr (sizeof(I) == 32) {
-    if constexpr (W == 8) return __builtin_popcount(__builtin_ia32_movmskps256((Wide<float, 8>::f)holds));
-    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskpd256((Wide<double, 4>::f)holds));
-  } else {
-    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskps((Wide<float, 4>::f)holds));
-    if constexpr (W == 2) return __builtin_popcount(__builtin_ia32_movmskpd((Wide<double, 2>::f)holds));
-  }
-#else
-  return -sum_lanes<W>(holds);
-#endif
 }
 
 // Walks `samples` segmentations back from the end; at each boundary a segment is drawn from its inflow. The
@@ -630,7 +454,7 @@ static void draw(Chain<A, A> c, Draw<A> d) {
           const A* p = d.table + (at[i] - 1) * size;
           int64_t length = 1;
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < size; k += W) length += count_lanes<W>(read<V>(p + k) <= u);
+          for (int64_t k = 0; k < size; k += W) length += count_lanes<W>(get<V>(p + k) <= u);
           at[i] -= length;
           d.segment[s + i] = length;
           if (at[i] >= 0) found[i][at[i]] = length;

@@ -1,0 +1,167 @@
+// What segmentation_rows.h computes with: numbers a * 2^n, and vectors of them. Included by it alone.
+
+// powers of two that bound the numbers of a plain tile: no product of theirs overflows or loses a bit
+struct Plain {
+  int lowest, scores;  // a score's exponential has one of this many exponents from -lowest on, or is 0
+  int low, high;       // sums over all ways to a boundary are in [2^-low, 2^high], or 0
+  int top;             // where the largest sum of the window starts
+  int least;           // a sum that ways are still missing from is at least 2^-least, or 0
+};
+
+template <class A>
+struct Format;
+template <>
+struct Format<float> {
+  typedef int32_t Int;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr Int kMagicBits = 0x4b400000;
+  static constexpr Plain kPlain{48, 64, 54, 104, 70, 100};
+};
+template <>
+struct Format<double> {
+  typedef int64_t Int;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kMagic = 6755399441055744.0;
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr Int kMagicBits = 0x4338000000000000;
+  static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
+};
+
+template <class A, int W>
+struct Wide {
+  typedef A f __attribute__((vector_size(W * sizeof(A))));
+  typedef typename Format<A>::Int i __attribute__((vector_size(W * sizeof(A))));
+};
+
+// how a window of k is held: W lanes a vector, N vectors, N = 0 for any number of them
+template <int W, int N>
+struct Shape {
+  static constexpr int lanes = W, vectors = N;
+};
+
+template <class A, class F>
+SUKHOPS_INLINE void with_shape(int64_t k, const F& f) {
+  constexpr int most = kRegisterBytes / sizeof(A);  // lanes of a register
+  if constexpr (most > 4) {
+    if (k <= 4) return f(Shape<4, 1>());
+  }
+  if constexpr (most > 8) {
+    if (k <= 8) return f(Shape<8, 1>());
+  }
+  switch ((k + most - 1) / most) {
+    case 1: return f(Shape<most, 1>());
+    case 2: return f(Shape<most, 2>());
+    case 4: return f(Shape<most, 4>());
+    default: return f(Shape<most, 0>());
+  }
+}
+
+// exp(r) for |r| <= log(2) / 2; the minimax polynomial of its degree, error 5e-9
+template <class V>
+SUKHOPS_INLINE V exp_near_zero(V r, float) {
+  const V square = r * r;
+  const V low = r * 0.166665181517601f + 0.4999999403953552f;
+  const V high = (square * 1.381416223011911e-3f + 4.166840761899948e-2f) + r * 8.36892705410719e-3f;
+  return (high * square + low) * square + r + 1.0f;
+}
+
+template <class V>
+SUKHOPS_INLINE V exp_near_zero(V r, double) {
+  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  return p * (r * r) + r + 1.0;
+}
+
+// m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
+template <class A, class V>
+SUKHOPS_INLINE void split(V x, V& m, V& n) {
+  using F = Format<A>;
+  const V y = x * A(1.44269504088896341);
+  const V k = (y + F::kMagic) - F::kMagic;
+  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
+  // where a score has no fraction left that counts, it is its own exponent
+  const V one = V{} + A(1), size = y < A(0) ? -y : y;
+  const auto coarse = size >= F::kMagic / 3;
+  m = coarse ? (x < A(__builtin_inf()) ? one : one * A(__builtin_nan(""))) : p;
+  n = coarse ? y : k;
+}
+
+// exp(x), to the bit what split has; `outside` gets bits above Plain::scores for a score that a plain tile cannot have
+template <class A, class V, class I>
+SUKHOPS_INLINE V plain_exp(V x, I& outside) {
+  using F = Format<A>;
+  constexpr A magic = F::kMagic + F::kBias;
+  const I impossible = x == -A(__builtin_inf());
+  const V shifted = x * A(1.44269504088896341) + magic, k = shifted - magic;
+  outside |= ~impossible & ((I)shifted - (F::kMagicBits + F::kBias - F::kPlain.lowest));
+  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
+  return impossible ? V{} : p * (V)((I)shifted << F::kMantissa);
+}
+
+// 2^d for an integer d <= the largest exponent, 0 where d is below the smallest one or NaN
+template <class A, class V>
+SUKHOPS_INLINE V power(V d) {
+  using F = Format<A>;
+  typedef decltype(d < d) I;
+  const V shifted = d + (F::kMagic + F::kBias);
+  return d >= A(1 - F::kBias) ? (V)((I)shifted << F::kMantissa) : V{};
+}
+
+template <int W, class V>
+SUKHOPS_INLINE auto sum_lanes(V x) {
+  if constexpr (W == 1) {
+    return x[0];
+  } else {
+    typedef __typeof__(x[0] + 0) E;
+    typedef E Half __attribute__((vector_size(W / 2 * sizeof(E))));
+    Half low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
+    return sum_lanes<W / 2>(Half(low + high));
+  }
+}
+
+SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
+
+// the lanes of x from the second one on, then the first one of y
+template <int W, class V>
+SUKHOPS_INLINE V next_lane(V x, V y) {
+  if constexpr (W == 2) return __builtin_shufflevector(x, y, 1, 2);
+  if constexpr (W == 4) return __builtin_shufflevector(x, y, 1, 2, 3, 4);
+  if constexpr (W == 8) return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8);
+  if constexpr (W == 16)
+    return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+}
+
+// how many lanes of a comparison hold
+template <int W, class I>
+SUKHOPS_INLINE int64_t count_lanes(I holds) {
+#ifdef SUKHOPS_X86
+  if constexpr (sizeof(I) == 64) {
+    typedef __typeof__(holds[0] + 0) E;
+    typedef E Half __attribute__((vector_size(32)));
+    Half half[2];
+    __builtin_memcpy(half, &holds, sizeof holds);
+    return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
+  } else if constexpr (sizeof(I) == 32) {
+    if constexpr (W == 8) return __builtin_popcount(__builtin_ia32_movmskps256((Wide<float, 8>::f)holds));
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskpd256((Wide<double, 4>::f)holds));
+  } else {
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskps((Wide<float, 4>::f)holds));
+    if constexpr (W == 2) return __builtin_popcount(__builtin_ia32_movmskpd((Wide<double, 2>::f)holds));
+  }
+#else
+  return -sum_lanes<W>(holds);
+#endif
+}
