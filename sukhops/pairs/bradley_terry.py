@@ -71,47 +71,73 @@ def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Te
                 f"through others; {one_sided} problems are not so. Use a ridge > 0"
             )
         prior = prior + means  # the step has no component along the means
-    first, second = torch.triu_indices(size, size, 1, device=battles.device)
-    # every array below has problems last, where memory is contiguous, and each pair of players once
+    first, second = _players(size, battles.device)
+    # from here on problems are last, where memory is contiguous, and each pair of players is there once
     won, lost = (battles[:, i, j].T.contiguous() for i, j in ((first, second), (second, first)))
-    met = won + lost
     # a player's odds against all others together, spread out: near enough to save a third of the steps
     wins, losses = battles.sum(2).T, battles.sum(1).T
     some = 0.02 * (wins + losses)
-    scores = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: never met anyone
-    square = battles.new_zeros(size, size, len(battles))  # of all ordered pairs; the diagonal stays 0
+    start = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: never met anyone
+    maximum = _newton(won, lost, prior, ridge, start)
+    scores = maximum.T
+    if ridge == 0:
+        scores = scores - (means @ scores.unsqueeze(2)).squeeze(2)  # what rounding has put there
+    errors = torch.zeros_like(scores)
+    if want_errors:
+        _, hessian, _ = _derivatives(won, lost, prior, ridge, maximum)
+        covariance = torch.linalg.inv(hessian + (means if ridge else 0)) - means / (1 + ridge)
+        errors = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    return scores, errors
+
+
+def _newton(won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor) -> Tensor:
+    """The maximum for battles [pairs, P], from scores [J, P] on. Problems that take long go on alone."""
+    for _ in range(STEPS):
+        gradient, hessian, gap = _derivatives(won, lost, prior, ridge, scores)
+        step = torch.linalg.solve_ex(hessian, gradient.T).result.T  # not finite where singular
+        # A term is flatter further out, so a full step can only overshoot where a pair moves towards 0. Its
+        # curvature grows there by e^|change| at most: log1p(r) / r of a step that changes it by r is safe.
+        first, second = _players(len(step), step.device)
+        change = step[first] - step[second]
+        inward = (change * gap.sign()).amin(0).neg().clamp(min=0)
+        scores = scores + torch.where(inward > 0, inward.log1p() / inward, 1) * step
+        unfinished = ~(step.abs() <= CONVERGED).all(0)
+        count = unfinished.count_nonzero().item()
+        if count == 0:
+            return scores
+        if 4 * count < len(unfinished):
+            rest = unfinished.nonzero().squeeze(1)
+            given = (won[:, rest], lost[:, rest], prior[rest] if prior.dim() == 3 else prior)
+            return scores.index_copy_(1, rest, _newton(*given, ridge, scores[:, rest]))
+    raise ValueError(f"ridge: {ridge} is too small for these battles, no maximum within {STEPS} steps")
+
+
+def _derivatives(
+    won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the penalised likelihood: gradient [J, P] and minus the Hessian [P, J, J]; and the gap of each pair."""
+    size = len(scores)
+    first, second = _players(size, scores.device)
+    square = scores.new_zeros(size, size, scores.shape[1])  # of all ordered pairs; the diagonal stays 0
 
     def spread(upper: Tensor, lower: Tensor) -> Tensor:
         for i, j, values in ((first, second, upper), (second, first, lower)):
             square.flatten(0, 1).index_copy_(0, i * size + j, values)
         return square
 
-    for _ in range(STEPS):
-        gap = scores[first] - scores[second]
-        win, lose = gap.sigmoid(), gap.neg().sigmoid()
-        flow = won * lose - lost * win
-        gradient = spread(flow, -flow).sum(1) - ridge * scores
-        curvature = met * win * lose
-        hessian = prior - spread(curvature, curvature).permute(2, 0, 1)
-        hessian.diagonal(dim1=1, dim2=2).add_(square.sum(1).T)
-        step = torch.linalg.solve_ex(hessian, gradient.T).result.T  # not finite where singular
-        # A term is flatter further out, so a full step can only overshoot where a pair moves towards 0. Its
-        # curvature grows there by e^|change| at most: log1p(r) / r of a step that changes it by r is safe.
-        change = step[first] - step[second]
-        inward = (change * gap.sign()).amin(0).neg().clamp(min=0)
-        scores = scores + torch.where(inward > 0, inward.log1p() / inward, 1) * step
-        if (step.abs() <= CONVERGED).all():
-            break
-    else:
-        raise ValueError(f"ridge: {ridge} is too small for these battles, no maximum within {STEPS} steps")
-    scores = scores.T
-    if ridge == 0:
-        scores = scores - (means @ scores.unsqueeze(2)).squeeze(2)  # what rounding has put there
-    errors = torch.zeros_like(scores)
-    if want_errors:
-        covariance = torch.linalg.inv(hessian + (means if ridge else 0)) - means / (1 + ridge)
-        errors = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    return scores, errors
+    gap = scores[first] - scores[second]
+    win, lose = gap.sigmoid(), gap.neg().sigmoid()
+    flow = won * lose - lost * win
+    gradient = spread(flow, -flow).sum(1) - ridge * scores
+    curvature = (won + lost) * win * lose
+    hessian = prior - spread(curvature, curvature).permute(2, 0, 1)
+    hessian.diagonal(dim1=1, dim2=2).add_(square.sum(1).T)
+    return gradient, hessian, gap
+
+
+def _players(size: int, device: torch.device) -> Tensor:
+    """The first and the second player of each pair, [2, pairs]."""
+    return torch.triu_indices(size, size, 1, device=device)
 
 
 def _reaches(edges: Tensor) -> Tensor:
