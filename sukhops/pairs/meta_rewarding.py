@@ -44,8 +44,13 @@ def length_controlled_pairs(
     if max_length is not None and not max_length >= 0:
         raise ValueError(f"max_length: expected >= 0, got {max_length}")
     parts = zip(scores.split(PROMPTS), lengths.split(PROMPTS), strict=True)
-    found = [_length_controlled(*(t.double().T for t in part), rho, max_length) for part in parts]
+    found = [_length_controlled(*map(_responses_first, part), rho, max_length) for part in parts]
     return Pairs(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+
+
+def _responses_first(part: Tensor) -> Tensor:
+    """[P, R] as float64 [R, P], where numbers of many prompts are next to each other."""
+    return part.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _length_controlled(scores: Tensor, lengths: Tensor, rho: float, max_length: float | None) -> Pairs:
@@ -69,12 +74,11 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 def _shortest(tier: Tensor, lengths: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The least length of a tier [R, P], then the largest score, then the first; and what decided."""
-    short = lengths.masked_fill(~tier, torch.inf)
-    short = tier & (short == short.amin(0))
-    best = scores.masked_fill(~short, -torch.inf)
-    best = short & (best == best.amax(0))
+    length = torch.where(tier, lengths, torch.inf)
+    score = torch.where(length == length.amin(0), scores, -torch.inf)
+    best, index = score.max(0)
     decided = torch.where(tier.sum(0) > 1, int(Reason.LENGTH), int(Reason.SCORE))
-    return best.byte().argmax(0), decided.masked_fill_(best.sum(0) > 1, int(Reason.ORDER))
+    return index, decided.masked_fill_((score == best).sum(0) > 1, int(Reason.ORDER))
 
 
 def select_judged_response(judgment_scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
