@@ -62,7 +62,7 @@ def floor(i: Inputs):
 
 
 class Nothing(torch.autograd.Function):
-    """What PyTorch itself takes for a differentiable operator that allocates its gradient and computes nothing."""
+    """What PyTorch itself takes for an operator with a gradient that computes nothing."""
 
     @staticmethod
     def forward(ctx, scores):
