@@ -61,24 +61,10 @@ def floor(i: Inputs):
     return call
 
 
-class Nothing(torch.autograd.Function):
-    """What PyTorch itself takes for an operator with a gradient that computes nothing."""
-
-    @staticmethod
-    def forward(ctx, scores):
-        ctx.save_for_backward(scores)
-        return scores.new_empty(len(scores))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(*ctx.saved_tensors)
-
-
 def peers(b: int, t: int, k: int) -> dict[str, Provider]:
     """Predicted: memory of the loop's tape and of charts of [B, T, K + 1, K + 1], time from T = 1024."""
     steps = b * t * k * 4.0
     return {
-        "no work": Provider(logz(Nothing.apply), package="torch", same=False),
         "a loop": Provider(logz(loop), 8 * steps, "torch", seconds=1.2e-3 * t),
         "pytorch-struct": Provider(
             logz(pytorch_struct), 40 * steps * (k + 2), "torch-struct", seconds=3e-7 * b * t * (k + 1) ** 2
@@ -104,13 +90,13 @@ def forward(times: int):
     return bare
 
 
-def decoding_case(name: str, ours, exact, times: int = 1) -> Case:
-    """Over `times` forward passes of the log-partition."""
+def bare_case(name: str, ours, exact, over) -> Case:
+    """Without autograd."""
     b, t, k = 16, 1024, 16
     return Case(
         "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
         lambda: make(b, t, k), lambda: {"scores": make(3, 60, k)["scores"].detach()}, logz(exact),
-        {"sukhops": Provider(logz(ours), ours=True)}, forward(times), 15, ("fwd_nograd",),
+        {"sukhops": Provider(logz(ours), ours=True)}, over, 15, ("fwd_nograd",),
     )  # fmt: skip
 
 
@@ -123,16 +109,23 @@ def cases() -> list[Case]:
     return [
         gradient_case("log-partition and gradient", 16, 1024, 16),
         *(gradient_case(f"one sequence, T = {t:,}", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
-        decoding_case(
+        bare_case(
+            "posterior: the same kernels without autograd",
+            sukhops.segmentation_marginals,
+            reference.segmentation_marginals,
+            floor,
+        ),
+        bare_case(
             "best segmentation, over the log-partition",
             lambda s: sukhops.segmentation_viterbi(s).score,
             lambda s: reference.segmentation_viterbi(s).score,
+            forward(1),
         ),
-        decoding_case(
+        bare_case(
             f"{SAMPLES} samples, over {SAMPLES} log-partitions",
             first_segments,
             lambda s: s.new_ones(SAMPLES, s.shape[0]),
-            SAMPLES,
+            forward(SAMPLES),
         ),
     ]
 
