@@ -124,32 +124,46 @@ def show(scores: Tensor, text: str, count: int) -> None:
         at += len(line) + 1
 
 
-def run(seed: int, text: str, quick: bool) -> list[dict]:
-    torch.manual_seed(seed)
-    steps, tail, rounds = (20, 4_000, 3) if quick else (STEPS, 50_000, 25)
+class Data(NamedTuple):
+    """Of the characters alone and of the hybrid's units: what is learned from and, below it, tested on."""
+
+    lexicons: list[sukhops.Lexicon]
+    learned: list[Part]
+    tested: list[Part]
+    held_out: str
+
+    def model(self, kind: int) -> Transformer:
+        return language_model(self.lexicons[kind], len(self.lexicons[0]))
+
+
+def prepare(text: str, tail: int) -> Data:
     learn, held_out = text[: -len(text) // 10], text[-len(text) // 10 :][:tail]
-    characters = sukhops.Lexicon.from_text([learn], max_length=1)
-    units = sukhops.Lexicon.from_text([learn], MAX_LENGTH, MIN_COUNT)
-    lexicons = [characters, units]
+    lexicons = [
+        sukhops.Lexicon.from_text([learn], max_length=1),
+        sukhops.Lexicon.from_text([learn], MAX_LENGTH, MIN_COUNT),
+    ]
     learned, tested = zip(*(parts(lexicon, learn, held_out) for lexicon in lexicons), strict=True)
-    both = [language_model(lexicon, len(characters)) for lexicon in lexicons]
-    longer = relative_time(both, learned, rounds)
+    return Data(lexicons, list(learned), list(tested), held_out)
+
+
+def run(seed: int, data: Data, steps: int, longer: float) -> list[dict]:
+    """The rows of a seed; a step of the hybrid takes `longer` times one of the characters."""
     rows = []
     for variant, kind, count, warm in (
         ("characters", 0, steps, 0), ("characters, in the time of a hybrid", 0, round(longer * steps), 0),
         ("hybrid", 1, steps, 0), ("hybrid, the flat loss first", 1, steps, FLAT * steps),
     ):  # fmt: skip
         torch.manual_seed(seed)
-        model = language_model(lexicons[kind], len(characters))
-        train(model, trainer(model, learned[kind], seed, warm), count, lr=RATE, name=variant)
-        scores = lattice(model, tested[kind].units)
+        model = data.model(kind)
+        train(model, trainer(model, data.learned[kind], seed, warm), count, lr=RATE, name=variant)
+        scores = lattice(model, data.tested[kind].units)
         rows.append({
             "variant": variant, "seed": seed, "bits per character": bits_per_character(scores),
             "steps": count, "time": count / steps * (longer if kind else 1.0),
-            "units": len(lexicons[kind]), "parameters": sum(p.numel() for p in model.parameters()),
+            "units": len(data.lexicons[kind]), "parameters": sum(p.numel() for p in model.parameters()),
         })  # fmt: skip
         if kind and not warm and seed == 0:
-            show(scores, held_out, 4)
+            show(scores, data.held_out, 4)
     return rows
 
 
@@ -157,8 +171,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help="a text file; without it the standard library's source")
     options = parser.parse_args()
-    text = corpus(options.data, 200_000 if options.quick else 2_000_000)
-    rows = [row for seed in options.seeds for row in run(seed, text, options.quick)]
+    steps, tail, rounds = (20, 4_000, 3) if options.quick else (STEPS, 50_000, 25)
+    data = prepare(corpus(options.data, 200_000 if options.quick else 2_000_000), tail)
+    longer = relative_time([data.model(kind) for kind in (0, 1)], data.learned, rounds)
+    rows = [row for seed in options.seeds for row in run(seed, data, steps, longer)]
     columns = {
         "bits per character": ".3f", "steps": ",.0f", "time": ".2f", "units": ",.0f", "parameters": ",.0f",
     }  # fmt: skip
