@@ -18,9 +18,9 @@ from sukhops import reference
 SAMPLES = 100
 
 
-def make(b: int, t: int, k: int) -> Inputs:
+def make(b: int, t: int, k: int, size: float = 1.0) -> Inputs:
     g = torch.Generator().manual_seed(0)
-    return {"scores": torch.randn(b, t, k, generator=g).requires_grad_()}
+    return {"scores": (size * torch.randn(b, t, k, generator=g)).requires_grad_()}
 
 
 def logz(f):
@@ -72,10 +72,12 @@ def peers(b: int, t: int, k: int) -> dict[str, Provider]:
     }
 
 
-def gradient_case(name: str, b: int, t: int, k: int, rounds: int = 7, compared: bool = True) -> Case:
+def gradient_case(
+    name: str, b: int, t: int, k: int, rounds: int = 7, compared: bool = True, size: float = 1.0
+) -> Case:
     return Case(
         "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
-        lambda: make(b, t, k), lambda: make(min(b, 3), 60, k), logz(reference.segmentation_logz),
+        lambda: make(b, t, k, size), lambda: make(min(b, 3), 60, k, size), logz(reference.segmentation_logz),
         {"sukhops": Provider(logz(sukhops.segmentation_logz), ours=True)}
         | (peers(b, t, k) if compared else {}),
         floor, rounds,
@@ -108,6 +110,7 @@ def first_segments(scores: torch.Tensor) -> torch.Tensor:
 def cases() -> list[Case]:
     return [
         gradient_case("log-partition and gradient", 16, 1024, 16),
+        gradient_case("the same, scores 20 times as large", 16, 1024, 16, 15, compared=False, size=20.0),
         *(gradient_case(f"one sequence, T = {t:,}", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
         bare_case(
             "posterior: the same kernels without autograd",
