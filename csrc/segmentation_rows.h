@@ -39,7 +39,7 @@ SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
   for (int64_t k = 0; k < size; k += W) {
     const V x = get<V>(a + k);
     const V e = __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-    const V m = get<V>(n + k) + e;
+    const V m = x == A(0) ? V{} - A(__builtin_inf()) : get<V>(n + k) + e;  // nothing is below any number
     set(a + k, x * power<A>(-e));
     set(n + k, m);
     most = m > most ? m : most;
