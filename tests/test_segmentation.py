@@ -243,9 +243,7 @@ def test_shifts():
     moved, step = scores.clone(), 2.0**-20
     moved[..., 2] += step
     slope = (op("logz")(moved, lengths) - base) / step
-    most = (
-        lengths.max().item() // 3
-    )  # of these segments; variance <= its square / 4
+    most = lengths.max().item() // 3  # of these segments; variance <= its square / 4
     assert distance(slope, posterior[..., 2].sum(1)) <= step / 2 * most**2 / 4 + 2 * rounded(base) / step
 
 
