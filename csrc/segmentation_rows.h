@@ -234,7 +234,8 @@ SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int6
     for (int64_t k = 0; k < size; k += W) {
       const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
       const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
-      set(tile.shares + i * stride + k, near + (part - near * sum) * inverse);  // the quotient to the last bit
+      // the quotient to the last bit, by the inverse where a product and a sum are rounded once
+      set(tile.shares + i * stride + k, kRegisterBytes > 16 ? near + (part - near * sum) * inverse : part / sum);
     }
   }
   within &= (outside & -plain.scores) == 0;
