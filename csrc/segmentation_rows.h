@@ -29,17 +29,23 @@ SUKHOPS_INLINE const A* row(const Chain<S, A>& c, int64_t t) {
   return c.room;
 }
 
+// what takes a mantissa into [1, 2)
+template <int W, class A, class V>
+SUKHOPS_INLINE V exponent_of(V x) {
+  using F = Format<A>;
+  typedef typename Wide<A, W>::i I;
+  return __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
+}
+
 // brings mantissas into [1, 2), the largest exponent to 0; returns what the exponents have lost
 template <int W, class A>
 SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
   typedef typename Wide<A, W>::f V;
-  typedef typename Wide<A, W>::i I;
-  using F = Format<A>;
   V most = V{} - A(__builtin_inf());
   for (int64_t k = 0; k < size; k += W) {
     const V x = get<V>(a + k);
-    const V e = __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-    const V m = get<V>(n + k) + e;
+    const V e = exponent_of<W, A>(x);
+    const V m = x == A(0) ? V{} - A(__builtin_inf()) : get<V>(n + k) + e;  // nothing is below any number
     set(a + k, x * power<A>(-e));
     set(n + k, m);
     most = m > most ? m : most;
@@ -112,8 +118,9 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     const A* x = row<W>(c, t0 + i);
     const A a = c.a[0], n = c.n[0];
-    c.alpha[t0 + i] = a;
-    c.exponent[t0 + i] = c.base + n;
+    const V whole = exponent_of<W, A>(V{} + a);
+    c.alpha[t0 + i] = a * power<A>(-whole)[0];
+    c.exponent[t0 + i] = c.base + n + whole[0];
     for (int64_t k = 0; k < size; k += W) {  // behind the window there is always a vector of nothing
       V m, e;
       split<A>(get<V>(x + k), m, e);
@@ -227,7 +234,8 @@ SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int6
     for (int64_t k = 0; k < size; k += W) {
       const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
       const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
-      set(tile.shares + i * stride + k, near + (part - near * sum) * inverse);  // the quotient to the last bit
+      // the quotient to the last bit, by the inverse where a product and a sum are rounded once
+      set(tile.shares + i * stride + k, kRegisterBytes > 16 ? near + (part - near * sum) * inverse : part / sum);
     }
   }
   within &= (outside & -plain.scores) == 0;

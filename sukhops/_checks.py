@@ -34,13 +34,9 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {list(t.shape)}")
 
 
-def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, cast where autocast is on, checked: floating, one dtype, one supported device.
-
-    Autocast leaves float64 alone, as torch does. None passes through.
-    """
-    given = {name: t for name, t in tensors.items() if t is not None}
-    for name, t in given.items():
+def check_floats(**tensors: Tensor) -> None:
+    """All floating, on one supported device; of dtypes of their own."""
+    for name, t in tensors.items():
         check_tensor(name, t)
         if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
@@ -49,9 +45,19 @@ def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             if forward_ad.unpack_dual(t).tangent is not None:  # torch would give a tangent of 0 in silence
                 raise NotImplementedError(f"{name}: forward-mode AD is not implemented, reverse mode is")
-    (like, first), *others = given.items()
+    (like, first), *others = tensors.items()
     for name, t in others:
         check_device(like, first, name, t)
+
+
+def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, checked as by `check_floats`, cast where autocast is on, and of one dtype.
+
+    Autocast leaves float64 alone, as torch does. None passes through.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    check_floats(**given)
+    like, first = next(iter(given.items()))
     device = first.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -1,6 +1,5 @@
 """The likelihood of texts under a hybrid language model, summed over all their segmentations into units."""
 
-import contextlib
 import math
 
 import torch
@@ -85,8 +84,7 @@ def segmentation_loss(
     if lengths is None:
         lengths = torch.full((b,), t, device=unit_ids.device)
     scores = logp.masked_fill(none, -torch.inf)  # [B, T, K]
-    with _full_precision(scores.device.type):
-        logz = segmentation_logz(scores.detach() if flat else scores, lengths)  # [B]
+    logz = segmentation_logz(scores.detach() if flat else scores, lengths)  # [B]
     reached = logz != -torch.inf
     symbols = lengths.where(reached, 0).sum()
     nats = -logz.where(reached, 0.0).sum() / symbols.clamp(min=1)
@@ -95,8 +93,3 @@ def segmentation_loss(
         loss = -logp.masked_fill(none, 0.0).sum() / (k * lengths.sum()).clamp(min=1)
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)
-
-
-def _full_precision(device: str) -> contextlib.AbstractContextManager:
-    """Without autocast, which would round log-probs."""
-    return torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext()

@@ -29,8 +29,8 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     linear in T; beside the gradient, B * T numbers are kept.
 
     Args:
-        scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). K is the length of
-            the longest segment.
+        scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). Under autocast
+            they stay what they are. K is the length of the longest segment.
         lengths: [B], int64 or int32, each in [0, T], or None where every sequence has T positions.
 
     Returns:
@@ -139,8 +139,11 @@ def segmentation_sample(
 
 
 def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The operators' checked arguments; half precision becomes float32 here, and its gradient half again."""
-    (scores,) = _checks.as_floats(scores=scores)
+    """The operators' checked arguments; half precision becomes float32 here, and its gradient half again.
+
+    Autocast, which would round sums of log-probs to three digits, is not asked.
+    """
+    _checks.check_floats(scores=scores)
     if scores.dim() != 3:
         raise ValueError(f"scores: expected shape [B, T, K], got {list(scores.shape)}")
     if scores.device.type == "cuda" and not _library.has_cuda_library:
@@ -219,7 +222,7 @@ def _gradient_logz(ctx, grad, *_):
 
 
 class _Logz(torch.autograd.Function):
-    """The registered formula without the time that registering costs, which would be longer than the kernels."""
+    """The registered formula without the time that registering costs, more than the kernels take."""
 
     @staticmethod
     def forward(ctx, scores, lengths):

@@ -92,8 +92,9 @@ def _alphas(scores: Tensor, combine) -> Tensor:
     s = _wide(scores)
     b, t, k = s.shape
     alpha = [s[:, :, :0].sum((1, 2))]  # 0, and part of the graph even where T is 0
+    segment = [row.unbind(1) for row in s.unbind(1)]  # [T][K], each [B]
     for j in range(1, t + 1):
-        ways = [alpha[j - 1 - i] + s[:, j - 1 - i, i] for i in range(min(j, k))]
+        ways = [alpha[j - 1 - i] + segment[j - 1 - i][i] for i in range(min(j, k))]
         alpha.append(combine(torch.stack(ways, -1)) if ways else s.new_full((b,), -torch.inf))
     return torch.stack(alpha, 1)
 

@@ -1,0 +1,190 @@
+"""Scores around every bound of the CPU kernels' plain tiles, where exponents are left out, and beyond them.
+
+Which way a tile is computed must not show: results are within budget on both sides of each bound, and equal
+to the bit where the same problem can be put both ways.
+"""
+
+import math
+
+import pytest
+import torch
+from segmentation_sums import covered, exact_sums, walk
+
+from sukhops import reference, segmentation_logz, segmentation_marginals
+from sukhops.testing import budget, distance
+
+DTYPES = [torch.float32, torch.float64]
+# the exponents of the scores that a plain tile can have, and of its sums, from the largest one at its start
+LOWEST, HIGHEST = {torch.float32: -48, torch.float64: -384}, {torch.float32: 15, torch.float64: 127}
+FALL, RISE = {torch.float32: -124, torch.float64: -980}, {torch.float32: 34, torch.float64: 400}
+# tiles have 8 rows: a part of one, whole ones, and parts behind them
+TIMES = [1, 7, 8, 9, 17, 64, 300]
+
+
+def around(bounds):
+    """Scores on both sides of where their exponents, rounded, pass each bound."""
+    steps = (-1.0, -0.51, -0.5, -0.49, 0.0, 0.49, 0.5, 0.51, 1.0)
+    return [(b + s) * math.log(2) for b in bounds for s in steps]
+
+
+def edges(dtype):
+    return [
+        *around((LOWEST[dtype], HIGHEST[dtype])),
+        -20.0,
+        -10.0,
+        -0.3,
+        0.0,
+        0.3,
+        5.0,
+        10.3,
+        10.4,
+        10.5,
+        11.1,
+    ]
+
+
+def drifts(dtype):
+    """Growth and decay per position that take sums past their bounds after some rows, up to eight."""
+    return [s for rows in (1, 2, 4, 8) for s in around((FALL[dtype] / rows, RISE[dtype] / rows))]
+
+
+def problems(t, k, dtype, missing=0.0):
+    """[B, T, K]: steady scores, steady drifts, edges in any order, and all of them with huge ones between."""
+    steady = torch.tensor(edges(dtype)).double()
+    drift = torch.tensor(drifts(dtype)).double()
+    huge = torch.tensor([-1e4, 1e4]).double()
+    length = torch.arange(1, k + 1)
+    scores = [
+        # of several ways, not alike: the same rounding at each step would be no walk
+        steady.view(-1, 1, 1)
+        + (1e-3 * torch.randn(len(steady), t, k).double() if k > 1 else torch.zeros(t, 1)),
+        drift.view(-1, 1, 1) * length + torch.randn(len(drift), t, k).double(),
+    ]
+    scores.append(torch.randn(12, t, k).double())
+    for values in (steady, torch.cat([steady, huge])):
+        scores.append(values[torch.randint(len(values), (12, t, k))])
+    # from time to time a huge one, so that plain tiles and others take turns
+    mostly = steady[torch.randint(len(steady), (12, t, k))]
+    rare = huge[torch.randint(2, (12, t, k))]
+    scores.append(rare.where(torch.rand(12, t, k) < 1 / (20 * k), mostly))
+    scores = torch.cat(scores).to(dtype)
+    return scores.masked_fill(torch.rand(scores.shape) < missing, -torch.inf)
+
+
+def within_budget(ours, low, exact):
+    """Sequence by sequence: a budget grows with the largest number that is compared."""
+    for i, (one, plain, truth) in enumerate(zip(ours, low, exact, strict=True)):
+        error, most = distance(one, truth), budget(one, plain, truth)
+        assert error <= most, f"sequence {i}: error {error:.3g} over budget {most:.3g}"
+
+
+def test_nothing_at_a_boundary_is_less_than_any_number():
+    """A boundary that a plain tile left unreached, and a huge score from it in the wide tile behind."""
+    scores = torch.full((1, 40, 2), -torch.inf)
+    scores[0, :, 0] = 0.0
+    scores[0, 7, 1] = scores[0, 8, 0] = -torch.inf  # nothing ends at 9
+    scores[0, 8, 1] = 0.0
+    scores[0, 9, 0] = 1e4
+    assert segmentation_logz(scores).item() == 0
+    assert segmentation_marginals(scores)[0].sum() == 39 and segmentation_marginals(scores)[0, 9].sum() == 0
+
+
+# ------------------------------------------------------------------ one way only
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", TIMES)
+def test_an_only_way_has_probability_one(t, dtype):
+    scores = problems(t, 1, dtype).requires_grad_()
+    logz = segmentation_logz(scores)
+    (gradient,) = torch.autograd.grad(logz.sum(), scores)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert torch.equal(segmentation_marginals(scores.detach()), gradient)
+    exact = torch.tensor([math.fsum(s) for s in scores.flatten(1).tolist()]).double()
+    within_budget(logz, reference.segmentation_logz(scores), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [2, 8, 17])
+def test_an_only_way_among_impossible_ones(k, dtype):
+    """A chain of segments of any lengths, everything else -inf: boundaries inside of them are not reached."""
+    chains = problems(200, 1, dtype)[:, :, 0]
+    scores = torch.full((len(chains), 200, k), -torch.inf, dtype=dtype)
+    there = torch.zeros(200, k, dtype=torch.bool)
+    t = 0
+    while t < 200:
+        length = min(200 - t, torch.randint(1, k + 1, ()).item())
+        there[t, length - 1] = True
+        t += length
+    scores = torch.where(there, chains.unsqueeze(-1), scores).requires_grad_()
+    logz = segmentation_logz(scores)
+    (gradient,) = torch.autograd.grad(logz.sum(), scores)
+    assert torch.equal(gradient, there.to(dtype).expand_as(gradient))
+    starts = there.any(-1)
+    exact = torch.tensor([math.fsum(s) for s in chains[:, starts].tolist()]).double()
+    within_budget(logz, reference.segmentation_logz(scores), exact)
+
+
+# ------------------------------------------------------------------ many ways
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [2, 3, 8, 16, 17, 64])
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_within_budget_around_the_bounds(k, dtype, missing):
+    t = 50
+    scores = problems(t, k, dtype, missing).requires_grad_()
+    ours, low = segmentation_logz(scores), reference.segmentation_logz(scores)
+    logz, posterior = exact_sums(scores.detach())
+    within_budget(ours, low, logz)
+    (gradient,) = torch.autograd.grad(ours.sum(), scores)
+    (plain,) = torch.autograd.grad(low.sum(), scores)
+    within_budget(gradient, plain, posterior)
+    assert not gradient[scores == -torch.inf].any()
+    reached = logz > -torch.inf
+    once = covered(gradient[reached])[:, :t]
+    assert (once - 1).abs().max() <= walk(t, k, dtype) if reached.any() else True
+    assert not gradient[~reached].any()
+
+
+# ------------------------------------------------------------------ the same either way
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 8, 16, 17, 33])
+@pytest.mark.parametrize("low", [-1e5, -1e9])
+def test_masks_are_infinities_to_the_bit(k, dtype, low):
+    """-inf leaves tiles plain, a large negative number does not."""
+    scores = torch.randn(8, 200, k, dtype=dtype) * torch.tensor([0.5, 1.0, 3.0, 5.0]).repeat(2)[:, None, None]
+    masked = torch.rand(8, 200, k) < 0.4
+    masked[..., 0] = False
+    masked[:4, 50:] = False  # there both are plain
+    first, second = (scores.masked_fill(masked, x).requires_grad_() for x in (-torch.inf, low))
+    one, two = segmentation_logz(first), segmentation_logz(second)
+    assert torch.equal(one, two)
+    (a,), (b,) = torch.autograd.grad(one.sum(), first), torch.autograd.grad(two.sum(), second)
+    counts = torch.finfo(dtype).smallest_normal  # what is below may be 0 in one of the ways
+    assert torch.equal(a.where(a >= counts, 0), b.where(b >= counts, 0)) and not b[masked].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 3, 8, 16, 17, 33])
+def test_nan_and_infinity_stay_in_their_sequence(k, bad, dtype):
+    scores = torch.randn(5, 40, k, dtype=dtype)
+    lengths = torch.tensor([40, 33, 40, 16, 40])
+
+    def run(s):
+        s = s.clone().requires_grad_()
+        logz = segmentation_logz(s, lengths)
+        return logz.detach(), torch.autograd.grad(logz.sum(), s)[0]
+
+    clean = run(scores)
+    others = torch.tensor([0, 1, 3, 4])
+    for t in range(40):
+        dirty = scores.clone()
+        dirty[2, t, t % min(k, 40 - t)] = bad
+        logz, gradient = run(dirty)
+        assert logz[2].isnan() and gradient[2].isnan().any()
+        assert torch.equal(logz[others], clean[0][others])
+        assert torch.equal(gradient[others], clean[1][others])
