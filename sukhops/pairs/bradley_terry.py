@@ -115,7 +115,7 @@ def _newton(won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tens
 def _derivatives(
     won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the penalised likelihood: gradient [J, P] and minus the Hessian [P, J, J]; and the gap of each pair."""
+    """Gradient [J, P] and minus the Hessian [P, J, J] of the penalised likelihood; the gap of each pair."""
     size = len(scores)
     first, second = _players(size, scores.device)
     square = scores.new_zeros(size, size, scores.shape[1])  # of all ordered pairs; the diagonal stays 0
