@@ -22,10 +22,10 @@ struct Chain {
   A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
   A *sum, *inverse;     // of the same boundaries in a plain tile, likewise
   A* room;              // [k + kPadding]: a row
-  A* tile;              // [2, kTile, k + kPadding]: shares
+  A* tile;              // [2, kTile, k + kPadding]: shares of two tiles; forwards, a window too long for registers
   A* w;                 // the mass of each boundary, [length + k + kPadding]
   A *mean, *after;      // likewise
-  bool plain, bad;
+  bool bad;
   A grad;
   S* out;               // [stored, k]
   int64_t stored;       // rows of out; those behind length are 0

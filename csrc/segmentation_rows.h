@@ -199,14 +199,14 @@ SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
 }
 
 template <class A>
-struct Tile {
+struct TileShares {
   int64_t first, rows;
   A* shares;  // [rows, stride], the inflow of its rows
 };
 
 // of a tile that has been prepared
 template <int W, int N, class A>
-SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
+SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
   typedef typename Wide<A, W>::f V;
   const int64_t size = N ? N * W : padded(c.k, W);
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -217,7 +217,7 @@ SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const Tile<A>& tile, int64
 
 // likewise, or false where numbers are not within reach of the smallest alpha of the tile's rows
 template <int W, int N, class A>
-SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
+SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   constexpr Plain plain = Format<A>::kPlain;
@@ -239,12 +239,13 @@ SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const Tile<A>& tile, int6
     }
   }
   within &= (outside & -plain.scores) == 0;
-  return c.plain && sum_lanes<W>(within) == -W;
+  return sum_lanes<W>(within) == -W;
 }
 
-// for a tile that has been prepared: alpha relative to the smallest one of its rows, and its inverse
+// for a tile that has been prepared: alpha relative to the smallest one of its rows, and its inverse; false where a
+// boundary is out of reach
 template <int W, class A>
-SUKHOPS_INLINE void prepare_plain(Chain<A, A>& c, int64_t rows) {
+SUKHOPS_INLINE bool prepare_plain(Chain<A, A>& c, int64_t rows) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   constexpr Plain plain = Format<A>::kPlain;
@@ -261,13 +262,13 @@ SUKHOPS_INLINE void prepare_plain(Chain<A, A>& c, int64_t rows) {
     set(c.sum + i, sum);
     set(c.inverse + i, A(1) / sum);
   }
-  c.plain = sum_lanes<W>(within) == -W;
+  return sum_lanes<W>(within) == -W;
 }
 
 // the mass of the tile's boundaries. Behind the tile masses are known and taken whole vectors at a time; inside it,
 // where each row waits for the next, one by one.
 template <int W, int N, class A>
-SUKHOPS_INLINE void settle(const Chain<A, A>& c, const Tile<A>& tile, int64_t stride) {
+SUKHOPS_INLINE void settle(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
   typedef typename Wide<A, W>::f V;
   const int64_t size = N ? N * W : padded(c.k, W), rows = tile.rows;
   const A* shares = tile.shares;
@@ -301,20 +302,20 @@ static void marginal_chain(Chain<A, A> c) {
   for (int64_t i = 0; i < 2 * kTile * stride; ++i) c.tile[i] = 0;
   c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
   for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
-  Tile<A> now{c.length, 0, c.tile}, next{0, 0, c.tile + kTile * stride};
+  TileShares<A> now{c.length, 0, c.tile}, next{0, 0, c.tile + kTile * stride};
   do {
     next.rows = now.first < kTile ? now.first : kTile;
     next.first = now.first - next.rows;
     prepare<W>(c, next.first, next.rows);
-    prepare_plain<W>(c, next.rows);
+    const bool plain = prepare_plain<W>(c, next.rows);
     settle<W, N>(c, now, stride);
-    if (!shares_plain<W, N>(c, next, stride)) shares_wide<W, N>(c, next, stride);
+    if (!(plain && shares_plain<W, N>(c, next, stride))) shares_wide<W, N>(c, next, stride);
     for (int64_t i = 0; i < now.rows; ++i)
 #pragma GCC unroll 4
       for (int64_t k = 0; k < size; k += W)
         write_row<W, A, A>(c.out + (now.first + i) * c.k + k,
                            get<V>(now.shares + i * stride + k) * get<V>(c.w + now.first + i + 1 + k), c.k - k);
-    const Tile<A> done = now;
+    const TileShares<A> done = now;
     now = next, next = done;
   } while (now.rows > 0);
 }

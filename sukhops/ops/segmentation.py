@@ -63,7 +63,7 @@ def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Ten
     Source: the gradient of the marginal likelihood of Grave et al. 2019.
     """
     scores, lengths = _prepare(scores, lengths)
-    _, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
+    _, alpha, exponent = _ops.segmentation_logz(scores.detach(), lengths, True)
     ones = scores.new_ones(scores.shape[0])
     return _ops.segmentation_marginals(scores, lengths, alpha, exponent, ones)
 
@@ -232,7 +232,7 @@ class _Logz(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _ops.segmentation_marginals(*ctx.saved_tensors, grad), None
+        return _gradient_logz(ctx, grad)[:2]
 
 
 def _save_marginals(ctx, inputs, output):

@@ -4,6 +4,7 @@ import enum
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sukhops import _checks
@@ -44,7 +45,7 @@ def check_numbers(name: str, t: Tensor, *, nan: bool = False, negative: bool = F
     if t.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
     if t.numel():
-        low, high = (float(x) for x in t.aminmax())
+        low, high = torch.stack(t.aminmax()).tolist()
         if math.isfinite(low) and math.isfinite(high) and (negative or low >= 0):
             return  # by far the most, in one pass
     bad = t.isinf() if nan else ~t.isfinite()

@@ -92,12 +92,12 @@ def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Te
 
 def _newton(won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor) -> Tensor:
     """The maximum for battles [pairs, P], from scores [J, P] on. Problems that take long go on alone."""
+    first, second = _players(len(scores), scores.device)
     for _ in range(STEPS):
         gradient, hessian, gap = _derivatives(won, lost, prior, ridge, scores)
         step = torch.linalg.solve_ex(hessian, gradient.T).result.T  # not finite where singular
         # A term is flatter further out, so a full step can only overshoot where a pair moves towards 0. Its
         # curvature grows there by e^|change| at most: log1p(r) / r of a step that changes it by r is safe.
-        first, second = _players(len(step), step.device)
         change = step[first] - step[second]
         inward = (change * gap.sign()).amin(0).neg().clamp(min=0)
         scores = scores + torch.where(inward > 0, inward.log1p() / inward, 1) * step
