@@ -6,10 +6,11 @@
 
 namespace sukhops {
 
-constexpr int64_t kTile = 8;       // rows between two alignments of the window's exponents
-constexpr int64_t kDrawTile = 64;  // boundaries whose inflow is tabulated at a time
-constexpr int64_t kTogether = 4;   // walks taken side by side
-constexpr int64_t kPadding = 32;   // numbers behind an array that whole vectors run into
+constexpr int64_t kTile = 8;          // rows between two looks at the exponents of the window
+constexpr int64_t kPair = 2 * kTile;  // rows whose shares are computed together
+constexpr int64_t kDrawTile = 64;     // boundaries whose inflow is tabulated at a time
+constexpr int64_t kTogether = 4;      // walks taken side by side
+constexpr int64_t kPadding = 32;      // numbers behind an array that whole vectors run into
 
 // one sequence: its scores, what its recursion leaves, and the room that it needs
 template <class S, class A>
@@ -20,9 +21,10 @@ struct Chain {
   double* exponent;     // [length + 1]
   double base;          // what the window's exponents are relative to
   A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
-  A *sum, *inverse;     // of the same boundaries in a plain tile, likewise
+  A *sum, *inverse;     // of the boundaries of a plain pair of tiles, [kPair + k + kPadding]
+  A* from;              // the sum where it counts, 0 where a boundary is not reached, likewise
   A* room;              // [k + kPadding]: a row
-  A* tile;              // [2, kTile, k + kPadding]: shares of two tiles; forwards, a window too long for registers
+  A* tile;              // [2, kPair, k + kPadding]: shares of two pairs; forwards, a window too long for registers
   A* w;                 // the mass of each boundary, [length + k + kPadding]
   A *mean, *after;      // likewise
   bool bad;
@@ -78,14 +80,16 @@ void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* 
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
     // left as it comes: memory that is not used is not touched
-    const std::unique_ptr<A[]> room(new A[4 * (kTile + window) + (2 + 2 * kTile) * window + whole * size + (alpha ? 0 : own)]);
+    const int64_t fixed = 2 * kTile + 3 * kPair + (7 + 2 * kPair) * window;
+    const std::unique_ptr<A[]> room(new A[fixed + whole * size + (alpha ? 0 : own)]);
     const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
     A* at = room.get();
     const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
     Chain<S, A> c{};
     c.k = g.k, c.stored = g.t;
-    for (A** of : {&c.a, &c.n, &c.sum, &c.inverse}) *of = take(kTile + window);
-    c.room = take(window), c.tile = take((2 * kTile + 1) * window);
+    for (A** of : {&c.a, &c.n}) *of = take(kTile + window);
+    for (A** of : {&c.sum, &c.inverse, &c.from}) *of = take(kPair + window);
+    c.room = take(window), c.tile = take((2 * kPair + 1) * window);
     if (whole > 0) c.w = take(size);
     if (whole > 1) c.mean = take(size), c.after = take(size);
     A* const owned = at;

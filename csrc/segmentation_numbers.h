@@ -17,7 +17,7 @@ struct Format<float> {
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr Int kMagicBits = 0x4b400000;
-  static constexpr Plain kPlain{48, 64, 54, 104, 70, 100};
+  static constexpr Plain kPlain{48, 64, 54, 104, 40, 100};
 };
 template <>
 struct Format<double> {
@@ -61,10 +61,12 @@ SUKHOPS_INLINE void with_shape(int64_t k, const F& f) {
 // exp(r) for |r| <= log(2) / 2; the minimax polynomial of its degree, error 5e-9
 template <class V>
 SUKHOPS_INLINE V exp_near_zero(V r, float) {
-  const V square = r * r;
-  const V low = r * 0.166665181517601f + 0.4999999403953552f;
-  const V high = (square * 1.381416223011911e-3f + 4.166840761899948e-2f) + r * 8.36892705410719e-3f;
-  return (high * square + low) * square + r + 1.0f;
+  V p = r * 1.381416223011911e-3f + 8.36892705410719e-3f;
+  p = p * r + 4.166840761899948e-2f;
+  p = p * r + 0.166665181517601f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
 }
 
 template <class V>
@@ -101,12 +103,11 @@ SUKHOPS_INLINE void split(V x, V& m, V& n) {
 template <class A, class V, class I>
 SUKHOPS_INLINE V plain_exp(V x, I& outside) {
   using F = Format<A>;
-  constexpr A magic = F::kMagic + F::kBias;
-  const I impossible = x == -A(__builtin_inf());
-  const V shifted = x * A(1.44269504088896341) + magic, k = shifted - magic;
-  outside |= ~impossible & ((I)shifted - (F::kMagicBits + F::kBias - F::kPlain.lowest));
+  const I possible = x != -A(__builtin_inf());
+  const V shifted = x * A(1.44269504088896341) + F::kMagic, k = shifted - F::kMagic;
+  outside |= possible & ((I)shifted - (F::kMagicBits - F::kPlain.lowest));
   const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
-  return impossible ? V{} : p * (V)((I)shifted << F::kMantissa);
+  return (V)(possible & ((I)p + ((I)shifted << F::kMantissa)));
 }
 
 // 2^d for an integer d <= the largest exponent, 0 where d is below the smallest one or NaN
@@ -118,39 +119,68 @@ SUKHOPS_INLINE V power(V d) {
   return d >= A(1 - F::kBias) ? (V)((I)shifted << F::kMantissa) : V{};
 }
 
+template <int W>
+using Lanes = std::make_integer_sequence<int, W>;
+
+// the lanes of x, then those of y
+template <class V, int... l>
+SUKHOPS_INLINE auto joined(V x, V y, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(x, y, l...);
+}
+
+// the lanes of x from the second one on, then the first one of y
+template <class V, int... l>
+SUKHOPS_INLINE V next_lane(V x, V y, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(x, y, (l + 1)...);
+}
+
+// 0, then the lanes of x but the last one
+template <class V, int... l>
+SUKHOPS_INLINE V zero_before(V x, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(x, V{}, (l ? l - 1 : int(sizeof...(l)))...);
+}
+
+// the first lane of x, then the others of y
+template <class V, int... l>
+SUKHOPS_INLINE V first_of(V x, V y, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(x, y, (l ? l + int(sizeof...(l)) : 0)...);
+}
+
+// p[l] - from in A, for W lanes
+template <int W, class A>
+SUKHOPS_INLINE typename Wide<A, W>::f difference(const double* p, double from) {
+  if constexpr (W * sizeof(double) <= kRegisterBytes)
+    return __builtin_convertvector(get<typename Wide<double, W>::f>(p) - from, typename Wide<A, W>::f);
+  else
+    return joined(difference<W / 2, A>(p, from), difference<W / 2, A>(p + W / 2, from), Lanes<W>());
+}
+
 template <int W, class V>
 SUKHOPS_INLINE auto sum_lanes(V x) {
-  if constexpr (W == 1) {
-    return x[0];
-  } else {
+  if constexpr (sizeof(V) > 16) {
     typedef __typeof__(x[0] + 0) E;
-    typedef E Half __attribute__((vector_size(W / 2 * sizeof(E))));
+    typedef E Half __attribute__((vector_size(sizeof(V) / 2)));
     Half low, high;
     __builtin_memcpy(&low, &x, sizeof low);
     __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
     return sum_lanes<W / 2>(Half(low + high));
+  } else if constexpr (W == 4) {
+    const V pairs = x + __builtin_shufflevector(x, x, 2, 3, 2, 3);
+    return (pairs + __builtin_shufflevector(pairs, pairs, 1, 1, 1, 1))[0];
+  } else {
+    return (x + __builtin_shufflevector(x, x, 1, 1))[0];
   }
 }
 
 SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
 
-// the lanes of x from the second one on, then the first one of y
-template <int W, class V>
-SUKHOPS_INLINE V next_lane(V x, V y) {
-  if constexpr (W == 2) return __builtin_shufflevector(x, y, 1, 2);
-  if constexpr (W == 4) return __builtin_shufflevector(x, y, 1, 2, 3, 4);
-  if constexpr (W == 8) return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8);
-  if constexpr (W == 16)
-    return __builtin_shufflevector(x, y, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-}
-
 // how many lanes of a comparison hold
 template <int W, class I>
 SUKHOPS_INLINE int64_t count_lanes(I holds) {
 #ifdef SUKHOPS_X86
-  if constexpr (sizeof(I) == 64) {
+  if constexpr (sizeof(I) == 64 || sizeof(I) > kRegisterBytes) {
     typedef __typeof__(holds[0] + 0) E;
-    typedef E Half __attribute__((vector_size(32)));
+    typedef E Half __attribute__((vector_size(sizeof(I) / 2)));
     Half half[2];
     __builtin_memcpy(half, &holds, sizeof holds);
     return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
@@ -164,4 +194,9 @@ SUKHOPS_INLINE int64_t count_lanes(I holds) {
 #else
   return -sum_lanes<W>(holds);
 #endif
+}
+
+template <int W, class I>
+SUKHOPS_INLINE bool all_lanes(I holds) {
+  return count_lanes<W>(holds) == W;
 }

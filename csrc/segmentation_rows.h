@@ -10,10 +10,11 @@
 
 #include "segmentation_numbers.h"
 
-// brings a row to the cache, to be read or written; any address will do
+// brings n numbers to the cache, to be read or written; any address will do
 template <int write, class S>
-SUKHOPS_INLINE void fetch(const S* p, int64_t k) {
-  for (int64_t i = 0; i < k; i += 64 / sizeof(S)) __builtin_prefetch(p + i, write);
+SUKHOPS_INLINE void fetch(const S* p, int64_t n) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; i += 64 / sizeof(S)) __builtin_prefetch(p + i, write);
 }
 
 // row t with -inf where a segment is too long: in place if it is whole, else in `room`
@@ -27,6 +28,12 @@ SUKHOPS_INLINE const A* row(const Chain<S, A>& c, int64_t t) {
   for (int64_t k = 0; k < valid; ++k) c.room[k] = x[k];
   for (int64_t k = valid; k < size; ++k) c.room[k] = -__builtin_inf();
   return c.room;
+}
+
+// whether `rows` rows from t on can be read where they are
+template <int W, class S, class A>
+SUKHOPS_INLINE bool whole_rows(const Chain<S, A>& c, int64_t t, int64_t rows) {
+  return sizeof(S) == sizeof(A) && c.k == padded(c.k, W) && t + rows - 1 + c.k <= c.length;
 }
 
 // what takes a mantissa into [1, 2)
@@ -57,28 +64,42 @@ SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
   return top;
 }
 
-// alpha and exponent of `rows` boundaries from t0 on, found[i] * 2^base
-template <int W, int64_t size, class S, class A>
-SUKHOPS_INLINE void keep(Chain<S, A>& c, int64_t t0, int64_t rows, A (&found)[size], double base) {
-  A exponents[size] = {};
-  base += normalise<W>(found, exponents, size);
-  for (int64_t i = 0; i < rows; ++i) c.alpha[t0 + i] = found[i];
-  for (int64_t i = 0; i < rows; ++i) c.exponent[t0 + i] = found[i] != 0 ? base + exponents[i] : -__builtin_inf();
+// alpha and exponent of `rows` boundaries from t0 on, found * 2^base, all finite
+template <class S, class A, class V>
+SUKHOPS_INLINE void keep(Chain<S, A>& c, int64_t t0, int64_t rows, V found, double base) {
+  using F = Format<A>;
+  typedef typename Wide<A, kTile>::i I;
+  constexpr int kPart = kRegisterBytes / sizeof(double);
+  typedef typename Wide<double, kPart>::f D;
+  const I zero = found == A(0), one = (I)(V{} + A(1));
+  A alpha[kTile], n[kTile];
+  double exponent[kTile];
+  set(alpha, (V)(~zero & (((I)found & ((typename F::Int(1) << F::kMantissa) - 1)) | one)));
+  set(n, zero ? V{} - A(__builtin_inf()) : exponent_of<kTile, A>(found));
+  for (int64_t i = 0; i < kTile; i += kPart)
+    set(exponent + i, __builtin_convertvector(get<typename Wide<A, kPart>::f>(n + i), D) + base);
+  if (rows == kTile) {
+    __builtin_memcpy(c.alpha + t0, alpha, sizeof alpha), __builtin_memcpy(c.exponent + t0, exponent, sizeof exponent);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) c.alpha[t0 + i] = alpha[i], c.exponent[t0 + i] = exponent[i];
 }
 
-// takes rows t0 .. t0 + rows to the window c.a * 2^c.n, which is normalised; false, with nothing done, where the
-// tile is not plain
+// takes tiles from row t on to the window c.a * 2^c.n, which is normalised, until one is not plain or numbers have
+// come near a bound; returns the first row that is left
 template <int W, int N, class S, class A>
-SUKHOPS_INLINE bool forward_plain(Chain<S, A>& c, int64_t t0, int64_t rows) {
+SUKHOPS_INLINE int64_t forward_plain(Chain<S, A>& c, int64_t t) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
+  typedef typename Wide<A, kTile>::f Tile;
   constexpr Plain plain = Format<A>::kPlain;
-  const V low = power<A>(V{} - A(plain.low)), high = power<A>(V{} + A(plain.high));
+  const Tile low = power<A>(Tile{} - A(plain.low)), high = power<A>(Tile{} + A(plain.high));
+  const Tile near_low = power<A>(Tile{} - A(plain.low / 2)), near_high = power<A>(Tile{} + A(plain.high * 4 / 5));
   const int64_t n = N ? N : padded(c.k, W) / W;
   V own[N + 1];  // the window: in registers where its size is known
   const auto at = [&](int64_t k) { return N ? own[k] : get<V>(c.tile + k * W); };
   const auto move = [&](int64_t k, V x) { N ? void(own[k] = x) : set(c.tile + k * W, x); };
-  I within = ~I{}, outside{};
+  I within = ~I{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < n; ++k) {
     const V a = get<V>(c.a + k * W), e = get<V>(c.n + k * W) + A(plain.top);
@@ -86,28 +107,42 @@ SUKHOPS_INLINE bool forward_plain(Chain<S, A>& c, int64_t t0, int64_t rows) {
     move(k, a * power<A>(e));
   }
   move(n, V{});
-  A found[W > kTile ? W : kTile] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    const A* x = row<W>(c, t0 + i);
-    fetch<0>(c.scores + (t0 + i + 2 * kTile) * c.k, c.k);
-    V now = at(0);
-    const V sum = V{} + (found[i] = now[0]);
-    within &= (sum == A(0)) | ((sum >= low) & (sum <= high));
+  if (!all_lanes<W>(within)) return t;
+  const int64_t first = t;
+  for (bool far = true; far && t < c.length;) {
+    const int64_t rows = kTile < c.length - t ? kTile : c.length - t;
+    A found[kTile] = {};
+    I outside{};
+    const auto step = [&](int64_t i, const A* x) {
+      V now = at(0);
+      const V sum = (found[i] = now[0]) - V{};
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < n; ++k) {
-      const V next = at(k + 1);
-      const V more = __builtin_assoc_barrier(plain_exp<A>(get<V>(x + k * W), outside) * sum);  // rounded, as there
-      move(k, next_lane<W>(now, next) + more);
-      now = next;
+      for (int64_t k = 0; k < n; ++k) {
+        const V next = at(k + 1);
+        move(k, next_lane(now, next, Lanes<W>()) + plain_exp<A>(get<V>(x + k * W), outside) * sum);
+        now = next;
+      }
+    };
+    if (rows == kTile && whole_rows<W>(c, t, rows)) {
+      const A* x = (const A*)c.scores + t * c.k;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kTile; ++i, x += n * W) fetch<0>(x + 2 * kTile * n * W, n * W), step(i, x);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) step(i, row<W>(c, t + i));
     }
-  }
-  within &= (outside & -plain.scores) == 0;
-  if (sum_lanes<W>(within) != -W) return false;
+    const Tile sums = get<Tile>(found);
+    if (!all_lanes<W>((outside & -plain.scores) == 0)) break;
+    if (!all_lanes<kTile>((sums == A(0)) | ((sums >= low) & (sums <= high)))) break;
+    far = all_lanes<kTile>((sums == A(0)) | ((sums >= near_low) & (sums <= near_high)));
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < n; ++k) set(c.a + k * W, at(k)), set(c.n + k * W, V{});
+    for (int64_t k = 0; k < n; ++k) set(c.a + k * W, at(k));
+    keep(c, t, rows, sums, c.base - plain.top);
+    t += rows;
+  }
+  if (t == first) return t;
+  for (int64_t k = 0; k < n; ++k) set(c.n + k * W, V{});
   c.base -= plain.top;
-  keep<W>(c, t0, rows, found, c.base);
-  return true;
+  return t;
 }
 
 // the same for any tile: every number keeps its exponent
@@ -124,12 +159,13 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
     for (int64_t k = 0; k < size; k += W) {  // behind the window there is always a vector of nothing
       V m, e;
       split<A>(get<V>(x + k), m, e);
-      const V have = next_lane<W>(get<V>(c.a + k), get<V>(c.a + k + W)), more = m * a;
-      const V old = next_lane<W>(get<V>(c.n + k), get<V>(c.n + k + W)), add = e + n, ahead = add - old;
-      // the larger exponent stays, the other number is shifted to it
+      const V have = next_lane(get<V>(c.a + k), get<V>(c.a + k + W), Lanes<W>());
+      const V old = next_lane(get<V>(c.n + k), get<V>(c.n + k + W), Lanes<W>()), add = e + n, ahead = add - old;
+      // the larger exponent stays, the other number is shifted to it before it is rounded, as in a plain tile
       const auto larger = add > old;
+      const V shift = power<A>(ahead > A(0) ? -ahead : ahead), one = V{} + A(1);
       set(c.n + k, larger ? add : old);
-      set(c.a + k, (larger ? more : have) + (larger ? have : more) * power<A>(ahead > A(0) ? -ahead : ahead));
+      set(c.a + k, __builtin_assoc_barrier(have * (larger ? shift : one)) + m * (a * (larger ? one : shift)));
     }
   }
 }
@@ -141,10 +177,12 @@ static void forward_chain(Chain<S, A> c) {  // a copy stays in registers
   const int64_t size = padded(c.k, W);
   for (int64_t i = 0; i < size + W; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
   c.a[0] = 1, c.n[0] = 0, c.base = 0;
-  for (int64_t t = 0; t < c.length; t += kTile) {
-    const int64_t rows = kTile < c.length - t ? kTile : c.length - t;
+  for (int64_t t = 0; t < c.length;) {
     c.base += normalise<W>(c.a, c.n, size);
-    if (!forward_plain<W, N>(c, t, rows)) forward_wide<W, N>(c, t, rows);
+    const int64_t from = t;
+    if ((t = forward_plain<W, N>(c, from)) > from) continue;
+    t = from + kTile < c.length ? from + kTile : c.length;
+    forward_wide<W, N>(c, from, t - from);
   }
   c.base += normalise<W>(c.a, c.n, size);
   c.alpha[c.length] = c.a[0], c.exponent[c.length] = c.base + c.n[0];
@@ -199,123 +237,152 @@ SUKHOPS_INLINE void write_row(S* p, V x, int64_t valid) {
 }
 
 template <class A>
-struct TileShares {
+struct Rows {
   int64_t first, rows;
-  A* shares;  // [rows, stride], the inflow of its rows
+  A* shares;  // [rows, stride], their inflow
 };
 
-// of a tile that has been prepared
-template <int W, int N, class A>
-SUKHOPS_INLINE void shares_wide(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
-  typedef typename Wide<A, W>::f V;
-  const int64_t size = N ? N * W : padded(c.k, W);
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const Source<A> from = source<W>(c, tile.first + i, i);
-    for (int64_t k = 0; k < size; k += W) set(tile.shares + i * stride + k, inflow<V>(from, k));
+// the smallest exponent of those boundaries that are reached, +inf where none is
+SUKHOPS_INLINE double smallest(const double* exponent, int64_t rows) {
+  constexpr int kPart = kRegisterBytes / sizeof(double);
+  typedef typename Wide<double, kPart>::f D;
+  const D none = D{} + __builtin_inf();
+  D parts = none;
+  int64_t i = 0;
+  for (; i + kPart <= rows; i += kPart) {
+    const D e = get<D>(exponent + i), reached = e > -none ? e : none;
+    parts = reached < parts ? reached : parts;
   }
+  double least = none[0];
+  for (int l = 0; l < kPart; ++l) least = parts[l] < least ? parts[l] : least;
+  for (; i < rows; ++i)
+    if (exponent[i] > -__builtin_inf() && exponent[i] < least) least = exponent[i];
+  return least;
 }
 
-// likewise, or false where numbers are not within reach of the smallest alpha of the tile's rows
-template <int W, int N, class A>
-SUKHOPS_INLINE bool shares_plain(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
-  typedef typename Wide<A, W>::f V;
-  typedef typename Wide<A, W>::i I;
-  constexpr Plain plain = Format<A>::kPlain;
-  const V high = power<A>(V{} + A(plain.high));
-  const int64_t size = N ? N * W : padded(c.k, W);
-  I within = ~I{}, outside{};
-  for (int64_t i = tile.rows - 1; i >= 0; --i) {
-    const A* x = row<W>(c, tile.first + i);
-    fetch<0>(c.scores + (tile.first + i - 2 * kTile) * c.k, c.k);
-    fetch<1>(c.out + (tile.first + i) * c.k, c.k);
-    const V from = V{} + (c.n[i] < A(__builtin_inf()) ? c.sum[i] : A(0));
-    within &= from <= high;
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < size; k += W) {
-      const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
-      const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
-      // the quotient to the last bit, by the inverse where a product and a sum are rounded once
-      set(tile.shares + i * stride + k, kRegisterBytes > 16 ? near + (part - near * sum) * inverse : part / sum);
-    }
-  }
-  within &= (outside & -plain.scores) == 0;
-  return sum_lanes<W>(within) == -W;
-}
-
-// for a tile that has been prepared: alpha relative to the smallest one of its rows, and its inverse; false where a
-// boundary is out of reach
+// alpha of `rows` boundaries from t0 on and of those that their segments end at, relative to the smallest of the rows,
+// and its inverse; false where a boundary is out of reach
 template <int W, class A>
-SUKHOPS_INLINE bool prepare_plain(Chain<A, A>& c, int64_t rows) {
+SUKHOPS_INLINE bool prepare_plain(Chain<A, A>& c, int64_t t0, int64_t rows) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
-  constexpr Plain plain = Format<A>::kPlain;
-  const int64_t size = padded(c.k, W);
-  const A most = plain.least, fewest = plain.lowest + plain.low + 1;  // below, nothing has come that counts
-  A least = __builtin_inf();
-  for (int64_t i = 0; i < rows; ++i) least = c.n[i] < least ? c.n[i] : least;
+  using F = Format<A>;
+  constexpr Plain plain = F::kPlain;
+  // below the smaller bound nothing has come that counts
+  const V most = V{} + A(plain.least), fewest = V{} - A(plain.lowest + plain.low + 1);
+  const int64_t inside = c.length - t0 + 1;
+  const double* exponent = c.exponent + t0;
+  const A* alpha = c.alpha + t0;
+  double least = smallest(exponent, rows);
+  least = (least < __builtin_inf() ? least : 0) + plain.low;
   I within = ~I{};
-  for (int64_t i = 0; i < rows + size; i += W) {
-    V d = get<V>(c.n + i) - (least + A(plain.low));
-    within &= (d <= most) | (d == A(__builtin_inf()));
-    d = d < -fewest ? V{} - fewest : d > most ? V{} + most : d;
-    const V sum = get<V>(c.a + i) * power<A>(d);
+  const auto set_boundaries = [&](int64_t i, V a, V d) {
+    within &= (d <= most) & (a == a);
+    d = d < most ? d : most;
+    d = d > fewest ? d : fewest;
+    const I scale = (I)(d + F::kMagic) << F::kMantissa, zero = a == A(0);
+    const V sum = (V)((zero ? (I)(V{} + A(1)) : (I)a) + scale);
     set(c.sum + i, sum);
     set(c.inverse + i, A(1) / sum);
+    set(c.from + i, (V)(~zero & (I)sum));
+  };
+  const int64_t end = rows + padded(c.k, W);
+  int64_t i = 0;
+  for (; i < end && i + W <= inside; i += W)
+    set_boundaries(i, get<V>(alpha + i), difference<W, A>(exponent + i, least));
+  for (; i < end; i += W) {
+    V a{}, d = fewest;
+    for (int64_t l = 0; i + l < inside; ++l) a[l] = alpha[i + l], d[l] = A(exponent[i + l] - least);
+    set_boundaries(i, a, d);
   }
-  return sum_lanes<W>(within) == -W;
+  return all_lanes<W>(within);
 }
 
-// the mass of the tile's boundaries. Behind the tile masses are known and taken whole vectors at a time; inside it,
-// where each row waits for the next, one by one.
-template <int W, int N, class A>
-SUKHOPS_INLINE void settle(const Chain<A, A>& c, const TileShares<A>& tile, int64_t stride) {
+// the inflow of row i of a pair that has been prepared; `outside` as in plain_exp
+template <int W, int N, class A, class I>
+SUKHOPS_INLINE void share_plain(const Chain<A, A>& c, const Rows<A>& pair, int64_t i, const A* x, int64_t stride,
+                                I& outside) {
   typedef typename Wide<A, W>::f V;
-  const int64_t size = N ? N * W : padded(c.k, W), rows = tile.rows;
-  const A* shares = tile.shares;
-  A* w = c.w + tile.first;
-  A mass[kTile];
-  for (int64_t i = 0; i < rows; ++i) {
-    V sum{};
+  const int64_t size = N ? N * W : padded(c.k, W);
+  const V from = c.from[i] - V{};
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < size; k += W) sum += get<V>(shares + i * stride + k) * get<V>(w + i + 1 + k);
-    mass[i] = sum_lanes<W>(sum);
+  for (int64_t k = 0; k < size; k += W) {
+    const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
+    const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
+    // the quotient to the last bit, by the inverse where a product and a sum are rounded once
+    set(pair.shares + i * stride + k, kRegisterBytes > 16 ? near + (part - near * sum) * inverse : part / sum);
   }
-  if (rows == kTile) {  // a whole tile, unrolled
-#pragma GCC unroll 8
-    for (int j = kTile - 1; j > 0; --j)
-#pragma GCC unroll 8
-      for (int i = 0; i < j; ++i) mass[i] += shares[i * stride + j - i - 1] * mass[j];
-  } else {
-    for (int64_t j = rows - 1; j > 0; --j)
-      for (int64_t i = 0; i < j; ++i) mass[i] += shares[i * stride + j - i - 1] * mass[j];
+}
+
+// The masses of the W boundaries behind a row: the last that was found, and those before it. Apart, since a row waits
+// for the last one only, and needs the others a row earlier.
+template <class V, class A>
+struct Ends {
+  A last;
+  V older;  // 0 in its first lane
+};
+
+// the posterior of row i: its shares times the mass of the boundaries where its segments end. Their sum is the mass of
+// its own boundary.
+template <int W, int N, class A, class V>
+SUKHOPS_INLINE void settle(const Chain<A, A>& c, const Rows<A>& pair, int64_t i, int64_t stride, bool whole,
+                           Ends<V, A>& ends) {
+  const int64_t size = N ? N * W : padded(c.k, W), t = pair.first + i;
+  const A* const shares = pair.shares + i * stride;
+  A *const to = c.out + t * c.k, *const w = c.w + t;
+  const auto write = [&](int64_t k, V x) { whole ? set(to + k, x) : write_row<W, A, A>(to + k, x, c.k - k); };
+  const V first = get<V>(shares), all = first_of(ends.last - V{}, ends.older, Lanes<W>());
+  write(0, first * all);
+  V sum = size > W ? get<V>(shares + W) * get<V>(w + 1 + W) : V{};
+  if (size > W) write(W, sum);
+#pragma GCC unroll 4
+  for (int64_t k = 2 * W; k < size; k += W) {
+    const V x = get<V>(shares + k) * get<V>(w + 1 + k);
+    write(k, x);
+    sum += x;
   }
-  for (int64_t i = 0; i < rows; ++i) w[i] = mass[i];
+  ends.last = sum_lanes<W>(sum + first * ends.older) + first[0] * ends.last;
+  ends.older = zero_before(all, Lanes<W>());
+  w[0] = ends.last;
 }
 
 // c.grad times the posterior of every segment. The mass w of a boundary is the share of the segmentations that
-// have it; it flows back through the segments that end there. The shares of the tile before do not wait for it.
+// have it; it flows back through the segments that end there. The shares of the pair before do not wait for it.
 template <int W, int N, class A>
 static void marginal_chain(Chain<A, A> c) {
   typedef typename Wide<A, W>::f V;
-  const int64_t size = N ? N * W : padded(c.k, W), stride = size > kTile ? size : kTile;
+  typedef typename Wide<A, W>::i I;
+  const int64_t size = N ? N * W : padded(c.k, W), stride = size;
   for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0;
-  for (int64_t i = 0; i < 2 * kTile * stride; ++i) c.tile[i] = 0;
   c.w[c.length] = c.alpha[c.length] != 0 ? c.grad : A(0);
   for (int64_t j = c.length * c.k; j < c.stored * c.k; ++j) c.out[j] = 0;
-  TileShares<A> now{c.length, 0, c.tile}, next{0, 0, c.tile + kTile * stride};
+  Ends<V, A> ends{c.w[c.length], V{}};
+  Rows<A> now{c.length, 0, c.tile}, next{0, 0, c.tile + kPair * stride};
   do {
-    next.rows = now.first < kTile ? now.first : kTile;
+    next.rows = now.first < kPair ? now.first : kPair;
     next.first = now.first - next.rows;
-    prepare<W>(c, next.first, next.rows);
-    const bool plain = prepare_plain<W>(c, next.rows);
-    settle<W, N>(c, now, stride);
-    if (!(plain && shares_plain<W, N>(c, next, stride))) shares_wide<W, N>(c, next, stride);
-    for (int64_t i = 0; i < now.rows; ++i)
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < size; k += W)
-        write_row<W, A, A>(c.out + (now.first + i) * c.k + k,
-                           get<V>(now.shares + i * stride + k) * get<V>(c.w + now.first + i + 1 + k), c.k - k);
-    const TileShares<A> done = now;
+    const bool within = prepare_plain<W>(c, next.first, next.rows), whole = whole_rows<W>(c, next.first, next.rows);
+    I outside{};
+    if (within && whole && next.rows == kPair && now.rows == kPair && c.k == size) {
+      for (int64_t i = kPair - 1; i >= 0; --i) {
+        const A* x = c.scores + (next.first + i) * size;
+        fetch<0>(x - kPair * size, size);
+        fetch<1>(c.out + (next.first + i) * size, size);
+        share_plain<W, N>(c, next, i, x, stride, outside);
+        settle<W, N>(c, now, i, stride, true, ends);
+      }
+    } else {
+      for (int64_t i = next.rows - 1; i >= 0 && within; --i)
+        share_plain<W, N>(c, next, i, row<W>(c, next.first + i), stride, outside);
+      for (int64_t i = now.rows - 1; i >= 0; --i) settle<W, N>(c, now, i, stride, false, ends);
+    }
+    if (!within || !all_lanes<W>((outside & -Format<A>::kPlain.scores) == 0))
+      for (int64_t i = 0; i < next.rows; ++i) {
+        if (i % kTile == 0) prepare<W>(c, next.first + i, kTile < next.rows - i ? kTile : next.rows - i);
+        const Source<A> from = source<W>(c, next.first + i, i % kTile);
+        for (int64_t k = 0; k < size; k += W) set(next.shares + i * stride + k, inflow<V>(from, k));
+      }
+    const Rows<A> done = now;
     now = next, next = done;
   } while (now.rows > 0);
 }

@@ -108,9 +108,10 @@ def test_enumeration(host, dtype, problem):
     )
     entropy = reference.segmentation_entropy(s, lengths)
 
-    def close(result, low, exact):
+    def close(result, low, exact, terms=1.0):
+        """terms: the size of what is added up, where it is above 1 and may cancel"""
         exact = torch.stack(exact) if isinstance(exact[0], torch.Tensor) else torch.tensor(exact)
-        assert distance(result, exact) <= budget(result, low, exact), (result, exact)
+        assert distance(result, exact) <= budget(result, low, exact) * max(terms, 1.0), (result, exact)
 
     alpha, beta, posterior = ours.posterior()
     for sweep in (alpha, beta):
@@ -122,7 +123,8 @@ def test_enumeration(host, dtype, problem):
     close(covariance, low, [e.covariance(u) for e, u in zip(every, upstream, strict=True)])
     mean, change = ours.moments(None)
     close(mean, entropy, [e.entropy() for e in every])
-    close(change, gradient(entropy.sum(), s), [e.entropy_gradient() for e in every])
+    change_exact = [e.entropy_gradient() for e in every]
+    close(change, gradient(entropy.sum(), s), change_exact, terms=entropy.max().item())
     score, segments = ours.best()
     best = sukhops.segmentation_viterbi(scores, lengths)
     assert torch.equal(score, best.score) and torch.equal(segments, best.segments)

@@ -45,9 +45,10 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
     scores, lengths = _prepare(scores, lengths)
-    if torch.is_grad_enabled() and scores.requires_grad:
+    needs_gradient = torch.is_grad_enabled() and scores.requires_grad
+    if needs_gradient and not torch.compiler.is_compiling():
         return _Logz.apply(scores, lengths)
-    return _ops.segmentation_logz(scores, lengths, False)[0]
+    return _ops.segmentation_logz(scores, lengths, needs_gradient)[0]
 
 
 def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -156,7 +157,8 @@ def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | N
         _checks.check_device("scores", scores, "lengths", lengths)
         _checks.check_shape("lengths", lengths, (scores.shape[0],), "[B]")
         lengths = lengths.long()
-    return scores.to(_checks.accumulation_dtype(scores.dtype)), lengths
+    dtype = _checks.accumulation_dtype(scores.dtype)
+    return scores if scores.dtype == dtype else scores.to(dtype), lengths
 
 
 # ------------------------------------------------------------------ fakes
@@ -222,17 +224,21 @@ def _gradient_logz(ctx, grad, *_):
 
 
 class _Logz(torch.autograd.Function):
-    """The registered formula without the time that registering costs, more than the kernels take."""
+    """The registered formula, past the registered layer: its Python would take as long as the kernels."""
 
     @staticmethod
     def forward(ctx, scores, lengths):
-        logz, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
+        with torch._C._AutoDispatchBelowAutograd():
+            logz, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
         ctx.save_for_backward(scores, lengths, alpha, exponent)
         return logz
 
     @staticmethod
     def backward(ctx, grad):
-        return _gradient_logz(ctx, grad)[:2]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            return _gradient_logz(ctx, grad)[:2]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gradient_logz(ctx, grad)[:2]
 
 
 def _save_marginals(ctx, inputs, output):
