@@ -109,7 +109,8 @@ def first_segments(scores: torch.Tensor) -> torch.Tensor:
 
 def cases() -> list[Case]:
     return [
-        gradient_case("log-partition and gradient", 16, 1024, 16),
+        gradient_case("log-partition and gradient", 16, 1024, 16, 15),
+        gradient_case("the same, in turns with the floor alone", 16, 1024, 16, 41, compared=False),
         gradient_case("the same, scores 20 times as large", 16, 1024, 16, 15, compared=False, size=20.0),
         *(gradient_case(f"one sequence, T = {t:,}", 1, t, 16, 15, compared=False) for t in (16384, 65536)),
         bare_case(

@@ -72,13 +72,15 @@ Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   return g;
 }
 
-// f(chain, b) for each sequence. alpha and exponent are rows of the given tensors, or the thread's own room; `whole`
-// says how many of w, mean and after are taken
+// f(chain, b) for each sequence; a thread takes the next one when it is ready. alpha and exponent are rows of the given
+// tensors, or the thread's own room; `whole` says how many of w, mean and after are taken
 template <class S, class A, class F>
 void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
   const int64_t window = g.k + kPadding, own = g.t + 1, size = g.t + window;
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
-  torch::stable::parallel_for(0, g.b, grain, [&](int64_t lo, int64_t hi) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (g.b + grain - 1) / grain);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     // left as it comes: memory that is not used is not touched
     const int64_t fixed = 2 * kTile + 3 * kPair + (7 + 2 * kPair) * window;
     const std::unique_ptr<A[]> room(new A[fixed + whole * size + (alpha ? 0 : own)]);
@@ -93,7 +95,7 @@ void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* 
     if (whole > 0) c.w = take(size);
     if (whole > 1) c.mean = take(size), c.after = take(size);
     A* const owned = at;
-    for (int64_t b = lo; b < hi; ++b) {
+    for (int64_t b; (b = next++) < g.b;) {
       c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
       c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
       c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.get();

@@ -16,6 +16,7 @@ struct Format<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kLn2 = 0.693147180559945309f, kLn2Rest = 0.693147180559945309 - double(kLn2);
   static constexpr Int kMagicBits = 0x4b400000;
   static constexpr Plain kPlain{48, 64, 54, 104, 40, 100};
 };
@@ -28,6 +29,9 @@ struct Format<double> {
   static constexpr Int kMagicBits = 0x4338000000000000;
   static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
 };
+
+template <class A>
+constexpr bool kOneStep = sizeof(A) == 4 && kRegisterBytes > 16;
 
 template <class A, int W>
 struct Wide {
@@ -85,13 +89,23 @@ SUKHOPS_INLINE V exp_near_zero(V r, double) {
   return p * (r * r) + r + 1.0;
 }
 
+// x - k * log(2): in one step where that is rounded once and k, at most 64, keeps its error below that of a float
+template <class A, class V>
+SUKHOPS_INLINE V reduced(V x, V k) {
+  using F = Format<A>;
+  if constexpr (kOneStep<A>) return x - k * F::kLn2;
+  return (x - k * F::kLn2High) - k * F::kLn2Low;
+}
+
 // m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
 template <class A, class V>
 SUKHOPS_INLINE void split(V x, V& m, V& n) {
   using F = Format<A>;
   const V y = x * A(1.44269504088896341);
   const V k = (y + F::kMagic) - F::kMagic;
-  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
+  V r = reduced<A>(x, k);
+  if constexpr (kOneStep<A>) r -= (k * k > A(64 * 64) ? k : V{}) * F::kLn2Rest;
+  const V p = exp_near_zero(r, A());
   // where a score has no fraction left that counts, it is its own exponent
   const V one = V{} + A(1), size = y < A(0) ? -y : y;
   const auto coarse = size >= F::kMagic / 3;
@@ -106,7 +120,7 @@ SUKHOPS_INLINE V plain_exp(V x, I& outside) {
   const I possible = x != -A(__builtin_inf());
   const V shifted = x * A(1.44269504088896341) + F::kMagic, k = shifted - F::kMagic;
   outside |= possible & ((I)shifted - (F::kMagicBits - F::kPlain.lowest));
-  const V p = exp_near_zero((x - k * F::kLn2High) - k * F::kLn2Low, A());
+  const V p = exp_near_zero(reduced<A>(x, k), A());
   return (V)(possible & ((I)p + ((I)shifted << F::kMantissa)));
 }
 

@@ -479,7 +479,9 @@ SUKHOPS_INLINE uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
 template <int W, int N, class A>
 static void draw(Chain<A, A> c, Draw<A> d) {
   typedef typename Wide<A, W>::f V;
-  using Int = typename Format<A>::Int;
+  using F = Format<A>;
+  using Int = typename F::Int;
+  constexpr int kNumbers = F::kMantissa < 32 ? 2 : 1;  // of a hash
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
   const int64_t size = N ? N * W : padded(c.k, W);
   for (int64_t s = 0; s < d.samples; ++s) {
@@ -510,15 +512,18 @@ static void draw(Chain<A, A> c, Draw<A> d) {
     }
     for (int64_t s = 0; s < d.samples; s += kTogether) {  // several walks at a time: each waits for its own step only
       const int64_t count = d.samples - s < kTogether ? d.samples - s : kTogether;
-      int64_t found[kTogether][kDrawTile] = {}, at[kTogether];
-      A drawn[kTogether][kDrawTile];  // for boundary first + 1 + j
-      for (int64_t i = 0; i < kTogether; ++i) {
-        at[i] = i < count ? d.position[s + i] - first : 0;
-        if (at[i] >= 0 && at[i] < rows && i < count) found[i][at[i]] = d.segment[s + i];  // starts here, ends behind
-        if (i >= count) continue;
-        for (int64_t j = 0; j < kDrawTile; ++j) {
-          const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t(first + 1 + j)) >> (63 - Format<A>::kMantissa);
-          drawn[i][j] = A(Int(bits)) * (A(0.5) / A(int64_t(1) << Format<A>::kMantissa));
+      int64_t at[kTogether] = {}, *out[kTogether];
+      A drawn[kTogether][kDrawTile + kNumbers];  // for boundary first + 1 + j at j + skipped
+      const int64_t skipped = (first + 1) % kNumbers;
+      for (int64_t i = 0; i < count; ++i) {
+        at[i] = d.position[s + i] - first;
+        out[i] = d.segments + (s + i) * d.sequences * c.stored + first;
+        for (int64_t j = 0; j < rows; ++j) out[i][j] = 0;
+        if (at[i] >= 0 && at[i] < rows) out[i][at[i]] = d.segment[s + i];  // starts here, ends behind
+        for (int64_t j = 0; j < rows + skipped; j += kNumbers) {
+          const uint64_t bits = mixed(d.stream[s + i] + kStep * uint64_t((first + 1 + j) / kNumbers));
+          for (int64_t l = 0; l < kNumbers; ++l)
+            drawn[i][j + l] = A(Int(bits << 32 * l >> (63 - F::kMantissa))) * (A(0.5) / A(int64_t(1) << F::kMantissa));
         }
       }
       for (bool more = true; more;) {
@@ -526,21 +531,18 @@ static void draw(Chain<A, A> c, Draw<A> d) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kTogether; ++i) {
           if (at[i] <= 0) continue;
-          const V u = V{} + drawn[i][at[i] - 1];
+          const V u = drawn[i][at[i] - 1 + skipped] - V{};
           const A* p = d.table + (at[i] - 1) * size;
           int64_t length = 1;
 #pragma GCC unroll 4
           for (int64_t k = 0; k < size; k += W) length += count_lanes<W>(get<V>(p + k) <= u);
           at[i] -= length;
           d.segment[s + i] = length;
-          if (at[i] >= 0) found[i][at[i]] = length;
+          if (at[i] >= 0) out[i][at[i]] = length;
           more = true;
         }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        d.position[s + i] = first + at[i];
-        __builtin_memcpy(d.segments + (s + i) * d.sequences * c.stored + first, found[i], rows * 8);
-      }
+      for (int64_t i = 0; i < count; ++i) d.position[s + i] = first + at[i];
     }
   }
 }

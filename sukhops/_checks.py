@@ -45,9 +45,10 @@ def check_floats(**tensors: Tensor) -> None:
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             if forward_ad.unpack_dual(t).tangent is not None:  # torch would give a tangent of 0 in silence
                 raise NotImplementedError(f"{name}: forward-mode AD is not implemented, reverse mode is")
-    (like, first), *others = tensors.items()
-    for name, t in others:
-        check_device(like, first, name, t)
+    if len(tensors) > 1:
+        (like, first), *others = tensors.items()
+        for name, t in others:
+            check_device(like, first, name, t)
 
 
 def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:

@@ -147,7 +147,7 @@ def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | N
     _checks.check_floats(scores=scores)
     if scores.dim() != 3:
         raise ValueError(f"scores: expected shape [B, T, K], got {list(scores.shape)}")
-    if scores.device.type == "cuda" and not _library.has_cuda_library:
+    if not _library.has_cuda_library and scores.device.type == "cuda":
         raise NotImplementedError(
             "scores: the CUDA kernels of segmentation are not built; with nvcc and a CUDA torch: "
             f"{_library.BUILD}"
