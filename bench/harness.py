@@ -69,8 +69,9 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
     """
     memory: list[dict] = [{} for _ in cases]
     for case, measured in zip(cases, memory, strict=True):
-        for name, p in case.providers.items() if measure_memory and "fwd_bwd" in case.modes else ():
-            if p.memory <= MEMORY_LIMIT:
+        measurable = measure_memory and "fwd_bwd" in case.modes and not emulated(case)
+        for name, p in case.providers.items() if measurable else ():
+            if p.memory <= MEMORY_LIMIT and p.seconds <= TIME_LIMIT:
                 measured[name] = peak_memory(case, p)
     rows = []
     for case, measured in zip(cases, memory, strict=True):
@@ -82,12 +83,21 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
     return rows
 
 
+def emulated(case: Case) -> bool:
+    """Whether the case is products of bfloat16 matrices on a CPU without instructions for them."""
+    trains = case.dtype == torch.bfloat16 and "fwd_bwd" in case.modes
+    return trains and case.device == "cpu" and "bfloat16" not in torch.ops.sukhops.cpu_capability()
+
+
 def run_case(case: Case, memory: dict[str, float | None]) -> list[dict]:
     dtype = str(case.dtype).removeprefix("torch.")
     print(f"\n{case.op} · {case.name} · {dtype} · " + " ".join(f"{k}={v}" for k, v in case.shape.items()))
     base = {"op": case.op, "case": case.name, "dtype": dtype, "shape": case.shape, **machine()}
     gates = {}
     for name, p in case.providers.items():
+        if emulated(case):
+            gates[name] = {"skipped": "this CPU has no bfloat16 products: some take minutes"}
+            continue
         if p.memory > MEMORY_LIMIT:
             gates[name] = {"skipped": f"predicted memory {p.memory / 2**30:.1f} GiB is above 8 GiB"}
             continue
@@ -103,7 +113,7 @@ def run_case(case: Case, memory: dict[str, float | None]) -> list[dict]:
     rows = []
     for mode in case.modes:
         ready = {n: p for n, p in case.providers.items() if gates[n].get("gate")}
-        timed = time_providers(case, mode, ready)
+        timed = time_providers(case, mode, ready) if ready else {}
         for name, p in case.providers.items():
             row = base | {"provider": name, "version": version(p.package), "mode": mode}
             row |= gates[name] | timed.get(name, {})

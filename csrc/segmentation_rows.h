@@ -132,8 +132,8 @@ SUKHOPS_INLINE int64_t forward_plain(Chain<S, A>& c, int64_t t) {
     }
     const Tile sums = get<Tile>(found);
     if (!all_lanes<W>((outside & -plain.scores) == 0)) break;
-    if (!all_lanes<kTile>((sums == A(0)) | ((sums >= low) & (sums <= high)))) break;
     far = all_lanes<kTile>((sums == A(0)) | ((sums >= near_low) & (sums <= near_high)));
+    if (!far && !all_lanes<kTile>((sums == A(0)) | ((sums >= low) & (sums <= high)))) break;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < n; ++k) set(c.a + k * W, at(k));
     keep(c, t, rows, sums, c.base - plain.top);
