@@ -25,6 +25,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes and seconds: a provider predicted above is not run
 PEER_SECONDS = 8.0  # after which a peer is timed no more
+EMULATED = "this CPU has no bfloat16 products: some take minutes"
 MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
 
 Inputs = dict[str, Tensor]
@@ -75,7 +76,7 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
                 measured[name] = peak_memory(case, p)
     rows = []
     for case, measured in zip(cases, memory, strict=True):
-        rows += run_case(case, measured)
+        rows += run_case(case, measured, EMULATED if emulated(case) else None)
     RESULTS.mkdir(exist_ok=True)
     with path.open("w") as f:
         for row in rows:
@@ -86,17 +87,17 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
 def emulated(case: Case) -> bool:
     """Whether the case is products of bfloat16 matrices on a CPU without instructions for them."""
     trains = case.dtype == torch.bfloat16 and "fwd_bwd" in case.modes
-    return trains and case.device == "cpu" and "bfloat16" not in torch.ops.sukhops.cpu_capability()
+    return trains and "bfloat16" not in torch.ops.sukhops.cpu_capability()
 
 
-def run_case(case: Case, memory: dict[str, float | None]) -> list[dict]:
+def run_case(case: Case, memory: dict[str, float | None], skipped: str | None = None) -> list[dict]:
     dtype = str(case.dtype).removeprefix("torch.")
     print(f"\n{case.op} · {case.name} · {dtype} · " + " ".join(f"{k}={v}" for k, v in case.shape.items()))
     base = {"op": case.op, "case": case.name, "dtype": dtype, "shape": case.shape, **machine()}
     gates = {}
     for name, p in case.providers.items():
-        if emulated(case):
-            gates[name] = {"skipped": "this CPU has no bfloat16 products: some take minutes"}
+        if skipped:
+            gates[name] = {"skipped": skipped}
             continue
         if p.memory > MEMORY_LIMIT:
             gates[name] = {"skipped": f"predicted memory {p.memory / 2**30:.1f} GiB is above 8 GiB"}
