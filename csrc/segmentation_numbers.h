@@ -30,6 +30,7 @@ struct Format<double> {
   static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
 };
 
+// whether `reduced` takes one step: a float where products and sums are rounded once, as on these targets
 template <class A>
 constexpr bool kOneStep = sizeof(A) == 4 && kRegisterBytes > 16;
 

@@ -363,7 +363,7 @@ static void marginal_chain(Chain<A, A> c) {
     next.first = now.first - next.rows;
     const bool within = prepare_plain<W>(c, next.first, next.rows), whole = whole_rows<W>(c, next.first, next.rows);
     I outside{};
-    if (within && whole && next.rows == kPair && now.rows == kPair && c.k == size) {
+    if (within && whole && next.rows == kPair && now.rows == kPair) {
       for (int64_t i = kPair - 1; i >= 0; --i) {
         const A* x = c.scores + (next.first + i) * size;
         fetch<0>(x - kPair * size, size);
