@@ -73,6 +73,13 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
   m.def(
       "segmentation_marginals(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, Tensor grad) "
       "-> Tensor");
+  // the same two on the CPU with less work: what the first keeps, [B, T, K], becomes the second one's result
+  m.def(
+      "segmentation_logz_kept(Tensor scores, Tensor? lengths) "
+      "-> (Tensor logz, Tensor alpha, Tensor exponent, Tensor kept)");
+  m.def(
+      "segmentation_marginals_kept(Tensor scores, Tensor? lengths, Tensor alpha, Tensor exponent, "
+      "Tensor grad, Tensor(a!) kept) -> ()");
   m.def(
       "segmentation_marginals_backward(Tensor scores, Tensor? lengths, Tensor grad, Tensor upstream, "
       "bool need_scores) -> (Tensor grad_grad, Tensor grad_scores)");

@@ -27,6 +27,7 @@ struct Chain {
   A* tile;              // [2, kPair, k + kPadding]: shares of two pairs; forwards, a window too long for registers
   A* w;                 // the mass of each boundary, [length + k + kPadding]
   A *mean, *after;      // likewise
+  A* kept;              // [length, k] or null: what forward leaves for marginals, see segmentation_logz_kept
   bool bad;
   A grad;
   S* out;               // [stored, k]
@@ -116,8 +117,8 @@ void with_score(const Lattice& g, const F& f) {
   g.scores.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// alpha alone, with or without need_gradient: the posterior takes the mass of boundaries back from the end
-std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths, bool) {
+std::tuple<Tensor, Tensor, Tensor> log_partition(const Tensor& scores, const std::optional<Tensor>& lengths,
+                                                 const Tensor* kept) {
   const Lattice g = lattice(scores, lengths);
   const ScalarType dtype = scores.scalar_type();
   const Tensor logz = empty({g.b}, dtype, scores), alpha = empty({1, g.b, g.t + 1}, dtype, scores);
@@ -125,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   with_score(g, [&](auto s) {
     using S = decltype(s);
     each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+      if (kept) c.kept = data<S>(*kept) + b * g.t * g.k;
       run_forward(c);
       const double end = c.alpha[c.length];
       data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
@@ -134,20 +136,45 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   return {logz, alpha, exponent};
 }
 
-Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
-                              const Tensor& exponent, const Tensor& grad) {
+// alpha alone, with or without need_gradient: the posterior takes the mass of boundaries back from the end
+std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths, bool) {
+  return log_partition(scores, lengths, nullptr);
+}
+
+// Of rows in plain tiles the exponentials of the scores are kept, which are the better part of the other sweep's work;
+// other rows start with a negative number. The posterior takes their place, so that there is one buffer.
+std::tuple<Tensor, Tensor, Tensor, Tensor> segmentation_logz_kept(const Tensor& scores,
+                                                                  const std::optional<Tensor>& lengths) {
+  const Tensor kept = empty({scores.size(0), scores.size(1), scores.size(2)}, scores.scalar_type(), scores);
+  return std::tuple_cat(log_partition(scores, lengths, &kept), std::tuple(kept));
+}
+
+// out may hold what forward kept
+void posterior(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha, const Tensor& exponent,
+               const Tensor& grad, const Tensor& out, bool kept) {
   const Lattice g = lattice(scores, lengths);
-  const Tensor out = empty({g.b, g.t, g.k}, scores.scalar_type(), scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
     each_chain<S, S>(g, 1, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
       c.grad = data<S>(grad)[b * grad.stride(0)];
       c.out = data<S>(out) + b * g.t * g.k;
+      if (kept) c.kept = c.out;
       static const auto run = SUKHOPS_BEST(marginals<S>);
       run(c);
     });
   });
+}
+
+Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                              const Tensor& exponent, const Tensor& grad) {
+  const Tensor out = empty({scores.size(0), scores.size(1), scores.size(2)}, scores.scalar_type(), scores);
+  posterior(scores, lengths, alpha, exponent, grad, out, false);
   return out;
+}
+
+void segmentation_marginals_kept(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
+                                 const Tensor& exponent, const Tensor& grad, Tensor kept) {
+  posterior(scores, lengths, alpha, exponent, grad, kept, true);
 }
 
 // The mean over segmentations of what their segments are worth (see `worth`) and, where a grad is given, grad times
@@ -256,6 +283,8 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
 STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
   m.impl("segmentation_logz", TORCH_BOX(&sukhops::segmentation_logz));
   m.impl("segmentation_marginals", TORCH_BOX(&sukhops::segmentation_marginals));
+  m.impl("segmentation_logz_kept", TORCH_BOX(&sukhops::segmentation_logz_kept));
+  m.impl("segmentation_marginals_kept", TORCH_BOX(&sukhops::segmentation_marginals_kept));
   m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::segmentation_marginals_backward));
   m.impl("segmentation_viterbi", TORCH_BOX(&sukhops::segmentation_viterbi));
   m.impl("segmentation_sample", TORCH_BOX(&sukhops::segmentation_sample));

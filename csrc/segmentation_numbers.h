@@ -134,6 +134,14 @@ SUKHOPS_INLINE V power(V d) {
   return d >= A(1 - F::kBias) ? (V)((I)shifted << F::kMantissa) : V{};
 }
 
+// what takes a mantissa into [1, 2)
+template <int W, class A, class V>
+SUKHOPS_INLINE V exponent_of(V x) {
+  using F = Format<A>;
+  typedef typename Wide<A, W>::i I;
+  return __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
+}
+
 template <int W>
 using Lanes = std::make_integer_sequence<int, W>;
 
@@ -214,4 +222,22 @@ SUKHOPS_INLINE int64_t count_lanes(I holds) {
 template <int W, class I>
 SUKHOPS_INLINE bool all_lanes(I holds) {
   return count_lanes<W>(holds) == W;
+}
+
+// the smallest exponent of those boundaries that are reached, +inf where none is
+SUKHOPS_INLINE double smallest(const double* exponent, int64_t rows) {
+  constexpr int kPart = kRegisterBytes / sizeof(double);
+  typedef typename Wide<double, kPart>::f D;
+  const D none = D{} + __builtin_inf();
+  D parts = none;
+  int64_t i = 0;
+  for (; i + kPart <= rows; i += kPart) {
+    const D e = get<D>(exponent + i), reached = e > -none ? e : none;
+    parts = reached < parts ? reached : parts;
+  }
+  double least = none[0];
+  for (int l = 0; l < kPart; ++l) least = parts[l] < least ? parts[l] : least;
+  for (; i < rows; ++i)
+    if (exponent[i] > -__builtin_inf() && exponent[i] < least) least = exponent[i];
+  return least;
 }

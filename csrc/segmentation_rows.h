@@ -36,14 +36,6 @@ SUKHOPS_INLINE bool whole_rows(const Chain<S, A>& c, int64_t t, int64_t rows) {
   return sizeof(S) == sizeof(A) && c.k == padded(c.k, W) && t + rows - 1 + c.k <= c.length;
 }
 
-// what takes a mantissa into [1, 2)
-template <int W, class A, class V>
-SUKHOPS_INLINE V exponent_of(V x) {
-  using F = Format<A>;
-  typedef typename Wide<A, W>::i I;
-  return __builtin_convertvector((((I)x >> F::kMantissa) & (2 * F::kBias + 1)) - F::kBias, V);
-}
-
 // brings mantissas into [1, 2), the largest exponent to 0; returns what the exponents have lost
 template <int W, class A>
 SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
@@ -85,8 +77,23 @@ SUKHOPS_INLINE void keep(Chain<S, A>& c, int64_t t0, int64_t rows, V found, doub
   for (int64_t i = 0; i < rows; ++i) c.alpha[t0 + i] = alpha[i], c.exponent[t0 + i] = exponent[i];
 }
 
+// marks row t as one whose exponentials are not kept
+template <class S, class A>
+SUKHOPS_INLINE void mark(const Chain<S, A>& c, int64_t t) {
+  if (c.kept && c.k > 0) c.kept[t * c.k] = -1;
+}
+
+// whether those of `rows` rows from t on are kept
+template <class A>
+SUKHOPS_INLINE bool all_kept(const Chain<A, A>& c, int64_t t, int64_t rows) {
+  if (!c.kept) return false;
+  bool marked = false;
+  for (int64_t i = 0; i < rows; ++i) marked |= c.kept[(t + i) * c.k] < 0;
+  return !marked;
+}
+
 // takes tiles from row t on to the window c.a * 2^c.n, which is normalised, until one is not plain or numbers have
-// come near a bound; returns the first row that is left
+// come near a bound; returns the first row that is left. Exponentials are kept of rows that are whole.
 template <int W, int N, class S, class A>
 SUKHOPS_INLINE int64_t forward_plain(Chain<S, A>& c, int64_t t) {
   typedef typename Wide<A, W>::f V;
@@ -113,22 +120,32 @@ SUKHOPS_INLINE int64_t forward_plain(Chain<S, A>& c, int64_t t) {
     const int64_t rows = kTile < c.length - t ? kTile : c.length - t;
     A found[kTile] = {};
     I outside{};
-    const auto step = [&](int64_t i, const A* x) {
+    const auto step = [&](int64_t i, const A* x, A* kept) {
       V now = at(0);
       const V sum = (found[i] = now[0]) - V{};
 #pragma GCC unroll 4
       for (int64_t k = 0; k < n; ++k) {
-        const V next = at(k + 1);
-        move(k, next_lane(now, next, Lanes<W>()) + plain_exp<A>(get<V>(x + k * W), outside) * sum);
+        const V next = at(k + 1), weight = plain_exp<A>(get<V>(x + k * W), outside);
+        move(k, next_lane(now, next, Lanes<W>()) + weight * sum);
+        if (kept) set(kept + k * W, weight);
         now = next;
       }
     };
     if (rows == kTile && whole_rows<W>(c, t, rows)) {
       const A* x = (const A*)c.scores + t * c.k;
+      A* kept = c.kept ? c.kept + t * c.k : nullptr;
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kTile; ++i, x += n * W) fetch<0>(x + 2 * kTile * n * W, n * W), step(i, x);
+      for (int64_t i = 0; i < kTile; ++i, x += n * W) {
+        fetch<0>(x + 2 * kTile * n * W, n * W);
+        step(i, x, kept);
+        if (kept) fetch<1>(kept + 2 * kTile * n * W, n * W), kept += n * W;
+      }
     } else {
-      for (int64_t i = 0; i < rows; ++i) step(i, row<W>(c, t + i));
+      for (int64_t i = 0; i < rows; ++i) {
+        A* const kept = c.kept && whole_rows<W>(c, t + i, 1) ? c.kept + (t + i) * c.k : nullptr;
+        if (!kept) mark(c, t + i);
+        step(i, row<W>(c, t + i), kept);
+      }
     }
     const Tile sums = get<Tile>(found);
     if (!all_lanes<W>((outside & -plain.scores) == 0)) break;
@@ -151,6 +168,7 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
   typedef typename Wide<A, W>::f V;
   const int64_t size = N ? N * W : padded(c.k, W);
   for (int64_t i = 0; i < rows; ++i) {
+    mark(c, t0 + i);
     const A* x = row<W>(c, t0 + i);
     const A a = c.a[0], n = c.n[0];
     const V whole = exponent_of<W, A>(V{} + a);
@@ -242,24 +260,6 @@ struct Rows {
   A* shares;  // [rows, stride], their inflow
 };
 
-// the smallest exponent of those boundaries that are reached, +inf where none is
-SUKHOPS_INLINE double smallest(const double* exponent, int64_t rows) {
-  constexpr int kPart = kRegisterBytes / sizeof(double);
-  typedef typename Wide<double, kPart>::f D;
-  const D none = D{} + __builtin_inf();
-  D parts = none;
-  int64_t i = 0;
-  for (; i + kPart <= rows; i += kPart) {
-    const D e = get<D>(exponent + i), reached = e > -none ? e : none;
-    parts = reached < parts ? reached : parts;
-  }
-  double least = none[0];
-  for (int l = 0; l < kPart; ++l) least = parts[l] < least ? parts[l] : least;
-  for (; i < rows; ++i)
-    if (exponent[i] > -__builtin_inf() && exponent[i] < least) least = exponent[i];
-  return least;
-}
-
 // alpha of `rows` boundaries from t0 on and of those that their segments end at, relative to the smallest of the rows,
 // and its inverse; false where a boundary is out of reach
 template <int W, class A>
@@ -298,17 +298,16 @@ SUKHOPS_INLINE bool prepare_plain(Chain<A, A>& c, int64_t t0, int64_t rows) {
   return all_lanes<W>(within);
 }
 
-// the inflow of row i of a pair that has been prepared; `outside` as in plain_exp
-template <int W, int N, class A, class I>
-SUKHOPS_INLINE void share_plain(const Chain<A, A>& c, const Rows<A>& pair, int64_t i, const A* x, int64_t stride,
-                                I& outside) {
+// the inflow of row i of a pair that has been prepared, where weight(k) is W exponentials of its scores
+template <int W, int N, class A, class F>
+SUKHOPS_INLINE void share_plain(const Chain<A, A>& c, const Rows<A>& pair, int64_t i, int64_t stride, const F& weight) {
   typedef typename Wide<A, W>::f V;
   const int64_t size = N ? N * W : padded(c.k, W);
   const V from = c.from[i] - V{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < size; k += W) {
     const V sum = get<V>(c.sum + i + 1 + k), inverse = get<V>(c.inverse + i + 1 + k);
-    const V part = plain_exp<A>(get<V>(x + k), outside) * from, near = part * inverse;
+    const V part = weight(k) * from, near = part * inverse;
     // the quotient to the last bit, by the inverse where a product and a sum are rounded once
     set(pair.shares + i * stride + k, kRegisterBytes > 16 ? near + (part - near * sum) * inverse : part / sum);
   }
@@ -363,18 +362,28 @@ static void marginal_chain(Chain<A, A> c) {
     next.first = now.first - next.rows;
     const bool within = prepare_plain<W>(c, next.first, next.rows), whole = whole_rows<W>(c, next.first, next.rows);
     I outside{};
-    if (within && whole && next.rows == kPair && now.rows == kPair) {
+    const auto exponential = [&outside](const A* x) {
+      return [x, &outside](int64_t k) { return plain_exp<A>(get<V>(x + k), outside); };
+    };
+    if (!(within && whole && next.rows == kPair && now.rows == kPair)) {
+      for (int64_t i = next.rows - 1; i >= 0 && within; --i)
+        share_plain<W, N>(c, next, i, stride, exponential(row<W>(c, next.first + i)));
+      for (int64_t i = now.rows - 1; i >= 0; --i) settle<W, N>(c, now, i, stride, false, ends);
+    } else if (all_kept(c, next.first, kPair)) {
       for (int64_t i = kPair - 1; i >= 0; --i) {
-        const A* x = c.scores + (next.first + i) * size;
-        fetch<0>(x - kPair * size, size);
-        fetch<1>(c.out + (next.first + i) * size, size);
-        share_plain<W, N>(c, next, i, x, stride, outside);
+        const A* const x = c.kept + (next.first + i) * size;
+        fetch<1>(x - kPair * size, size);
+        share_plain<W, N>(c, next, i, stride, [x](int64_t k) { return get<V>(x + k); });
         settle<W, N>(c, now, i, stride, true, ends);
       }
     } else {
-      for (int64_t i = next.rows - 1; i >= 0 && within; --i)
-        share_plain<W, N>(c, next, i, row<W>(c, next.first + i), stride, outside);
-      for (int64_t i = now.rows - 1; i >= 0; --i) settle<W, N>(c, now, i, stride, false, ends);
+      for (int64_t i = kPair - 1; i >= 0; --i) {
+        const A* const x = c.scores + (next.first + i) * size;
+        fetch<0>(x - kPair * size, size);
+        fetch<1>(c.out + (next.first + i) * size, size);
+        share_plain<W, N>(c, next, i, stride, exponential(x));
+        settle<W, N>(c, now, i, stride, true, ends);
+      }
     }
     if (!within || !all_lanes<W>((outside & -Format<A>::kPlain.scores) == 0))
       for (int64_t i = 0; i < next.rows; ++i) {

@@ -35,6 +35,11 @@ def test_opcheck(dtype, ragged):
     torch.library.opcheck(
         _ops.segmentation_marginals, (scores, lengths, alpha, exponent, grad.clone().requires_grad_())
     )
+    *_, kept = _ops.segmentation_logz_kept(detached, lengths)
+    torch.library.opcheck(  # not what it keeps: beside exponentials there is memory as it came
+        _ops.segmentation_logz_kept, (detached, lengths), test_utils=("test_schema", "test_faketensor")
+    )
+    torch.library.opcheck(_ops.segmentation_marginals_kept, (detached, lengths, alpha, exponent, grad, kept))
     for need in (True, False):
         torch.library.opcheck(
             _ops.segmentation_marginals_backward, (detached, lengths, grad, torch.randn_like(detached), need)

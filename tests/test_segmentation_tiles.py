@@ -151,6 +151,32 @@ def test_within_budget_around_the_bounds(k, dtype, missing):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3, 4, 8, 16, 17, 32, 48])
+def test_what_forward_keeps_changes_no_bit_of_the_gradient(k, dtype):
+    """The first gradient is made of the exponentials that forward kept, the second of the scores."""
+    scores = problems(100, k, dtype, missing=0.1).requires_grad_()
+    lengths = torch.randint(101, (len(scores),))
+    logz = segmentation_logz(scores, lengths)
+    total = logz.where(logz > -torch.inf, 0.0).sum()
+    first = torch.autograd.grad(total, scores, retain_graph=True)[0].clone()
+    assert torch.equal(first, segmentation_marginals(scores.detach(), lengths))
+    assert torch.equal(torch.autograd.grad(total, scores)[0], first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_keeps_exponentials_of_whole_rows_in_plain_tiles(dtype):
+    scores, length = torch.randn(2, 100, 16, dtype=dtype), 90
+    scores[1, 50, 3] = 1e4
+    *_, kept = torch.ops.sukhops.segmentation_logz_kept(scores, torch.tensor([length, length]))
+    rows = kept[:, :length, 0] >= 0
+    assert rows[0].nonzero().flatten().tolist() == list(range(length - 16 + 1))
+    assert rows[1, :48].all() and not rows[1, 48:56].any()  # the tile of the huge one
+    exact = scores[:, :length][rows].double().exp()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(kept[:, :length][rows].double(), exact, rtol=4 * eps, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 8, 16, 17, 33])
 @pytest.mark.parametrize("low", [-1e5, -1e9])
 def test_masks_are_infinities_to_the_bit(k, dtype, low):

@@ -26,7 +26,7 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     Exact for scores of any size, positions that nothing reaches and sequences of any length: numbers are
     kept as a mantissa and an exponent, and the logarithm is taken at the end. The gradient is the posterior
     of each segment, exactly 0 for an impossible one; it is differentiable once more. Time and memory are
-    linear in T; beside the gradient, B * T numbers are kept.
+    linear in T; beside the gradient, whose memory the CPU takes in the forward, B * T numbers are kept.
 
     Args:
         scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). Under autocast
@@ -46,7 +46,7 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     """
     scores, lengths = _prepare(scores, lengths)
     needs_gradient = torch.is_grad_enabled() and scores.requires_grad
-    if needs_gradient and not torch.compiler.is_compiling():
+    if needs_gradient and scores.is_cpu and not torch.compiler.is_compiling():
         return _Logz.apply(scores, lengths)
     return _ops.segmentation_logz(scores, lengths, needs_gradient)[0]
 
@@ -178,6 +178,23 @@ def _(scores, lengths, alpha, exponent, grad):
     return scores.new_empty(scores.shape)
 
 
+@torch.library.register_fake("sukhops::segmentation_logz_kept")
+def _(scores, lengths):
+    b, t, k = scores.shape
+    alpha = scores.new_empty(1, b, t + 1)
+    return (
+        scores.new_empty(b),
+        alpha,
+        alpha.new_empty(alpha.shape, dtype=torch.float64),
+        scores.new_empty(b, t, k),
+    )
+
+
+@torch.library.register_fake("sukhops::segmentation_marginals_kept")
+def _(scores, lengths, alpha, exponent, grad, kept):
+    return None
+
+
 @torch.library.register_fake("sukhops::segmentation_marginals_backward")
 def _(scores, lengths, grad, upstream, need_scores):
     b, t, k = scores.shape
@@ -224,21 +241,30 @@ def _gradient_logz(ctx, grad, *_):
 
 
 class _Logz(torch.autograd.Function):
-    """The registered formula, past the registered layer: its Python would take as long as the kernels."""
+    """The registered formula on the CPU, past the registered layer, whose Python takes as long as kernels.
+
+    The exponentials that the forward leaves in the buffer of the gradient serve once.
+    """
 
     @staticmethod
     def forward(ctx, scores, lengths):
         with torch._C._AutoDispatchBelowAutograd():
-            logz, alpha, exponent = _ops.segmentation_logz(scores, lengths, True)
-        ctx.save_for_backward(scores, lengths, alpha, exponent)
+            logz, *rest = _ops.segmentation_logz_kept(scores, lengths)
+        ctx.save_for_backward(scores, lengths, *rest)
+        ctx.used = False
         return logz
 
     @staticmethod
     def backward(ctx, grad):
+        scores, lengths, alpha, exponent, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated
-            return _gradient_logz(ctx, grad)[:2]
+            return _ops.segmentation_marginals(scores, lengths, alpha, exponent, grad), None
         with torch._C._AutoDispatchBelowAutograd():
-            return _gradient_logz(ctx, grad)[:2]
+            if ctx.used:
+                return _ops.segmentation_marginals(scores, lengths, alpha, exponent, grad), None
+            ctx.used = True
+            _ops.segmentation_marginals_kept(scores, lengths, alpha, exponent, grad, kept)
+        return kept, None
 
 
 def _save_marginals(ctx, inputs, output):
