@@ -60,9 +60,12 @@ struct Lattice {
   std::vector<int64_t> lengths;  // [B]
 };
 
+// what torch::stable::contiguous returns, without the dispatcher where that is the tensor itself
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   const int64_t b = scores.size(0), t = scores.size(1);
-  Lattice g{scores.is_contiguous() ? scores : torch::stable::contiguous(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
+  Lattice g{dense(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
   if (lengths)
     for (int64_t i = 0; i < b; ++i) {
       const int64_t length = data<int64_t>(*lengths)[i * lengths->stride(0)];
@@ -141,21 +144,22 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   return log_partition(scores, lengths, nullptr);
 }
 
-// Of rows in plain tiles the exponentials of the scores are kept, which are the better part of the other sweep's work;
-// other rows start with a negative number. The posterior takes their place, so that there is one buffer.
+// Exponentials of scores, the better part of the other sweep's work, are kept in the buffer that its result goes to. A
+// row that is not in a plain tile, or no multiple of a vector, starts with a negative number; the rest is as it came.
 std::tuple<Tensor, Tensor, Tensor, Tensor> segmentation_logz_kept(const Tensor& scores,
                                                                   const std::optional<Tensor>& lengths) {
   const Tensor kept = empty({scores.size(0), scores.size(1), scores.size(2)}, scores.scalar_type(), scores);
   return std::tuple_cat(log_partition(scores, lengths, &kept), std::tuple(kept));
 }
 
-// out may hold what forward kept
+// kept: whether out holds what forward kept
 void posterior(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha, const Tensor& exponent,
                const Tensor& grad, const Tensor& out, bool kept) {
   const Lattice g = lattice(scores, lengths);
+  const Tensor mantissas = dense(alpha), exponents = dense(exponent);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    each_chain<S, S>(g, 1, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
+    each_chain<S, S>(g, 1, &mantissas, &exponents, [&](Chain<S, S>& c, int64_t b) {
       c.grad = data<S>(grad)[b * grad.stride(0)];
       c.out = data<S>(out) + b * g.t * g.k;
       if (kept) c.kept = c.out;
@@ -174,6 +178,7 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
 
 void segmentation_marginals_kept(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
                                  const Tensor& exponent, const Tensor& grad, Tensor kept) {
+  STD_TORCH_CHECK(kept.is_contiguous(), "kept: expected as segmentation_logz_kept leaves it");
   posterior(scores, lengths, alpha, exponent, grad, kept, true);
 }
 
@@ -201,7 +206,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
 std::tuple<Tensor, Tensor> segmentation_marginals_backward(
     const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
     bool need_scores) {
-  const Tensor given = torch::stable::contiguous(upstream);
+  const Tensor given = dense(upstream);
   return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
 }
 

@@ -297,12 +297,13 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
                               const Tensor& exponent, const Tensor& grad) {
   const Launch l(scores, lengths);
   STD_TORCH_CHECK(alpha.size(0) == 2, "alpha: expected both sweeps, as segmentation_logz with need_gradient leaves them");
+  const Tensor value = torch::stable::contiguous(alpha), powers = torch::stable::contiguous(exponent);
   const Tensor out = empty({l.b, l.t, l.k}, scores.scalar_type(), scores);
   const int64_t blocks = (l.b * l.t * l.k + 255) / 256;
   choose(l, [&](auto s, auto) {
     using S = decltype(s);
-    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const double*>(data<double>(alpha)),
-           static_cast<const double*>(data<double>(exponent)), static_cast<const S*>(data<S>(grad)), grad.stride(0),
+    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const double*>(data<double>(value)),
+           static_cast<const double*>(data<double>(powers)), static_cast<const S*>(data<S>(grad)), grad.stride(0),
            data<S>(out));
   });
   return out;

@@ -130,6 +130,68 @@ def test_graph_retained_and_inputs_untouched(f):
     assert torch.equal(torch.autograd.grad(out, scores)[0], first) and torch.equal(scores.detach(), before)
 
 
+@pytest.fixture
+def long():
+    """Scores of which the forward keeps exponentials, and the gradient of the sum of logz."""
+    scores = torch.randn(3, 64, 16)
+    return scores.requires_grad_(), segmentation_marginals(scores.detach())
+
+
+def test_a_gradient_is_its_owners(long):
+    """Who changes a gradient changes no other one."""
+    scores, expected = long
+    total = segmentation_logz(scores).sum()
+    for retain in (True, True, False):
+        (gradient,) = torch.autograd.grad(total, scores, retain_graph=retain)
+        assert torch.equal(gradient, expected)
+        gradient.zero_()
+    flat = scores.detach().flatten().requires_grad_()
+    total = segmentation_logz(flat.view(3, 64, 16)).sum()
+    for times in (1, 2, 3):
+        total.backward(retain_graph=True)
+        assert torch.equal(flat.grad.view_as(expected), times * expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(long, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    scores, expected = long
+    checkpoint(lambda s: segmentation_logz(s).sum(), scores, use_reentrant=reentrant).backward()
+    assert torch.equal(scores.grad, expected)
+
+
+def test_what_is_saved_can_be_moved_and_holds_no_memory_as_it_came(long):
+    scores, expected = long
+
+    def pack(x):
+        assert x.isfinite().all()
+        return x.transpose(0, -1).contiguous()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.transpose(0, -1)):
+        total = segmentation_logz(scores).sum()
+    assert torch.equal(torch.autograd.grad(total, scores)[0], expected)
+
+
+def test_batched_gradients(long):
+    scores, expected = long
+    logz = segmentation_logz(scores)
+    (rows,) = torch.autograd.grad(logz, scores, torch.eye(3), is_grads_batched=True)
+    assert torch.equal(rows.sum(0), expected) and torch.equal(rows[1, 1], expected[1])
+
+
+def test_compiled_autograd(long):
+    scores, expected = long
+    total = segmentation_logz(scores).sum()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step = torch.compile(lambda x: x.backward(retain_graph=True), backend="eager")
+        for _ in range(2):
+            scores.grad = None
+            step(total)
+            assert torch.equal(scores.grad, expected)
+    assert torch.equal(torch.autograd.grad(total, scores)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("f", DIFFERENTIABLE)
 def test_half_precision_computes_in_float32(f, dtype):

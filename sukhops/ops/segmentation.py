@@ -46,7 +46,7 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     """
     scores, lengths = _prepare(scores, lengths)
     needs_gradient = torch.is_grad_enabled() and scores.requires_grad
-    if needs_gradient and scores.is_cpu and not torch.compiler.is_compiling():
+    if needs_gradient and not torch.compiler.is_compiling():
         return _Logz.apply(scores, lengths)
     return _ops.segmentation_logz(scores, lengths, needs_gradient)[0]
 
@@ -241,30 +241,39 @@ def _gradient_logz(ctx, grad, *_):
 
 
 class _Logz(torch.autograd.Function):
-    """The registered formula on the CPU, past the registered layer, whose Python takes as long as kernels.
+    """The registered formula, past the registered layer, whose Python takes as long as kernels.
 
-    The exponentials that the forward leaves in the buffer of the gradient serve once.
+    On the CPU the forward leaves the exponentials of the scores in a buffer that becomes the gradient, once:
+    where somebody else may see that buffer or ask again, the gradient is made of the scores.
     """
 
     @staticmethod
     def forward(ctx, scores, lengths):
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of checkpoints, say
         with torch._C._AutoDispatchBelowAutograd():
-            logz, *rest = _ops.segmentation_logz_kept(scores, lengths)
-        ctx.save_for_backward(scores, lengths, *rest)
-        ctx.used = False
+            if scores.is_cpu and hooks is None:
+                logz, *saved = _ops.segmentation_logz_kept(scores, lengths)
+            else:
+                logz, *saved = *_ops.segmentation_logz(scores, lengths, True), None
+        ctx.save_for_backward(scores, lengths, *saved)
         return logz
 
     @staticmethod
     def backward(ctx, grad):
-        scores, lengths, alpha, exponent, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated
-            return _ops.segmentation_marginals(scores, lengths, alpha, exponent, grad), None
+        *saved, kept = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the gradient may be differentiated
+            return _ops.segmentation_marginals(*saved, grad), None
         with torch._C._AutoDispatchBelowAutograd():
-            if ctx.used:
-                return _ops.segmentation_marginals(scores, lengths, alpha, exponent, grad), None
-            ctx.used = True
-            _ops.segmentation_marginals_kept(scores, lengths, alpha, exponent, grad, kept)
+            if kept is None or _asked_again(grad):
+                return _ops.segmentation_marginals(*saved, grad), None
+            _ops.segmentation_marginals_kept(*saved, grad, kept)
         return kept, None
+
+
+def _asked_again(grad):
+    """Whether the graph of this backward is retained, or each of a batch of gradients will run it."""
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    return retained or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _save_marginals(ctx, inputs, output):
@@ -294,5 +303,5 @@ torch.library.register_autograd(
 torch.library.register_autograd("sukhops::segmentation_entropy", _gradient_entropy, setup_context=_save)
 for _name in ("segmentation_marginals_backward", "segmentation_entropy_backward"):
     _library.not_differentiable_twice(_name)
-for _name in ("logz", "marginals", "entropy", "viterbi", "sample"):
+for _name in ("logz", "marginals", "marginals_kept", "entropy", "viterbi", "sample"):
     _library.not_vmappable(f"segmentation_{_name}")
