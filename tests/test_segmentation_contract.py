@@ -247,8 +247,9 @@ def test_what_is_not_offered_says_so():
     (grad,) = torch.autograd.grad(segmentation_entropy(scores).sum(), scores, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(segmentation_logz)(torch.randn(2, 3, 4, 5))
+    for f in (segmentation_logz, segmentation_marginals):
+        with pytest.raises(NotImplementedError, match="vmap"):
+            torch.vmap(f)(torch.randn(2, 3, 4, 5))
     assert not segmentation_viterbi(scores, lengths).score.requires_grad
 
 

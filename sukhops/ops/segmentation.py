@@ -45,7 +45,7 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
     scores, lengths = _prepare(scores, lengths)
-    needs_gradient = torch.is_grad_enabled() and scores.requires_grad
+    needs_gradient = _needs_gradient(scores)
     if needs_gradient and not torch.compiler.is_compiling():
         return _Logz.apply(scores, lengths)
     return _ops.segmentation_logz(scores, lengths, needs_gradient)[0]
@@ -64,8 +64,13 @@ def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Ten
     Source: the gradient of the marginal likelihood of Grave et al. 2019.
     """
     scores, lengths = _prepare(scores, lengths)
-    _, alpha, exponent = _ops.segmentation_logz(scores.detach(), lengths, True)
     ones = scores.new_ones(scores.shape[0])
+    if scores.is_cpu and not _needs_gradient(scores) and not torch.compiler.is_compiling():
+        scores = scores.detach()
+        _, alpha, exponent, kept = _ops.segmentation_logz_kept(scores, lengths)
+        _ops.segmentation_marginals_kept(scores, lengths, alpha, exponent, ones, kept)
+        return kept
+    _, alpha, exponent = _ops.segmentation_logz(scores.detach(), lengths, True)
     return _ops.segmentation_marginals(scores, lengths, alpha, exponent, ones)
 
 
@@ -159,6 +164,10 @@ def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | N
         lengths = lengths.long()
     dtype = _checks.accumulation_dtype(scores.dtype)
     return scores if scores.dtype == dtype else scores.to(dtype), lengths
+
+
+def _needs_gradient(scores: Tensor) -> bool:
+    return torch.is_grad_enabled() and scores.requires_grad
 
 
 # ------------------------------------------------------------------ fakes
@@ -303,5 +312,5 @@ torch.library.register_autograd(
 torch.library.register_autograd("sukhops::segmentation_entropy", _gradient_entropy, setup_context=_save)
 for _name in ("segmentation_marginals_backward", "segmentation_entropy_backward"):
     _library.not_differentiable_twice(_name)
-for _name in ("logz", "marginals", "marginals_kept", "entropy", "viterbi", "sample"):
+for _name in ("logz", "logz_kept", "marginals", "marginals_kept", "entropy", "viterbi", "sample"):
     _library.not_vmappable(f"segmentation_{_name}")
