@@ -320,21 +320,30 @@ def segmentation_floor(i: Inputs):
     return lambda: (out.copy_(scores), out.flatten()[: len(half)].copy_(half))
 
 
-def segmentation(device: str) -> list[Measured]:
-    shape, small = {"B": 32, "T": 8192, "K": 16}, {"B": 3, "T": 50, "K": 4}
+def segmentation_case(name: str, shape: dict, small: dict, device: str, **eager: Provider) -> Case:
     tree = 4.0 * shape["B"] * shape["T"] * shape["K"] ** 2 * 4  # bytes: K x K per position
-    case = Case(
-        "segmentation", "segmentation_logz", shape, torch.float32,
+    return Case(
+        "segmentation", name, shape, torch.float32,
         lambda: segmentation_inputs(shape, device), lambda: segmentation_inputs(small, device),
         lambda i: lambda: reference.segmentation_logz(i["scores"]),
         {
             "sukhops": Provider(lambda i: lambda: sukhops.segmentation_logz(i["scores"]), ours=True),
-            "eager": Provider(lambda i: lambda: reference.segmentation_logz(i["scores"]), 0, "torch"),
+            **eager,
             "torch-struct": Provider(torch_struct, 2 * math.log2(shape["T"]) * tree, "torch-struct"),
         },
         segmentation_floor, 21, device=device,
     )  # fmt: skip
-    return [Measured(case, [Reach(2.0), Reach(0.01, "torch-struct")])]
+
+
+def segmentation(device: str) -> list[Measured]:
+    eager = Provider(lambda i: lambda: reference.segmentation_logz(i["scores"]), 0, "torch")
+    batch, one = {"B": 32, "T": 8192, "K": 16}, {"B": 1, "T": 65_536, "K": 16}
+    case = segmentation_case("segmentation_logz", batch, {"B": 3, "T": 50, "K": 4}, device, eager=eager)
+    long = segmentation_case("one long sequence, in chunks", one, {"B": 1, "T": 1000, "K": 4}, device)
+    return [
+        Measured(case, [Reach(2.0), Reach(0.01, "torch-struct")]),
+        Measured(long, [Reach(0.01, "torch-struct")]),
+    ]
 
 
 # operation, the function that it needs, its cases

@@ -174,16 +174,29 @@ def _seen(length: int, window: float) -> float:
 # cycles until a result can be used: the first two as microbenchmarks of this generation have them, of double
 # precision and of conversions a guess
 SHUFFLE, SINGLE, DOUBLE, CONVERT = 23, 4, 8, 14
+# of a warp per sequence and direction: the slot that leaves is broadcast, exponents are compared, their
+# difference becomes a power of two, mantissas are multiplied and added
+STEP = SHUFFLE + 5 * SINGLE + 2 * CONVERT + 2 * DOUBLE
 
 
 def segmentation(B: int, T: int, K: int) -> Work:
     """Scores read once forwards and once backwards, posteriors written; T steps that wait for each other."""
     floor = Phase("scores and posteriors", bytes=3 * FLOAT * B * T * K)
-    # a warp per sequence and direction: the slot that leaves is broadcast, exponents are compared, their
-    # difference becomes a power of two, mantissas are multiplied and added
-    step = SHUFFLE + 5 * SINGLE + 2 * CONVERT + 2 * DOUBLE
     return Work(floor, [
-        Phase("both sweeps", bytes=2 * FLOAT * B * T * K, cycles=T * step),
+        Phase("both sweeps", bytes=2 * FLOAT * B * T * K, cycles=T * STEP),
+        Phase("posteriors", bytes=2 * FLOAT * B * T * K),
+    ])  # fmt: skip
+
+
+def segmentation_in_chunks(B: int, T: int, K: int) -> Work:
+    """The same of a sequence that is cut: as many steps as `chunk_steps` of segmentation_warp.h counts."""
+    steps, warps = 512, 8 * 132
+    chunks = T // steps
+    turns = math.ceil(2 * B * (chunks - 1) * K / warps)
+    return Work(segmentation(B, T, K).floor, [
+        Phase("matrices", bytes=2 * FLOAT * B * T * K, cycles=turns * steps * STEP),
+        Phase("windows", cycles=chunks * (4 + K / 8) * STEP),
+        Phase("sweeps", bytes=2 * FLOAT * B * T * K, cycles=steps * STEP),
         Phase("posteriors", bytes=2 * FLOAT * B * T * K),
     ])  # fmt: skip
 
@@ -206,6 +219,7 @@ CASES: list[tuple[str, str, dict, Callable[..., Work]]] = [
     ("adaptive_span", "adaptive spans", ATTENTION | {"spans": SPANS, "ramp": 32.0}, adaptive_span),
     ("adaptive_span", "one hard window", ATTENTION | {"spans": (511.0,) * 16, "ramp": 1.0}, adaptive_span),
     ("segmentation", "segmentation_logz", {"B": 32, "T": 8192, "K": 16}, segmentation),
+    ("segmentation", "one long sequence, in chunks", {"B": 1, "T": 65_536, "K": 16}, segmentation_in_chunks),
 ]  # fmt: skip
 
 

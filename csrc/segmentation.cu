@@ -2,9 +2,8 @@
 // segmentation_warp.h and are tested on the host.
 //
 // alpha and beta of a sequence run at the same time in two warps of a block, and the posterior is then one
-// independent product per segment. A single long sequence still has two chains of T steps and no more: cutting
-// it into chunks takes, per chunk, the k x k transfer matrix between two windows, k times the work and k times
-// the window, and pays only where the chunks outnumber k, which a batch of a training step does without it.
+// independent product per segment. Where that leaves most of the device idle, in a few long sequences, they are cut
+// into chunks; so the last bit of a result depends on how many sequences there are.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -97,9 +96,9 @@ struct Warp {
     }
   }
 
-  __device__ __forceinline__ void open(const warp::Sequence<S>& q, const warp::Direction& d) {
-    loaded = 0;
-    if (q.k > 0) load(q, d, d.rows(kAhead, q.k));
+  __device__ __forceinline__ void open(const warp::Sequence<S>& q, const warp::Direction& d, int64_t from) {
+    loaded = from;
+    if (q.k > 0) load(q, d, d.rows(from + kAhead, q.k));
     __syncwarp();
   }
 
@@ -129,21 +128,62 @@ struct Batch {
   }
 };
 
+// sequences in `count` chunks of `steps`
+struct Chunks {
+  int64_t steps, count;
+  warp::Number<double>* windows;   // [sides, b, count, k], at the start of each chunk
+  warp::Number<double>* matrices;  // [sides, b, count - 1, k, k]
+};
+
 // ------------------------------------------------------------------ kernels
 
-// one block per sequence: warp 0 alpha and logz, warp 1, where there is one, beta
+// one block per row of a matrix
 template <int C, class S>
-__global__ void __launch_bounds__(64, 1) sweeps(Batch<S> g, S* logz, double* value, double* exponent) {
+__global__ void __launch_bounds__(32, 1) transfers(Batch<S> g, Chunks chunks) {
   extern __shared__ char memory[];
-  const int64_t b = blockIdx.x, side = threadIdx.x / 32, at = (side * g.b + b) * (g.t + 1);
+  const int64_t row = blockIdx.x, i = row % g.k, c = row / g.k % (chunks.count - 1);
+  const int64_t b = row / g.k / (chunks.count - 1) % g.b, side = row / g.k / (chunks.count - 1) / g.b;
+  Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
+  const warp::Sequence<S> q = g.sequence(b);
+  const int64_t from = c * chunks.steps, to = from + chunks.steps;
+  if (to < q.length) warp::transfer<S>(p, q, side == 1, from, to, i, chunks.matrices + row * g.k);
+}
+
+// one block per side of a sequence
+template <int C, class S>
+__global__ void __launch_bounds__(32, 1) windows(Batch<S> g, Chunks chunks) {
+  const int64_t b = blockIdx.x % g.b;
+  const Warp<C, S> p{};
+  const warp::Sequence<S> q = g.sequence(b);
+  warp::Number<double>* window = chunks.windows + blockIdx.x * chunks.count * g.k;
+  const warp::Number<double>* matrix = chunks.matrices + blockIdx.x * (chunks.count - 1) * g.k * g.k;
+  for (int64_t o = p.lane(); o < g.k; o += 32) window[o] = {o == 0 ? 1.0 : 0.0, o == 0 ? 0.0 : -warp::infinity()};
+  for (int64_t to = chunks.steps; to < q.length; to += chunks.steps, window += g.k, matrix += g.k * g.k) {
+    p.sync();
+    warp::compose(p, g.k, window, matrix, window + g.k);
+  }
+}
+
+// one block per chunk of a sequence: warp 0 alpha and logz, warp 1, where there is one, beta
+template <int C, class S>
+__global__ void __launch_bounds__(64, 1) sweeps(Batch<S> g, Chunks chunks, S* logz, double* value, double* exponent) {
+  extern __shared__ char memory[];
+  const int64_t b = blockIdx.x / chunks.count, c = blockIdx.x % chunks.count, side = threadIdx.x / 32;
+  const int64_t at = (side * g.b + b) * (g.t + 1), from = c * chunks.steps;
   Warp<C, S> p{reinterpret_cast<S*>(memory) + side * Warp<C, S>::shared(g.k),
                static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
   const warp::Sequence<S> q = g.sequence(b);
-  for (int64_t j = (q.length < 0 ? 0 : q.length + 1) + p.lane(); j <= g.t; j += 32)
+  if (c > 0 && from >= q.length) return;
+  const int64_t to = from + chunks.steps < q.length ? from + chunks.steps : q.length;
+  for (int64_t j = (q.length < 0 ? 0 : q.length + 1) + p.lane(); j <= g.t && c == 0; j += 32)
     value[at + j] = q.length < 0 ? NAN : 0, exponent[at + j] = q.length < 0 ? 0 : -warp::infinity();
-  if (q.length >= 0) warp::sweep<S>(p, q, side == 1, value + at, exponent + at);
+  if (q.length >= 0) {
+    auto w = c > 0 ? warp::window_of<S>(p, from, g.k, chunks.windows + ((side * g.b + b) * chunks.count + c) * g.k)
+                   : warp::unit<S>(p, 0, g.k > 0 ? g.k : 1, 0);
+    warp::sweep(p, q, side == 1, from, to, w, value + at, exponent + at);
+  }
   __syncwarp();
-  if (side == 0 && p.lead()) {
+  if (side == 0 && p.lead() && to == q.length) {
     const double end = q.length < 0 ? NAN : value[at + q.length];
     logz[b] = S(end == 0 ? -warp::infinity()
                 : q.length < 0 ? end
@@ -268,6 +308,13 @@ void choose(const Launch& l, const F& f) {
   l.scores.scalar_type() == ScalarType::Double ? width(double{}) : width(float{});
 }
 
+int64_t room() {  // warps that run at a time as fast as one: two of each scheduler
+  int device = 0, processors = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  return 8 * processors;
+}
+
 template <class K, class... Args>
 void launch(K kernel, const Launch& l, int64_t blocks, int threads, int64_t shared, Args... args) {
   if (blocks == 0) return;
@@ -284,10 +331,18 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const int64_t sides = need_gradient ? 2 : 1;
   const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
   const Tensor exponent = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
+  const int64_t steps = warp::chunk_steps(l.b, l.t, l.k, room());
+  const int64_t count = steps < l.t ? (l.t + steps - 1) / steps : 1, cut = count > 1 ? sides * l.b * l.k : 0;
+  const Tensor window = empty({cut, count, 2}, ScalarType::Double, scores);
+  const Tensor matrix = empty({cut, count - 1, l.k, 2}, ScalarType::Double, scores);
+  const Chunks chunks{steps, count, data<warp::Number<double>>(window), data<warp::Number<double>>(matrix)};
   choose(l, [&](auto s, auto c) {
     using S = decltype(s);
     constexpr int C = decltype(c)::value;
-    launch(sweeps<C, S>, l, l.b, 32 * static_cast<int>(sides), sides * Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(),
+    const int64_t shared = Warp<C, S>::shared(l.k) * sizeof(S);
+    launch(transfers<C, S>, l, cut * (count - 1), 32, shared, l.batch<S>(), chunks);
+    launch(windows<C, S>, l, count > 1 ? sides * l.b : 0, 32, 0, l.batch<S>(), chunks);
+    launch(sweeps<C, S>, l, l.b * count, 32 * static_cast<int>(sides), sides * shared, l.batch<S>(), chunks,
            data<S>(logz), data<double>(value), data<double>(exponent));
   });
   return {logz, value, exponent};

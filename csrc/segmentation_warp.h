@@ -95,43 +95,155 @@ struct Direction {
   }
 };
 
-// value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
-// forwards, beta backwards. Rows come through P's store, P::kAhead steps ahead of their use.
-template <class E, class P, class S>
-SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, double* value, double* exponent) {
-  const Direction d{backwards, q.length};
+// sums a * 2^(base + n) of the boundaries u .. u + k - 1 as far as segments that start before u lead there, u counted
+// from the side of the sweep: boundary j in slot j % k
+template <class E, class P>
+struct Window {
   double a[P::kOwn];
   E n[P::kOwn];
-  double base = 0;
+  double base;
+};
+
+// the offset from u of the boundary in a slot
+SUKHOPS_BOTH int64_t offset(int64_t slot, int64_t u, int64_t k) {
+  const int64_t o = slot - u % k;
+  return o < 0 ? o + k : o;
+}
+
+// the window at u with a sum of 1 at u + i and nothing else
+template <class E, class P>
+SUKHOPS_BOTH Window<E, P> unit(const P& p, int64_t u, int64_t k, int64_t i) {
+  Window<E, P> w;
   SUKHOPS_UNROLL
-  for (int i = 0; i < P::kOwn; ++i) a[i] = p.slot(i) == 0, n[i] = p.slot(i) == 0 ? E(0) : -E(infinity());
-  p.open(q, d);
-  int at = 0;
-  for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
+  for (int l = 0; l < P::kOwn; ++l) {
+    const bool there = p.slot(l) < k && offset(p.slot(l), u, k) == i;
+    w.a[l] = there, w.n[l] = there ? E(0) : -E(infinity());
+  }
+  w.base = 0;
+  return w;
+}
+
+// takes the window from u = from, a multiple of P::kAhead, to u = to; each(u, a, n) gets the sum of every boundary that
+// it leaves. Rows come through P's store, P::kAhead steps ahead of their use.
+template <class E, class P, class S, class F>
+SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_t from, int64_t to, Window<E, P>& w,
+                          const F& each) {
+  if (q.k == 0) return;
+  p.open(q, d, from);
+  int at = static_cast<int>(from % q.k);
+  for (int64_t u = from; u < to; ++u, at = at + 1 < q.k ? at + 1 : 0) {
     if (u % P::kAhead == 0) p.advance(q, d, u);
     if (u % kRebase == 0) {
       SUKHOPS_UNROLL
-      for (int i = 0; i < P::kOwn; ++i) normalise(a[i], n[i]);
-      const E top = p.max(n);
+      for (int i = 0; i < P::kOwn; ++i) normalise(w.a[i], w.n[i]);
+      const E top = p.max(w.n);
       if (top > -E(infinity())) {
         SUKHOPS_UNROLL
-        for (int i = 0; i < P::kOwn; ++i) n[i] -= top;
-        base += top;
+        for (int i = 0; i < P::kOwn; ++i) w.n[i] -= top;
+        w.base += top;
       }
     }
-    const double a0 = p.broadcast(a, at);
-    const E n0 = p.broadcast(n, at);
-    if (p.lead()) value[d.boundary(u)] = a0, exponent[d.boundary(u)] = base + n0;
+    const double a0 = p.broadcast(w.a, at);
+    const E n0 = p.broadcast(w.n, at);
+    each(u, a0, w.base + n0);
     SUKHOPS_UNROLL
     for (int i = 0; i < P::kOwn; ++i) {
       const int slot = p.slot(i), to = slot > at ? slot - at - 1 : slot - at - 1 + static_cast<int>(q.k);
       const bool there = slot < q.k && u + 1 + to <= q.length;
-      add(a[i], n[i], slot == at, a0, n0, there ? E(p.score(q, d, u, to)) : -E(infinity()));
+      add(w.a[i], w.n[i], slot == at, a0, n0, there ? E(p.score(q, d, u, to)) : -E(infinity()));
     }
   }
-  const double a0 = q.k > 0 ? p.broadcast(a, at) : q.length == 0;
-  const E n0 = q.k > 0 ? p.broadcast(n, at) : q.length == 0 ? E(0) : -E(infinity());
-  if (p.lead()) value[d.boundary(q.length)] = a0, exponent[d.boundary(q.length)] = base + n0;
+}
+
+// value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
+// forwards, beta backwards; for the boundaries from `from` up to `to`, or with it where that is the end
+template <class E, class P, class S>
+SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, int64_t from, int64_t to, Window<E, P>& w,
+                        double* value, double* exponent) {
+  const Direction d{backwards, q.length};
+  const auto each = [&](int64_t u, double a, double n) {
+    if (p.lead()) value[d.boundary(u)] = a, exponent[d.boundary(u)] = n;
+  };
+  advance(p, q, d, from, to, w, each);
+  if (to < q.length) return;
+  const int at = q.k > 0 ? static_cast<int>(to % q.k) : 0;
+  const double a0 = q.k > 0 ? p.broadcast(w.a, at) : q.length == 0;
+  const E n0 = q.k > 0 ? p.broadcast(w.n, at) : q.length == 0 ? E(0) : -E(infinity());
+  each(q.length, a0, w.base + n0);
+}
+
+template <class E, class P, class S>
+SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, double* value, double* exponent) {
+  auto w = unit<E>(p, 0, q.k > 0 ? q.k : 1, 0);
+  sweep(p, q, backwards, 0, q.length, w, value, exponent);
+}
+
+// ------------------------------------------------------------------ a sequence in chunks of steps
+
+// A chunk maps the window at its start to the one at its end, and the map is linear: k windows, one from each unit
+// window, are its matrix. Chunks find theirs at the same time; then the windows between chunks follow from each other;
+// then chunks sweep from those at the same time. That is k + 1 times the work in steps / chunks of the time.
+
+// out[o], o < k: what the unit window i at `from` has become at `to`
+template <class E, class P, class S>
+SUKHOPS_BOTH void transfer(P& p, const Sequence<S>& q, bool backwards, int64_t from, int64_t to, int64_t i,
+                           Number<double>* out) {
+  auto w = unit<E>(p, from, q.k, i);
+  advance(p, q, Direction{backwards, q.length}, from, to, w, [](int64_t, double, double) {});
+  SUKHOPS_UNROLL
+  for (int l = 0; l < P::kOwn; ++l)
+    if (p.slot(l) < q.k) out[offset(p.slot(l), to, q.k)] = {w.a[l], w.base + w.n[l]};
+}
+
+// out[o] = the sum over i of window[i] * matrix[i * k + o]
+template <class P>
+SUKHOPS_BOTH void compose(const P& p, int64_t k, const Number<double>* window, const Number<double>* matrix,
+                          Number<double>* out) {
+  SUKHOPS_UNROLL
+  for (int l = 0; l < P::kOwn; ++l) {
+    const int64_t o = p.slot(l);
+    if (o >= k) continue;
+    Number<double> sum{0, -infinity()};
+    for (int64_t i = 0; i < k; ++i) {
+      const Number<double> x = window[i], y = matrix[i * k + o];
+      const double n = x.n + y.n, most = n > sum.n ? n : sum.n;
+      sum = {sum.m * power(sum.n - most) + (x.m * y.m) * power(n - most), most};
+    }
+    normalise(sum.m, sum.n);
+    out[o] = sum;
+  }
+}
+
+// the window at u of which given[o] is the sum at u + o
+template <class E, class P>
+SUKHOPS_BOTH Window<E, P> window_of(P& p, int64_t u, int64_t k, const Number<double>* given) {
+  Window<E, P> w;
+  double n[P::kOwn];
+  SUKHOPS_UNROLL
+  for (int l = 0; l < P::kOwn; ++l) {
+    const bool there = p.slot(l) < k;
+    const Number<double> x = there ? given[offset(p.slot(l), u, k)] : Number<double>{0, -infinity()};
+    w.a[l] = x.m, n[l] = x.n;
+  }
+  const double top = p.max(n);
+  w.base = top > -infinity() ? top : 0;
+  SUKHOPS_UNROLL
+  for (int l = 0; l < P::kOwn; ++l) w.n[l] = E(n[l] - w.base);
+  return w;
+}
+
+// The steps of a chunk for b sequences of t steps, t where they stay whole. `room` warps run at a time as fast as one.
+// Counted in steps: the k transfers of every chunk, taking turns, its own sweep, and 4 + k / 8 for the window between two
+// chunks. A matrix takes no more memory than the scores of its chunk.
+inline int64_t chunk_steps(int64_t b, int64_t t, int64_t k, int64_t room) {
+  int64_t best = t, least = t / 2;  // for less than twice the speed it is not worth the work
+  for (int64_t steps = 128; steps <= t / 2; steps *= 2) {
+    if (steps < 8 * k) continue;
+    const int64_t chunks = (t + steps - 1) / steps, turns = (2 * b * (chunks - 1) * k + room - 1) / room;
+    const int64_t time = steps * (turns + 1) + chunks * (4 + k / 8);
+    if (time < least) best = steps, least = time;
+  }
+  return best;
 }
 
 // the share of segment x, from a boundary with sum (a0, n0), in a boundary's sum (a1, n1): at most 1
@@ -156,7 +268,7 @@ SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
   double v[P::kOwn], bad[P::kOwn];
   SUKHOPS_UNROLL
   for (int i = 0; i < P::kOwn; ++i) v[i] = p.slot(i) == 0 ? 0.0 : -infinity(), bad[i] = 0;
-  p.open(q, d);
+  p.open(q, d, 0);
   int at = 0;
   for (int64_t u = 0; u < q.length; ++u, at = at + 1 < q.k ? at + 1 : 0) {
     if (u % P::kAhead == 0) p.advance(q, d, u);
@@ -325,7 +437,7 @@ struct Host {
     return 0;
   }
   template <class Q>
-  void open(const Q&, const Direction&) const {}
+  void open(const Q&, const Direction&, int64_t) const {}
   template <class Q>
   void advance(const Q&, const Direction&, int64_t) const {}
   template <class S>

@@ -109,6 +109,7 @@ CONTRACT = [
     ("segmentation_marginals", "segmentation", "ragged marginals", lambda f: f, segments(4, 37, 5), True),
     ("segmentation_entropy", "segmentation", "ragged entropy", lambda f: f, segments(4, 37, 5), True),
     ("segmentation_logz", "segmentation", "long", lambda f: f, segments(40, 5000, 16), False),
+    ("segmentation_logz", "segmentation", "in chunks", lambda f: f, segments(2, 1000, 4), True),
 ]  # fmt: skip
 
 MISSING = sorted({function for function, *_ in CONTRACT if not hasattr(sukhops, function)})

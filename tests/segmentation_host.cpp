@@ -1,6 +1,7 @@
 // The recursions of segmentation.cu on the host, one sequence a call, for tests/test_segmentation_cuda.py.
 #include "segmentation_warp.h"
 
+#include <algorithm>
 #include <vector>
 
 using namespace sukhops::warp;
@@ -18,12 +19,33 @@ void with_owner(int64_t k, const F& f) {
   f(wide);
 }
 
+// as the kernels transfers, windows and sweeps
+template <class S, class P>
+void sweep_in_chunks(P& p, const Sequence<S>& q, bool backwards, int64_t steps, double* value, double* exponent) {
+  std::vector<Number<double>> window(q.k), next(q.k), matrix(q.k * q.k);
+  for (int64_t from = 0; from == 0 || from < q.length; from += steps) {
+    auto w = from == 0 ? unit<S>(p, 0, q.k, 0) : window_of<S>(p, from, q.k, window.data());
+    const int64_t to = from + steps < q.length ? from + steps : q.length;
+    sweep(p, q, backwards, from, to, w, value, exponent);
+    if (to == q.length) return;
+    if (from == 0) std::fill(window.begin(), window.end(), Number<double>{0, -infinity()}), window[0] = {1, 0};
+    for (int64_t i = 0; i < q.k; ++i) transfer<S>(p, q, backwards, from, to, i, matrix.data() + i * q.k);
+    compose(p, q.k, window.data(), matrix.data(), next.data());
+    window.swap(next);
+  }
+}
+
+// in chunks of `steps`, in one piece where that is 0
 template <class S>
-void posterior_of(const Sequence<S>& q, S* logz, S* out) {
+void posterior_of(const Sequence<S>& q, int64_t steps, S* logz, S* out) {
   std::vector<double> alpha(q.length + 1), alpha_n(q.length + 1), beta(q.length + 1), beta_n(q.length + 1);
   with_owner(q.k, [&](auto& p) {
-    sweep<S>(p, q, false, alpha.data(), alpha_n.data());
-    sweep<S>(p, q, true, beta.data(), beta_n.data());
+    const auto run = [&](bool backwards, double* value, double* exponent) {
+      steps && q.k ? sweep_in_chunks(p, q, backwards, steps, value, exponent)
+                   : sweep<S>(p, q, backwards, value, exponent);
+    };
+    run(false, alpha.data(), alpha_n.data());
+    run(true, beta.data(), beta_n.data());
   });
   const auto log_of = [](double a, double n) { return a == 0 ? -infinity() : std::log(a) + n * 0.693147180559945309; };
   logz[0] = S(log_of(alpha[q.length], alpha_n[q.length]));
@@ -62,8 +84,8 @@ void samples_of(const Sequence<S>& q, int64_t t, int64_t samples, int64_t seed, 
 }  // namespace
 
 #define HOST(S, NAME)                                                                                          \
-  extern "C" void posterior_##NAME(const S* x, int64_t n, int64_t k, S* logz, S* out) {                        \
-    posterior_of(Sequence<S>{x, n, k}, logz, out);                                                             \
+  extern "C" void posterior_##NAME(const S* x, int64_t n, int64_t k, int64_t steps, S* logz, S* out) {         \
+    posterior_of(Sequence<S>{x, n, k}, steps, logz, out);                                                      \
   }                                                                                                            \
   extern "C" void moments_##NAME(const S* x, int64_t n, int64_t k, const S* upstream, S* mean, S* out) {       \
     moments_of(Sequence<S>{x, n, k}, upstream, mean, out);                                                     \
@@ -75,5 +97,6 @@ void samples_of(const Sequence<S>& q, int64_t t, int64_t samples, int64_t seed, 
                                  int64_t* segments) {                                                          \
     samples_of(Sequence<S>{x, n, k}, t, samples, seed, segments);                                              \
   }
+extern "C" int64_t chunks(int64_t b, int64_t t, int64_t k, int64_t room) { return chunk_steps(b, t, k, room); }
 HOST(float, float32)
 HOST(double, float64)

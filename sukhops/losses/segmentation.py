@@ -11,14 +11,20 @@ from sukhops.losses._sequences import IGNORE
 from sukhops.ops.segmentation import segmentation_logz
 
 
-def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+def check_flat(flat: bool) -> None:
+    if not isinstance(flat, bool):
+        raise TypeError(f"flat: expected a bool, got {type(flat).__name__}")
+
+
+def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
     """The units [B, T, K] that may be part of a segmentation; -100 where there is none.
 
     That is `unit_ids` without those that are -1 and those that end after their sequence: unit_ids[b, t, k]
     covers positions t .. t+k, which must be before lengths[b] (before T without lengths).
 
     Raises:
-        TypeError, ValueError: wrong types or shapes; on the CPU in eager mode an id below -1.
+        TypeError, ValueError: wrong types or shapes; on the CPU in eager mode an id that counts and is below
+            -1, or not below `vocabulary`.
     """
     _checks.check_integers("unit_ids", unit_ids)
     if unit_ids.dim() != 3:
@@ -31,9 +37,13 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         _checks.check_device("unit_ids", unit_ids, "lengths", lengths)
         _checks.check_shape("lengths", lengths, (b,), "one per sequence")
         inside = inside & (ends < lengths[:, None, None])  # [B, T, K]
-    wrong = inside & (unit_ids < -1)
-    if unit_ids.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
-        raise ValueError(f"unit_ids: expected ids >= 0, or -1 for no unit, got {unit_ids[wrong][0].item()}")
+    if unit_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong, range_ = unit_ids < -1, ">= 0"
+        if vocabulary is not None:
+            wrong, range_ = wrong | (unit_ids >= vocabulary), f"in [0, V = {vocabulary})"
+        found = unit_ids[inside & wrong]
+        if found.numel():
+            raise ValueError(f"unit_ids: expected ids {range_}, or -1 for no unit, got {found[0].item()}")
     # an id below -1, -100 too, must not pass for "no unit": the head refuses it
     return unit_ids.clamp(min=-2).where(inside & (unit_ids != -1), IGNORE)
 
@@ -72,6 +82,7 @@ def segmentation_loss(
 
     Source: Grave et al. 2019 (hybrid language models); flat is its public training code's.
     """
+    check_flat(flat)
     targets = unit_targets(unit_ids, lengths)
     _checks.check_tensor("logp", logp)
     if not logp.is_floating_point():
@@ -90,6 +101,8 @@ def segmentation_loss(
     nats = -logz.where(reached, 0.0).sum() / symbols.clamp(min=1)
     loss = nats
     if flat:
-        loss = -logp.masked_fill(none, 0.0).sum() / (k * lengths.sum()).clamp(min=1)
+        outside = ((lengths < 0) | (lengths > t)).any()  # not on the CPU: logz has raised
+        places = (k * lengths.sum()).clamp(min=1).to(logp.dtype).masked_fill(outside, torch.nan)
+        loss = -logp.masked_fill(none, 0.0).sum() / places
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)

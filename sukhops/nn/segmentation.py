@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from sukhops import _checks
 from sukhops.losses._output import LossOutput
-from sukhops.losses.segmentation import segmentation_loss, unit_targets
+from sukhops.losses.segmentation import check_flat, segmentation_loss, unit_targets
 from sukhops.ops.vocab_head import linear_logp
 
 
@@ -23,8 +24,7 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, *, flat: bool = False):
         super().__init__()
-        if not isinstance(flat, bool):
-            raise TypeError(f"flat: expected a bool, got {type(flat).__name__}")
+        check_flat(flat)
         self.flat = flat
 
     def extra_repr(self) -> str:
@@ -57,10 +57,18 @@ class SegmentationLoss(nn.Module):
             `sukhops.losses.segmentation_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU an id
-                below -1.
-            RuntimeError: an id that is V or more, or a length outside [0, T], on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU in eager
+                mode an id outside [-1, V).
+            RuntimeError: a length outside [0, T], or under torch.compile such an id, on the CPU; on CUDA NaN.
         """
-        targets = unit_targets(unit_ids, lengths)
+        _checks.check_floats(hidden=hidden, weight=weight)
+        v = weight.shape[0] if weight.dim() == 2 else None  # what is no [V, D] linear_logp refuses
+        targets = unit_targets(unit_ids, lengths, v)
+        _checks.check_device("hidden", hidden, "unit_ids", unit_ids)
+        if unit_ids.shape[:2] != hidden.shape[:-1]:
+            raise ValueError(
+                f"unit_ids: expected shape [B, T, K] for hidden [B, T, D] = {list(hidden.shape)}, "
+                f"got {list(unit_ids.shape)}"
+            )
         logp = linear_logp(hidden, weight, targets, bias)
         return segmentation_loss(logp, unit_ids, lengths=lengths, flat=self.flat)

@@ -131,8 +131,10 @@ def segmentation_sample(
     Source: forward filtering, backward sampling (Frühwirth-Schnatter 1994) over the lattice of Grave et al.
     2019.
     """
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
-        raise ValueError(f"num_samples: expected an int >= 0, got {num_samples!r}")
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool):
+        raise TypeError(f"num_samples: expected an int, got {type(num_samples).__name__}")
+    if num_samples < 0:
+        raise ValueError(f"num_samples: expected >= 0, got {num_samples}")
     scores, lengths = _prepare(scores, lengths)
     scores = scores.detach()
     if generator is not None and not isinstance(generator, torch.Generator):
