@@ -85,7 +85,8 @@ def gradient_case(
     """`checked` positions of at most 3 sequences are held to float64."""
     return Case(
         "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
-        lambda: make(b, t, k, size), lambda: make(min(b, 3), checked, k, size), logz(reference.segmentation_logz),
+        lambda: make(b, t, k, size), lambda: make(min(b, 3), checked, k, size),
+        logz(reference.segmentation_logz),
         {"sukhops": Provider(logz(sukhops.segmentation_logz), ours=True)}
         | (peers(b, t, k) if compared else {}),
         floor, rounds,

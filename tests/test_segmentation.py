@@ -127,6 +127,24 @@ def test_sampling_frequencies(dtype, k):
             assert abs(statistic - len(common)) < 6 * math.sqrt(2 * len(common))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampling_frequencies_of_long_sequences(dtype):
+    """How often each segment is drawn, over several tiles of the sampler, is its posterior.
+
+    No count is further from its mean than a chance of 1e-6 for all cells together allows (Bernstein).
+    """
+    n, k = 4000, 16
+    scores = torch.randn(2, 150, k, dtype=dtype)
+    scores[torch.rand(scores.shape) < 0.1] = -torch.inf
+    lengths = torch.tensor([150, 131])
+    drawn = op("sample")(scores, n, lengths, torch.Generator().manual_seed(3))
+    counts = torch.stack([(drawn == i).sum(0) for i in range(1, k + 1)], -1)  # [B, T, K]
+    p = op("marginals")(scores, lengths).double()
+    unlikely = math.log(2 * p.count_nonzero() / 1e-6)
+    bound = unlikely / 3 + (unlikely**2 / 9 + 2 * unlikely * n * p * (1 - p)).sqrt()
+    assert ((counts - n * p).abs() <= bound).all() and not counts[p == 0].any()
+
+
 def test_sampling_frequencies_of_the_reference():
     scores = torch.randn(1, 4, 3, dtype=torch.float64)
     drawn = reference.segmentation_sample(scores, 400, None, torch.Generator().manual_seed(3))
@@ -286,7 +304,7 @@ def test_entropy_is_the_log_of_equal_choices():
 
 @pytest.mark.parametrize("k", [2, 16])
 def test_a_hundred_thousand_positions(k):
-    """All-zero scores have a known sum; a known best; and every position is covered."""
+    """All-zero scores have a known sum, others that of long double; and every position is covered."""
     t = 100_000
     root = 2.0
     for _ in range(200):  # the largest root of 1 = sum_k x**-k: the growth of the number of segmentations
@@ -295,17 +313,17 @@ def test_a_hundred_thousand_positions(k):
     logz = op("logz")(torch.zeros(1, t, k, dtype=torch.float64))
     shorter = op("logz")(torch.zeros(1, t - 1000, k, dtype=torch.float64))
     assert abs((logz - shorter).item() - 1000 * math.log(root)) <= 2 * rounded(logz)
-    for size in (1.0, 1e4):
-        scores = size * torch.randn(1, t, k)
-        exact, ours = op("logz")(scores.double()), op("logz")(scores)
-        assert distance(ours, exact) <= budget(ours, exact, exact)
-        best = op("viterbi")(scores)
-        assert best.score.item() <= ours.item() + rounded(ours) and best.segments.sum() == t
-        posterior, exact = op("marginals")(scores), op("marginals")(scores.double())
-        for result in (posterior, exact):
-            once = covered(result)[0]
-            assert (once[:t] - 1).abs().max() <= walk(t, k, result.dtype) and not once[t:].any()
-        assert distance(posterior, exact) <= walk(t, k, torch.float32)
+    scores = torch.tensor([1.0, 1e4])[:, None, None] * torch.randn(2, t, k)
+    logz, posterior = exact_sums(scores)
+    for s in (scores, scores.double()):
+        best = op("viterbi")(s)
+        assert (best.segments.sum(1) == t).all()
+        for ours, exact, score in zip(op("logz")(s), logz, best.score, strict=True):
+            assert distance(ours, exact) <= budget(ours, exact, exact)  # as if the reference were exact
+            assert score <= ours + rounded(ours)
+        once = covered(op("marginals")(s))
+        assert (once[:, :t] - 1).abs().max() <= walk(t, k, s.dtype) and not once[:, t:].any()
+    assert distance(op("marginals")(scores), posterior) <= walk(t, k, torch.float32)
 
 
 def test_long_sequence_within_budget():

@@ -351,9 +351,17 @@ def test_bad_input(change, error, message):
         segmentation_sample(given["scores"], 2, given["lengths"])
 
 
-@pytest.mark.parametrize("n", [-1, 2.0, True, None])
-def test_bad_num_samples(n):
-    with pytest.raises(ValueError, match="num_samples: expected an int >= 0"):
+@pytest.mark.parametrize(
+    "n, error, message",
+    [
+        (-1, ValueError, "num_samples: expected >= 0, got -1"),
+        (2.0, TypeError, "num_samples: expected an int, got float"),
+        (True, TypeError, "num_samples: expected an int, got bool"),
+        (None, TypeError, "num_samples: expected an int, got NoneType"),
+    ],
+)
+def test_bad_num_samples(n, error, message):
+    with pytest.raises(error, match=message):
         segmentation_sample(make()[0], n)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import sukhops
-from sukhops import reference
+from sukhops import reference, segmentation_logz
 from sukhops.losses import segmentation_loss, unit_targets
 from sukhops.nn import SegmentationLoss
 from sukhops.testing import assert_close
@@ -226,6 +226,24 @@ def test_nan_comes_through():
     assert out.loss.isnan() and out.metrics["unreachable"] == 0
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_flat_is_nan_of_a_length_that_nothing_refused(monkeypatch, wrong):
+    """As on CUDA, where the log-partition of its sequence is NaN."""
+
+    def logz(scores, lengths):
+        inside = (lengths >= 0) & (lengths <= scores.shape[1])
+        return segmentation_logz(scores, lengths.where(inside, 0)).where(inside, torch.nan)
+
+    logp, ids = torch.randn(2, 3, 2).requires_grad_(), torch.zeros(2, 3, 2, dtype=torch.int64)
+    lengths = torch.tensor([3, wrong])
+    with pytest.raises(RuntimeError, match="lengths"):
+        segmentation_loss(logp, ids, lengths=lengths, flat=True)
+    monkeypatch.setattr("sukhops.losses.segmentation.segmentation_logz", logz)
+    out = segmentation_loss(logp, ids, lengths=lengths, flat=True)
+    assert out.loss.isnan() and out.metrics["bits_per_symbol"].isnan()
+    assert torch.autograd.grad(out.loss, logp)[0][0, 0].isnan().all()
+
+
 def test_flat_by_hand():
     """The divisor counts every place, units or not: 3 units in 2 symbols of K = 2, 1 in 1 symbol."""
     logp = torch.tensor([[[-1.0, -2.0], [-4.0, -8.0]], [[-16.0, -32.0], [-64.0, -128.0]]])
@@ -236,12 +254,21 @@ def test_flat_by_hand():
     torch.testing.assert_close(out.metrics["bits_per_symbol"], torch.tensor(-nats / 3 / math.log(2)))
 
 
-def test_shift_of_the_logits_changes_nothing():
+@pytest.mark.parametrize("flat", [False, True])
+def test_shifts_of_the_logits_change_nothing(flat):
+    """One of all positions, in the bias, and one of each: a feature more, which all units weigh alike."""
     given = batch()
-    given["bias"] = given["bias"].detach()
-    shifted = given | {"bias": given["bias"] + 7.0}
-    a, b = SegmentationLoss()(**given).loss, SegmentationLoss()(**shifted).loss
+    shift = 7.0 * torch.randn(5, 6, 1, dtype=torch.float64)
+    ones = torch.ones(len(given["weight"]), 1, dtype=torch.float64)
+    shifted = given | {
+        "hidden": torch.cat([given["hidden"], shift], -1),
+        "weight": torch.cat([given["weight"], ones], -1),
+        "bias": given["bias"] + 7.0,
+    }
+    loss = SegmentationLoss(flat=flat)
+    a, b = loss(**given).loss, loss(**shifted).loss
     torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaves(given)) for x in (a, b)))
 
 
 def test_products_and_a_second_backward():
@@ -299,15 +326,22 @@ def test_compiles_whole_with_the_default_backend():
     [
         ({"unit_ids": torch.zeros(5, 6, dtype=torch.int64)}, ValueError, r"unit_ids: .*\[B, T, K\]"),
         ({"unit_ids": torch.zeros(5, 6, 3)}, TypeError, "unit_ids"),
-        ({"unit_ids": torch.zeros(5, 5, 3, dtype=torch.int64)}, ValueError, r"\[5, 6\]"),
-        ({"unit_ids": torch.full((5, 6, 3), -100)}, ValueError, "unit_ids: .* -100"),
-        ({"unit_ids": torch.full((5, 6, 3), 99)}, RuntimeError, "99"),
+        ({"unit_ids": torch.zeros(5, 5, 3).long()}, ValueError, r"unit_ids: .*\[5, 6, 5\], got \[5, 5, 3\]"),
+        (
+            {"unit_ids": torch.zeros(5, 6, 3, device="meta").long(), "lengths": None},
+            ValueError,
+            "unit_ids: expected on cpu",
+        ),
+        ({"unit_ids": torch.full((5, 6, 3), -100)}, ValueError, r"unit_ids: .*\[0, V = \d+\).* got -100"),
+        ({"unit_ids": torch.full((5, 6, 3), 99)}, ValueError, r"unit_ids: .*\[0, V = \d+\).* got 99"),
         ({"lengths": torch.tensor([6, 0, 2, 7, 1])}, RuntimeError, "lengths"),
         ({"lengths": torch.tensor([6, 0, 2, -1, 1])}, RuntimeError, "lengths"),
         ({"lengths": torch.tensor([6, 0, 2])}, ValueError, "lengths"),
         ({"lengths": torch.full((5,), 6.0)}, TypeError, "lengths"),
         ({"bias": torch.zeros(2).double()}, ValueError, "bias"),
         ({"weight": torch.zeros(30, 4).double()}, ValueError, "hidden"),
+        ({"weight": torch.zeros(5).double()}, ValueError, "weight"),
+        ({"weight": None}, TypeError, "weight"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
@@ -324,5 +358,9 @@ def test_bad_input_of_the_functional_twin():
     ):
         with pytest.raises(error, match="logp"):
             segmentation_loss(logp, ids)
-    with pytest.raises(TypeError, match="flat"):
-        SegmentationLoss(flat=1)
+    with pytest.raises(ValueError, match="unit_ids: expected ids >= 0, or -1 for no unit, got -2"):
+        segmentation_loss(torch.zeros(2, 3, 1), ids - 2)
+    for flat in (1, "no", None):
+        for call in (SegmentationLoss, lambda flat: segmentation_loss(torch.zeros(2, 3, 1), ids, flat=flat)):
+            with pytest.raises(TypeError, match="flat: expected a bool, got"):
+                call(flat=flat)

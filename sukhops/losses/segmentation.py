@@ -38,12 +38,12 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: in
         _checks.check_shape("lengths", lengths, (b,), "one per sequence")
         inside = inside & (ends < lengths[:, None, None])  # [B, T, K]
     if unit_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong, range_ = unit_ids < -1, ">= 0"
+        wrong, expected = unit_ids < -1, ">= 0"
         if vocabulary is not None:
-            wrong, range_ = wrong | (unit_ids >= vocabulary), f"in [0, V = {vocabulary})"
+            wrong, expected = wrong | (unit_ids >= vocabulary), f"in [0, V = {vocabulary})"
         found = unit_ids[inside & wrong]
         if found.numel():
-            raise ValueError(f"unit_ids: expected ids {range_}, or -1 for no unit, got {found[0].item()}")
+            raise ValueError(f"unit_ids: expected ids {expected}, or -1 for no unit, got {found[0].item()}")
     # an id below -1, -100 too, must not pass for "no unit": the head refuses it
     return unit_ids.clamp(min=-2).where(inside & (unit_ids != -1), IGNORE)
 
