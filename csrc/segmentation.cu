@@ -308,18 +308,22 @@ void choose(const Launch& l, const F& f) {
   l.scores.scalar_type() == ScalarType::Double ? width(double{}) : width(float{});
 }
 
-int64_t room() {  // warps that run at a time as fast as one: two of each scheduler
-  int device = 0, processors = 0;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return 8 * processors;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
 }
 
 template <class K, class... Args>
 void launch(K kernel, const Launch& l, int64_t blocks, int threads, int64_t shared, Args... args) {
   if (blocks == 0) return;
-  if (shared > (48 << 10))
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (shared > (48 << 10)) {
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    STD_TORCH_CHECK(shared <= most, "scores: K = ", l.k, " takes ", shared, " bytes of shared memory, this device has ", most);
+    // all that there is, so that no thread sets another limit before this launch
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), l.stream>>>(args...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -331,7 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const int64_t sides = need_gradient ? 2 : 1;
   const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
   const Tensor exponent = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
-  const int64_t steps = warp::chunk_steps(l.b, l.t, l.k, room());
+  const int64_t room = 8 * attribute(cudaDevAttrMultiProcessorCount);  // two warps of each scheduler
+  const int64_t steps = warp::chunk_steps(l.b, l.t, l.k, room);
   const int64_t count = steps < l.t ? (l.t + steps - 1) / steps : 1, cut = count > 1 ? sides * l.b * l.k : 0;
   const Tensor window = empty({cut, count, 2}, ScalarType::Double, scores);
   const Tensor matrix = empty({cut, count - 1, l.k, 2}, ScalarType::Double, scores);

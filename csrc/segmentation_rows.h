@@ -1,8 +1,9 @@
 // The recursions of segmentation.cpp. Included by isa.h once per instruction set. S is how a score is
 // stored, A what is computed with.
 //
-// A number is a * 2^n: the exponent n is an integer kept in A, relative to a double, so that scores of any
-// size are added without overflow, and without a logarithm before the end. Sums of a sequence's own numbers
+// A number is a * 2^n: the exponent n is an integer kept in A, relative to a double, so that scores are added
+// without overflow, and without a logarithm before the end. It stays an integer, below 2^24 in float32, while
+// no score is above 5e6 / max(16, K): K of them may lie between two numbers of a window, or 16 rows. Sums of a sequence's own numbers
 // depend on nothing else, so neither the number of threads nor the other sequences change a bit.
 //
 // Rows are taken kTile at a time. In most tiles all numbers are within reach of one exponent: such a tile is

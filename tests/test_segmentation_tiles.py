@@ -89,6 +89,17 @@ def test_nothing_at_a_boundary_is_less_than_any_number():
     assert segmentation_marginals(scores)[0].sum() == 39 and segmentation_marginals(scores)[0, 9].sum() == 0
 
 
+@pytest.mark.parametrize("k", [1, 5, 16, 17, 64, 128])
+def test_scores_as_large_as_documented(k):
+    signs = torch.randn(6, 150, k).sign()
+    signs[1], signs[2], signs[3, :, 1:] = 1.0, -1.0, -1.0
+    signs[4:] = signs[4:].masked_fill(torch.rand(2, 150, k) < 0.5, -torch.inf)
+    scores = 5e6 / max(16, k) * (signs * (1 - 1e-6 * torch.rand(6, 150, k)))
+    low, exact = reference.segmentation_marginals(scores), segmentation_marginals(scores.double())
+    within_budget(segmentation_marginals(scores), low, exact)
+    assert distance(segmentation_marginals(scores), exact) < 1e-5
+
+
 # ------------------------------------------------------------------ one way only
 
 

@@ -23,8 +23,9 @@ class Viterbi(NamedTuple):
 def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Log of the sum, over all segmentations, of the exponential of their score.
 
-    Exact for scores of any size, positions that nothing reaches and sequences of any length: numbers are
-    kept as a mantissa and an exponent, and the logarithm is taken at the end. The gradient is the posterior
+    Exact for sequences of any length, positions that nothing reaches and scores of up to 5e6 / max(16, K)
+    nats in float32, 2e15 / max(16, K) in float64, beside -inf: numbers are kept as a mantissa and an
+    exponent, and the logarithm is taken at the end. The gradient is the posterior
     of each segment, exactly 0 for an impossible one; it is differentiable once more. Time and memory are
     linear in T; beside the gradient, whose memory the CPU takes in the forward, B * T numbers are kept.
 
