@@ -177,6 +177,7 @@ SHUFFLE, SINGLE, DOUBLE, CONVERT = 23, 4, 8, 14
 # of a warp per sequence and direction: the slot that leaves is broadcast, exponents are compared, their
 # difference becomes a power of two, mantissas are multiplied and added
 STEP = SHUFFLE + 5 * SINGLE + 2 * CONVERT + 2 * DOUBLE
+CHUNK = 512  # steps of one, as `chunk_steps` of segmentation_warp.h has it for the sequence below
 
 
 def segmentation(B: int, T: int, K: int) -> Work:
@@ -189,14 +190,13 @@ def segmentation(B: int, T: int, K: int) -> Work:
 
 
 def segmentation_in_chunks(B: int, T: int, K: int) -> Work:
-    """The same of a sequence that is cut: as many steps as `chunk_steps` of segmentation_warp.h counts."""
-    steps, warps = 512, 8 * 132
-    chunks = T // steps
-    turns = math.ceil(2 * B * (chunks - 1) * K / warps)
+    """The same of a sequence that is cut: transfers of the chunks take turns on eight warps a processor."""
+    chunks = T // CHUNK
+    turns = math.ceil(2 * B * (chunks - 1) * K / (8 * 132))
     return Work(segmentation(B, T, K).floor, [
-        Phase("matrices", bytes=2 * FLOAT * B * T * K, cycles=turns * steps * STEP),
+        Phase("matrices", bytes=2 * FLOAT * B * T * K, cycles=turns * CHUNK * STEP),
         Phase("windows", cycles=chunks * (4 + K / 8) * STEP),
-        Phase("sweeps", bytes=2 * FLOAT * B * T * K, cycles=steps * STEP),
+        Phase("sweeps", bytes=2 * FLOAT * B * T * K, cycles=CHUNK * STEP),
         Phase("posteriors", bytes=2 * FLOAT * B * T * K),
     ])  # fmt: skip
 

@@ -3,8 +3,9 @@
 //
 // A number is a * 2^n: the exponent n is an integer kept in A, relative to a double, so that scores are added
 // without overflow, and without a logarithm before the end. It stays an integer, below 2^24 in float32, while
-// no score is above 5e6 / max(16, K): K of them may lie between two numbers of a window, or 16 rows. Sums of a sequence's own numbers
-// depend on nothing else, so neither the number of threads nor the other sequences change a bit.
+// no score is above 5e6 / max(16, K): K of them may lie between two numbers of a window, or 16 rows. Sums of a
+// sequence's own numbers depend on nothing else, so neither the number of threads nor the other sequences change
+// a bit.
 //
 // Rows are taken kTile at a time. In most tiles all numbers are within reach of one exponent: such a tile is
 // `plain`, and its exponents are left out. A tile finds out by itself, and is done again if it was not.

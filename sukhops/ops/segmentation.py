@@ -25,9 +25,9 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     Exact for sequences of any length, positions that nothing reaches and scores of up to 5e6 / max(16, K)
     nats in float32, 2e15 / max(16, K) in float64, beside -inf: numbers are kept as a mantissa and an
-    exponent, and the logarithm is taken at the end. The gradient is the posterior
-    of each segment, exactly 0 for an impossible one; it is differentiable once more. Time and memory are
-    linear in T; beside the gradient, whose memory the CPU takes in the forward, B * T numbers are kept.
+    exponent, and the logarithm is taken at the end. The gradient is the posterior of each segment, exactly 0
+    for an impossible one; it is differentiable once more. Time and memory are linear in T; beside the
+    gradient, whose memory the CPU takes in the forward, B * T numbers are kept.
 
     Args:
         scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). Under autocast
