@@ -41,7 +41,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-docs: setup  ## what the kernels compile to, the roofline, and the README's tables from bench/results
+docs: setup  ## what the kernels compile to, the roofline, and the tables of the README and docs from bench/results
 	$(PY) bench/kernels.py
 	$(PY) bench/roofline.py
 	$(PY) bench/report.py

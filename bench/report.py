@@ -1,7 +1,8 @@
-"""Writes the README's tables and the plots from bench/results/*.jsonl; `--check` only compares.
+"""Writes the tables of README.md and docs/*.md and the plots from bench/results/*.jsonl.
 
-A block `<!-- table NAME -->` ... `<!-- end -->` of the README is made from bench/results/NAME.jsonl. A case
-that was measured over several shapes is a plot, NAME_CASE.svg, and not in the table.
+A block `<!-- table NAME -->` ... `<!-- end -->` is made from bench/results/NAME.jsonl; the tables "headline"
+and "machine" are made from several files. A case that was measured over several shapes is a plot,
+NAME_CASE.svg, and not in the table. `--check` fails if a table differs from the results, and writes nothing.
 """
 
 import argparse
@@ -9,9 +10,37 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class Headline(NamedTuple):
+    """A case of the README's table, and what the rows in its file do not say."""
+
+    name: str  # of the file
+    case: str
+    title: str
+    ignored: int | None  # percent of the rows; None: the operation has no targets
+    floor: str
+    mode: str = "fwd_bwd"
+
+
+HEADLINES = [
+    Headline("vocab_head", "log-probs in four modes", "`linear_logp`", 25, "not measured"),
+    Headline("vocab_head", "DPO with a reference model", "DPO with a reference model", 25, "5 products"),
+    Headline(
+        "preference", "CRINGE, k = 5", "CRINGE, k = 5", 25, "4 products of positive, 1 of negative rows"
+    ),
+    Headline("director", "training", "Director training", 0, "4 products of the unlabeled half"),
+    Headline("director", "decoding", "Director decoding", None, "one read of both weights", "fwd_nograd"),
+    Headline("adaptive_span", "learned spans", "attention, mean span 314", None, "causal SDPA without spans"),
+    Headline(
+        "segmentation", "log-partition and gradient", "`segmentation_logz`", None, "`exp` and `cumprod`"
+    ),
+]
 
 
 def rows(name: str) -> list[dict]:
@@ -26,6 +55,34 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 def number(value: float | None, form: str = "z,.0f") -> str:
     return "" if value is None else f"{value:{form}}"
+
+
+def milliseconds(r: dict) -> str:
+    return number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
+
+
+def sizes(r: dict) -> str:
+    return ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
+
+
+def headline() -> str:
+    """One line per headline and dtype: time and memory of sukhops and of its fastest peer, and the floor."""
+
+    def cost(r: dict) -> str:
+        return f"{milliseconds(r)} ms" + (f", {r['memory_mib']:,.0f} MiB" if "memory_mib" in r else "")
+
+    body = []
+    for h in HEADLINES:
+        found = [r for r in rows(h.name) if (r["case"], r["mode"]) == (h.case, h.mode) and "p50_ms" in r]
+        for ours in (r for r in found if r["provider"] == "sukhops"):
+            same = [r for r in found if all(r[key] == ours[key] for key in ("dtype", "shape"))]
+            best = min((r for r in same if r is not ours), key=lambda r: r["p50_ms"], default=None)
+            ignored = "no targets" if h.ignored is None else f"{h.ignored}%"
+            line = [h.title, sizes(ours), ignored, ours["dtype"], f"{ours['isa']}, {ours['threads']} threads"]
+            line += [cost(ours), f"{best['provider']}: {cost(best)}" if best else "not measured"]
+            body.append([*line, number(ours.get("ratio_p50"), ".2f"), h.floor])
+    header = ["operation", "shape", "ignored rows", "dtype", "CPU", "sukhops", "best peer"]
+    return markdown([*header, "× floor", "floor"], body)
 
 
 def sweeps(found: list[dict]) -> dict[str, str]:
@@ -55,8 +112,8 @@ def measured(found: list[dict]) -> str:
             if "ratio_p50" in r
             else ""
         )
-        time = number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
-        body.append([*line, time, ratio, number(r.get("memory_mib")), number(r.get("error"), ".1e")])
+        memory, error = number(r.get("memory_mib")), number(r.get("error"), ".1e")
+        body.append([*line, milliseconds(r), ratio, memory, error])
     return markdown(["case", "dtype", "provider", "ms", "× floor", "MiB", "error"], body)
 
 
@@ -73,8 +130,8 @@ def grid(found: list[dict]) -> str:
                 line.append(r["skipped"])
                 continue
             ours = ours or r["p50_ms"]
-            time = number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
-            line.append(time if r["p50_ms"] is ours else f"{time} ({r['p50_ms'] / ours:,.0f} ×)")
+            times = "" if r["p50_ms"] is ours else f" ({r['p50_ms'] / ours:,.0f} ×)"
+            line.append(milliseconds(r) + times)
         body.append(line)
     return markdown([*found[0]["shape"], *dict.fromkeys(r["provider"] for r in found)], body)
 
@@ -93,21 +150,20 @@ def pairs(found: list[dict]) -> str:
         seconds = number(r["seconds"], ",.0f" if r["seconds"] >= 10 else ".2g")
         gradient = number(r.get("gradient_norm"), ".0e")
         body.append([r["case"], r["provider"], seconds, number(r["per_second"]), gradient])
-    return markdown(["", "by", "s for all", "per second", "gradient norm"], body)
+    return markdown(["", "provider", "seconds", "per second", "gradient norm"], body)
 
 
 def lexicon(found: list[dict]) -> str:
     body = [[r["case"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
-    return markdown(["", "by", "million characters per second"], body)
+    return markdown(["", "provider", "million characters per second"], body)
 
 
 def roofline(found: list[dict]) -> str:
-    """What a GPU is predicted to take, from the model alone."""
+    """Times that bench/roofline.py predicts for a GPU."""
     body = []
     for r in found:
-        shape = ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
         times = [f"{r[field]:.3g}" for field in ("floor_ms", "predicted_ms")]
-        body.append([r["case"], shape, times[0], r["bound"], times[1]])
+        body.append([r["case"], sizes(r), times[0], r["bound"], times[1]])
     return markdown(["case", "shape", "floor, ms", "bound by", "predicted, ms"], body)
 
 
@@ -139,8 +195,8 @@ def machine() -> str:
 
 
 def block(name: str) -> str:
-    if name == "machine":
-        return machine()
+    if name in ("headline", "machine"):
+        return {"headline": headline, "machine": machine}[name]()
     found = rows(name)
     if not found:
         return ""
@@ -154,7 +210,7 @@ def block(name: str) -> str:
 
 
 def filled(text: str) -> str:
-    """The README with every table made anew."""
+    """A document with every table made anew."""
     return re.sub(
         r"<!-- table (\w+) -->\n.*?<!-- end -->",
         lambda found: f"<!-- table {found[1]} -->\n{block(found[1])}\n<!-- end -->",
@@ -220,7 +276,7 @@ def trade_off(name: str, found: list[dict]) -> None:
 
 
 def spans(name: str, found: list[dict]) -> None:
-    """The learned span of every head, by layer: r["spans"] [layers][heads], one colour per seed."""
+    """The learned span of every head, by layer: r["spans"] [layers][heads], one color per seed."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6, 3.4), layout="constrained")
     runs = [r for r in found if "spans" in r]
@@ -241,12 +297,13 @@ def spans(name: str, found: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if parser.parse_args().check:
-        raise SystemExit(filled(text) != text)
-    readme.write_text(filled(text))
+    parser.add_argument("--check", action="store_true", help="only say which documents are not up to date")
+    check = parser.parse_args().check
+    stale = {path: text for path in DOCUMENTS if (text := filled(path.read_text())) != path.read_text()}
+    if check:
+        raise SystemExit(f"not up to date: {', '.join(p.name for p in stale)}" if stale else 0)
+    for path, text in stale.items():
+        path.write_text(text)
     for path in sorted(RESULTS.glob("*.jsonl")):
         if path.stem.startswith("example_") and rows(path.stem)[0].get("plot"):
             trade_off(path.stem, rows(path.stem))
@@ -255,7 +312,7 @@ def main() -> None:
         found = [r for r in rows(path.stem) if "shape" in r and not path.stem.endswith("_grid")]
         for case, axis in sweeps(found).items():
             plot(path.stem, found, case, axis)
-    print("README.md and the plots are made from bench/results")
+    print("the tables of README.md and docs and the plots are made from bench/results")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The documents: paths, links and names exist, tables are made from the results, code runs."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import report
+import torch
+
+import sukhops
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+CODE = {name: re.findall(r"```python\n(.*?)```", p.read_text(), re.S) for name, p in DOCUMENTS.items()}
+
+
+def test_readme_is_short():
+    assert len(DOCUMENTS["README.md"].read_text().splitlines()) <= 180
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_exist(name):
+    folders = "bench|csrc|docs|examples|sukhops|tests|triton_kernels"
+    paths = re.findall(rf"(?<![\w/.<])((?:{folders})/[\w./]+\.\w+)", DOCUMENTS[name].read_text())
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_relative_links_and_images_exist(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", DOCUMENTS[name].read_text())
+    assert [link for link in links if not (DOCUMENTS[name].parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_public_names_exist(name):
+    for dotted in re.findall(r"sukhops((?:\.[A-Za-z_]\w*)+)", DOCUMENTS[name].read_text()):
+        value = sukhops
+        for part in dotted[1:].split("."):
+            assert hasattr(value, part), f"sukhops{dotted}"
+            value = getattr(value, part)
+
+
+def test_tables_are_made_from_the_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 0, "run make docs"
+
+
+@pytest.mark.parametrize("headline", report.HEADLINES, ids=lambda h: f"{h.name}-{h.case}")
+def test_headlines_name_measured_cases_and_their_ignored_rows(headline):
+    cases = importlib.import_module(f"bench_{headline.name}").cases()
+    found = [c for c in cases if c.name == headline.case and headline.mode in c.modes]
+    assert found and f"| {headline.title} |" in report.headline()
+    for case in found:
+        target = case.small().get("target")
+        ignored = None if target is None else round(100 * (target == -100).double().mean().item())
+        assert ignored == headline.ignored
+        assert (case.products is None) == (headline.floor == "not measured")
+
+
+@pytest.mark.parametrize("name", [name for name, blocks in CODE.items() if blocks])
+def test_code_runs(name):
+    namespace: dict = {}
+    for block in CODE[name]:
+        exec(block, namespace)
+    tensors = [value for value in namespace.values() if isinstance(value, torch.Tensor)]
+    assert tensors and all(t.isfinite().all() for t in tensors)
+    assert all(t.grad.isfinite().all() for t in tensors if t.is_leaf and t.grad is not None)
