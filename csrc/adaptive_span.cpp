@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   const auto hands = deal(std::move(runs), threads);
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
   const Tensor work = empty({threads, size}, acc_dtype(like.scalar_type()), like);
-  static const auto block = SUKHOPS_BEST(span_forward<S, A>);
+  const auto block = SUKHOPS_BEST(span_forward<S, A>);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t thread = lo; thread < hi; ++thread) {
       int64_t count = 0;
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
   const Tensor work = empty({threads, size}, acc, q);
   const Tensor drel = zeros({need_rel ? threads : 0, tables * table}, acc, q);  // each thread's own sum
-  static const auto block = SUKHOPS_BEST(span_backward<S, A>);
+  const auto block = SUKHOPS_BEST(span_backward<S, A>);
   const std::vector<Run> all = p.runs(256, true);
   for (int64_t phase : {0, 1}) {
     std::vector<Run> runs;

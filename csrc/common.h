@@ -32,34 +32,12 @@ struct HalfBits {  // of a float16, for kernels that keep it as its bits
   uint16_t bits;
 };
 
+// isa.cpp: the instruction set that kernels use, the best one this CPU has unless a test chose another
 enum class Isa { base, avx2, avx512 };
-
-// the best set this CPU has, or the one that a build for tests names with -DSUKHOPS_ISA=avx2 or base
-inline Isa cpu_isa() {
-#ifdef SUKHOPS_ISA
-  return Isa::SUKHOPS_ISA;
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  static const Isa best =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-          ? Isa::avx512
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
-                                                                        : Isa::base;
-  return best;
-#else
-  return Isa::base;
-#endif
-}
+Isa cpu_isa();
 
 // whether the library multiplies bfloat16 matrices at full speed here
-inline bool fast_bfloat16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool fast = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-  return fast;
-#else
-  return false;
-#endif
-}
+bool fast_bfloat16();
 
 // calls f(T{}) with the C++ type of a floating dtype
 template <class F>
@@ -87,9 +65,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = std::exchange(step, step * std::max<int64_t>(1, sizes.begin()[i]));
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       device, like.get_device(), &made));
   return Tensor(made);
@@ -119,14 +97,14 @@ void count_product();
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   count_product();
   if (own_product(out, a, b, false)) return;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // out += a @ b, inside the product
 inline void addmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   count_product();
   if (own_product(out, a, b, true)) return;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 

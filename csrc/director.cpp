@@ -175,20 +175,16 @@ void run_gate(const Rows& g, bool bfloat16, int64_t lo, int64_t hi) {
   if constexpr (std::is_same_v<A, float>) {
     if (bfloat16) {
       if constexpr (backward) {
-        static const auto half = SUKHOPS_BEST(gate_backward_rows<uint16_t, float>);
-        return half(g, lo, hi);
+        return SUKHOPS_BEST(gate_backward_rows<uint16_t, float>)(g, lo, hi);
       } else {
-        static const auto half = SUKHOPS_BEST(gate_rows<uint16_t, float>);
-        return half(g, lo, hi);
+        return SUKHOPS_BEST(gate_rows<uint16_t, float>)(g, lo, hi);
       }
     }
   }
   if constexpr (backward) {
-    static const auto plain = SUKHOPS_BEST(gate_backward_rows<A, A>);
-    plain(g, lo, hi);
+    SUKHOPS_BEST(gate_backward_rows<A, A>)(g, lo, hi);
   } else {
-    static const auto plain = SUKHOPS_BEST(gate_rows<A, A>);
-    plain(g, lo, hi);
+    SUKHOPS_BEST(gate_rows<A, A>)(g, lo, hi);
   }
 }
 
@@ -338,7 +334,7 @@ Tensor logp(const Tensor& hidden, const Heads<A>& heads) {
   const Tensor out = empty({heads.n, heads.v}, acc_dtype(hidden.scalar_type()), hidden);
   Found<A> found(heads.n, 0);
   pass<A>(hidden, heads, found, data<A>(out));
-  static const auto normalise = SUKHOPS_BEST(subtract<A>);
+  const auto normalise = SUKHOPS_BEST(subtract<A>);
   const int64_t width = 16384, per_row = (heads.v + width - 1) / width;
   parallel_rows(heads.n * per_row, 1, [&](int64_t i) {
     const int64_t row = i / per_row, v0 = i % per_row * width;

@@ -93,11 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
 template <class A>
 void run_norm(const NormRows<A>& g, bool bfloat16, int64_t lo, int64_t hi) {
   if constexpr (std::is_same_v<A, float>) {
-    static const auto half = SUKHOPS_BEST(norm_rows<uint16_t, float>);
-    if (bfloat16) return half(g, lo, hi);
+    if (bfloat16) return SUKHOPS_BEST(norm_rows<uint16_t, float>)(g, lo, hi);
   }
-  static const auto plain = SUKHOPS_BEST(norm_rows<A, A>);
-  plain(g, lo, hi);
+  SUKHOPS_BEST(norm_rows<A, A>)(g, lo, hi);
 }
 
 // the forward when `grad` is not given: [N]; else the gradients of hidden, weight, bias and affine

@@ -125,7 +125,7 @@ int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 }  // namespace
 
 bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  static const bool pays = cpu_isa() == Isa::avx512 && __builtin_cpu_is("amd");
+  const bool pays = cpu_isa() == Isa::avx512 && __builtin_cpu_is("amd");
   const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
   if (!pays || a.scalar_type() != ScalarType::Float || out.stride(1) != 1 || m < 64 || n < kCols || k == 0)
     return false;

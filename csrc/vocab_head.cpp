@@ -46,22 +46,18 @@ namespace {
 // rows [lo, hi) of a tile whose products are stored as A, or as bfloat16 where A is float
 template <class A>
 void run_rows(const ForwardRows<A>& f, bool bfloat16, int64_t lo, int64_t hi) {
-  static const auto plain = SUKHOPS_BEST(forward_rows<A, A>);
   if constexpr (std::is_same_v<A, float>) {
-    static const auto half = SUKHOPS_BEST(forward_rows<uint16_t, A>);
-    if (bfloat16) return half(f, lo, hi);
+    if (bfloat16) return SUKHOPS_BEST(forward_rows<uint16_t, A>)(f, lo, hi);
   }
-  plain(f, lo, hi);
+  SUKHOPS_BEST(forward_rows<A, A>)(f, lo, hi);
 }
 
 template <class A>
 void run_rows(const BackwardRows<A>& b, bool bfloat16, int64_t lo, int64_t hi) {
-  static const auto plain = SUKHOPS_BEST(backward_rows<A, A>);
   if constexpr (std::is_same_v<A, float>) {
-    static const auto half = SUKHOPS_BEST(backward_rows<uint16_t, A>);
-    if (bfloat16) return half(b, lo, hi);
+    if (bfloat16) return SUKHOPS_BEST(backward_rows<uint16_t, A>)(b, lo, hi);
   }
-  plain(b, lo, hi);
+  SUKHOPS_BEST(backward_rows<A, A>)(b, lo, hi);
 }
 
 // checks every target and lists the rows with at least one that is not ignored; all rows if K is 0
@@ -346,19 +342,10 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
-std::string cpu_capability() {
-  const char* isa = cpu_isa() == Isa::avx512 ? "avx512" : cpu_isa() == Isa::avx2 ? "avx2" : "portable";
-  return std::string(isa) + (fast_bfloat16() ? " + bfloat16 products" : "");
-}
-
 }  // namespace
 }  // namespace sukhops
 
 STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
   m.impl("vocab_head", TORCH_BOX(&sukhops::vocab_head));
   m.impl("vocab_head_backward", TORCH_BOX(&sukhops::vocab_head_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(sukhops, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&sukhops::cpu_capability));
 }

@@ -7,6 +7,24 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA start
 import pytest
 import torch
 
+import sukhops  # noqa: F401  (loads torch.ops.sukhops)
+
+ISAS = torch.ops.sukhops.cpu_isas()  # the best one last
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of CPU kernels run once for each instruction set of this CPU."""
+    if metafunc.definition.get_closest_marker("every_isa"):
+        metafunc.fixturenames.append("isa")
+        metafunc.parametrize("isa", ISAS, indirect=True)
+
+
+@pytest.fixture
+def isa(request):
+    torch.ops.sukhops.use_cpu_isa(request.param)
+    yield
+    torch.ops.sukhops.use_cpu_isa(ISAS[-1])
+
 
 @pytest.fixture(autouse=True)
 def poisoned(request):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sukhops import adaptive_span_attention, reference
 from sukhops.testing import assert_close, budget, distance
 
+pytestmark = pytest.mark.every_isa
+
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 pairs = torch.ops.sukhops.adaptive_span_pairs
 

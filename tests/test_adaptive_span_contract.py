@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from sukhops import adaptive_span_attention, reference
 from sukhops.testing import budget, distance
 
+pytestmark = pytest.mark.every_isa
+
 op = torch.ops.sukhops.adaptive_span
 
 

@@ -9,6 +9,8 @@ from torch.autograd import gradcheck
 from sukhops import director_logp, director_topk, reference
 from sukhops.testing import assert_close, budget, distance
 
+pytestmark = pytest.mark.every_isa
+
 # rows on both sides of every layout: one, eight at a time, packed panels, several panels, library products
 ROWS = [1, 3, 8, 13, 40, 70, 600]
 

@@ -9,6 +9,8 @@ from sukhops.ops.director import classifier_logit, classifier_norm
 from sukhops.reference import director as plain
 from sukhops.testing import assert_close
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("bias", [False, True])

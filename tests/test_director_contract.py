@@ -7,6 +7,8 @@ from director_inputs import LOW, labelled, make
 from sukhops import director_logp, director_topk
 from sukhops.ops.director import classifier_logit, classifier_norm
 
+pytestmark = pytest.mark.every_isa
+
 
 def test_opcheck():
     given = make(3, 4, 9, bias=True, gamma=True)

@@ -1,4 +1,4 @@
-"""The house keeps its own rules: names, files, documents, packaging, the two commands of the module."""
+"""The house keeps its own rules: names, files, packaging, the two commands of the module."""
 
 import os
 import re
@@ -11,48 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import sukhops
+import sukhops  # noqa: F401  (loads the operators)
 
 ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 OPERATORS = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text())
 
 
 def module(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_paths_in_documents_exist(name):
-    text = (ROOT / name).read_text()
-    paths = re.findall(
-        r"(?<![\w/.<])((?:bench|examples|tests|csrc|sukhops|triton_kernels)/[\w./]+\.\w+)", text
-    )
-    assert [p for p in paths if not (ROOT / p).exists()] == []
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_public_names_in_documents_exist(name):
-    for dotted in re.findall(r"sukhops((?:\.[A-Za-z_]\w*)+)", (ROOT / name).read_text()):
-        if dotted.split(".")[1] in ("_C", "_C_cuda", "_lexicon", "py", "triton_kernels"):
-            continue
-        value = sukhops
-        for part in dotted[1:].split("."):
-            assert hasattr(value, part), f"{name} names sukhops{dotted}"
-            value = getattr(value, part)
-
-
-def test_readme_tables_are_made_from_the_results():
-    assert module("bench/report.py", "--check").returncode == 0, "run make docs"
-
-
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    namespace: dict = {}
-    for block in blocks:
-        exec(block, namespace)
-    assert blocks and torch.isfinite(namespace["hidden"].grad).all()
 
 
 def test_files_are_short():
@@ -73,7 +40,7 @@ def test_triton_kernels_are_never_imported_bare():
 def test_every_operator_has_a_cpu_kernel_and_a_fake():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for operator in OPERATORS:
-        if operator in ("cpu_capability", "product_count", "adaptive_span_pairs"):
+        if "Tensor" not in str(getattr(torch.ops.sukhops, operator).default._schema):
             continue
         assert has(f"sukhops::{operator}", "CPU"), operator
         assert torch._library.simple_registry.singleton.find(f"sukhops::{operator}").fake_impl.kernel, (

@@ -9,6 +9,8 @@ import sukhops
 from sukhops import linear_logp, linear_topk, reference
 from sukhops.testing import assert_close
 
+pytestmark = pytest.mark.every_isa
+
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [{}, {"softcap": 5.0, "scale": 1.7}]
 
