@@ -4,6 +4,8 @@
 
 #include <memory>
 
+#include "segmentation_warp.h"
+
 namespace sukhops {
 
 constexpr int64_t kTile = 8;          // rows between two looks at the exponents of the window
@@ -108,11 +110,28 @@ void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* 
   });
 }
 
+// whether the sum over all segmentations was found: it is NaN where a score is NaN or +inf, or an exponent inexact
 template <class S, class A>
-void run_forward(Chain<S, A>& c) {
-  static const auto run = SUKHOPS_BEST(forward<S, A>);
-  run(c);
+bool run_forward(Chain<S, A>& c) {
+  SUKHOPS_BEST(forward<S, A>)(c);
+  return c.alpha[c.length] == c.alpha[c.length];
 }
+
+// f(chain) of the same sequence in float64, whose exponents reach much further, with alpha; for float64 itself there
+// is nothing better. Whether f was called and returned true.
+template <class F>
+bool in_double(const Chain<float, float>& c, const Tensor& like, const F& f) {
+  const Lattice g{empty({1, c.length, c.k}, ScalarType::Double, like), 1, c.length, c.k, {c.length}};
+  std::copy_n(c.scores, c.length * c.k, data<double>(g.scores));
+  bool found = false;
+  each_chain<double, double>(g, 1, nullptr, nullptr, [&](Chain<double, double>& d, int64_t) {
+    found = run_forward(d) && f(d);
+  });
+  return found;
+}
+
+template <class F>
+bool in_double(const Chain<double, double>&, const Tensor&, const F&) { return false; }
 
 // calls f(S{}) with the type of the scores: float or double
 template <class F>
@@ -130,9 +149,13 @@ std::tuple<Tensor, Tensor, Tensor> log_partition(const Tensor& scores, const std
     using S = decltype(s);
     each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
       if (kept) c.kept = data<S>(*kept) + b * g.t * g.k;
-      run_forward(c);
-      const double end = c.alpha[c.length];
-      data<S>(logz)[b] = end == 0 ? -INFINITY : std::log(end) + c.exponent[c.length] * 0.693147180559945309;
+      S& to = data<S>(logz)[b];
+      const auto finish = [&to](const auto& chain) {
+        const double end = chain.alpha[chain.length];
+        to = end == 0 ? -INFINITY : std::log(end) + chain.exponent[chain.length] * 0.693147180559945309;
+        return true;
+      };
+      if (!(run_forward(c) && finish(c)) && !in_double(c, scores, finish)) to = NAN;
       for (int64_t j = c.length + 1; j <= g.t; ++j) c.alpha[j] = 0, c.exponent[j] = -INFINITY;
     });
   });
@@ -163,8 +186,17 @@ void posterior(const Tensor& scores, const std::optional<Tensor>& lengths, const
       c.grad = data<S>(grad)[b * grad.stride(0)];
       c.out = data<S>(out) + b * g.t * g.k;
       if (kept) c.kept = c.out;
-      static const auto run = SUKHOPS_BEST(marginals<S>);
-      run(c);
+      if (c.alpha[c.length] == c.alpha[c.length] && SUKHOPS_BEST(marginals<S>)(c)) return;
+      const int64_t count = c.length * c.k;
+      std::fill_n(c.out + count, (g.t - c.length) * c.k, S(0));
+      const bool found = in_double(c, scores, [&](Chain<double, double>& d) {
+        const std::unique_ptr<double[]> room(new double[count]);
+        d.grad = c.grad, d.out = room.get();
+        if (!SUKHOPS_BEST(marginals<double>)(d)) return false;
+        for (int64_t i = 0; i < count; ++i) c.out[i] = static_cast<S>(d.out[i]);
+        return true;
+      });
+      if (!found) std::fill_n(c.out, count, static_cast<S>(NAN));
     });
   });
 }
@@ -194,10 +226,10 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
     each_chain<S, double>(g, 3, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
       if (upstream) c.upstream = data<S>(*upstream) + b * g.t * g.k;
       if (grad) c.grad = data<S>(*grad)[b * grad->stride(0)], c.out = data<S>(out) + b * g.t * g.k;
-      run_forward(c);
-      static const auto run = SUKHOPS_BEST(moments<S>);
-      run(c, grad != nullptr);
-      data<S>(mean)[b] = c.mean[c.length];
+      const bool found = run_forward(c) && SUKHOPS_BEST(moments<S>)(c, grad != nullptr);
+      data<S>(mean)[b] = found ? c.mean[c.length] : NAN;
+      if (!found && grad) std::fill_n(c.out, c.length * c.k, static_cast<S>(NAN));
+      if (!found && grad) std::fill_n(c.out + c.length * c.k, (g.t - c.length) * c.k, S(0));
     });
   });
   return {mean, out};
@@ -222,7 +254,7 @@ Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<T
 template <class S>
 double trace(const Chain<S, double>& c, int64_t* segments) {
   if (c.bad) return NAN;
-  double score = 0;
+  double score = 0, lost = 0;
   for (int64_t j = c.length; j > 0;) {
     double best = -INFINITY;
     int64_t length = 0;
@@ -233,9 +265,9 @@ double trace(const Chain<S, double>& c, int64_t* segments) {
     if (!length) return -INFINITY;  // at the end, or nowhere: a boundary that is reached has a way back
     j -= length;
     segments[j] = length;
-    score += c.scores[j * c.k + length - 1];
+    warp::add_exactly(score, lost, c.scores[j * c.k + length - 1]);
   }
-  return score;
+  return score + lost;
 }
 
 std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std::optional<Tensor>& lengths) {
@@ -246,8 +278,7 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
     using S = decltype(s);
     each_chain<S, double>(g, 1, nullptr, nullptr, [&](Chain<S, double>& c, int64_t b) {
       c.a = c.w;
-      static const auto run = SUKHOPS_BEST(best_sums<S>);
-      run(c);
+      SUKHOPS_BEST(best_sums<S>)(c);
       data<S>(score)[b] = trace(c, data<int64_t>(segments) + b * g.t);
     });
   });
@@ -260,24 +291,28 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
   const Tensor segments = empty({num_samples, g.b, g.t}, ScalarType::Long, scores);
   with_score(g, [&](auto s) {
     using S = decltype(s);
-    for (int64_t b = 0; b < g.b; ++b) {
-      const S end = data<S>(alpha)[b * (g.t + 1) + g.lengths[b]];
-      STD_TORCH_CHECK(end == end, "scores: NaN or +inf in sequence ", b, ", which has no distribution to sample");
-    }
+    std::atomic<int64_t> failed{-1};
     each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
-      int64_t* const out = data<int64_t>(segments) + b * g.t;
-      if (c.alpha[c.length] == 0) {
-        for (int64_t i = 0; i < num_samples; ++i) std::fill_n(out + i * g.b * g.t, g.t, 0);
-        return;
-      }
-      std::vector<S> table(kDrawTile * (g.k + kPadding));
-      std::vector<int64_t> position(num_samples), segment(num_samples);
-      std::vector<uint64_t> stream(num_samples);
-      const Draw<S> d{static_cast<uint64_t>(data<int64_t>(seed)[0]), b, g.b, num_samples, table.data(),
-                      position.data(), segment.data(), stream.data(), out};
-      static const auto run = SUKHOPS_BEST(samples<S>);
-      run(c, d);
+      const auto walk = [&](auto& chain) {
+        using A = std::remove_reference_t<decltype(*chain.alpha)>;
+        int64_t* const out = data<int64_t>(segments) + b * g.t;
+        if (chain.alpha[chain.length] == 0) {
+          for (int64_t i = 0; i < num_samples; ++i) std::fill_n(out + i * g.b * g.t, g.t, 0);
+          return true;
+        }
+        chain.stored = g.t;
+        std::vector<A> table(kDrawTile * (g.k + kPadding));
+        std::vector<int64_t> position(num_samples), segment(num_samples);
+        std::vector<uint64_t> stream(num_samples);
+        const Draw<A> d{static_cast<uint64_t>(data<int64_t>(seed)[0]), b, g.b, num_samples, table.data(),
+                        position.data(), segment.data(), stream.data(), out};
+        return SUKHOPS_BEST(samples<A>)(chain, d);
+      };
+      const S end = c.alpha[c.length];
+      if (!(end == end && walk(c)) && !in_double(c, scores, walk)) failed = b;
     });
+    STD_TORCH_CHECK(failed < 0, "scores: NaN or +inf in sequence ", failed.load(),
+                    ", or sums too large for float64: there is no distribution to sample");
   });
   return segments;
 }

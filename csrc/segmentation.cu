@@ -199,7 +199,9 @@ __global__ void posteriors(Batch<S> g, const double* value, const double* expone
     const int64_t b = e / (g.t * g.k), t = e / g.k % g.t, j = t + 1 + e % g.k, at = b * (g.t + 1);
     const warp::Sequence<S> q = g.sequence(b);
     double p = q.length < 0 ? NAN : 0;
-    if (j <= q.length && value[at + q.length] != 0)
+    if (j <= q.length && value[sides + at] != value[sides + at])
+      p = NAN;  // beta's sum over all
+    else if (j <= q.length && value[at + q.length] != 0)
       p = warp::posterior(g.scores[e], value[at + t], exponent[at + t], value[sides + at + j], exponent[sides + at + j],
                           value[at + q.length], exponent[at + q.length]);
     out[e] = p == 0 ? S(0) : S(p * grad[b * grad_stride]);

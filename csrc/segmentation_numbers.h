@@ -19,6 +19,9 @@ struct Format<float> {
   static constexpr float kLn2 = 0.693147180559945309f, kLn2Rest = 0.693147180559945309 - double(kLn2);
   static constexpr Int kMagicBits = 0x4b400000;
   static constexpr Plain kPlain{48, 64, 54, 104, 40, 100};
+  static constexpr float kUpper = 0x1.8p35f;  // 1.5 * 2^35: adding it rounds to a multiple of 2^12
+  static constexpr float kExact = 0x1p24f;    // exponents below it are exact
+  static constexpr float kScore = 0x1p22f;    // the exponents of a score beyond it are not: its product with log2(e) is
 };
 template <>
 struct Format<double> {
@@ -28,6 +31,7 @@ struct Format<double> {
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr Int kMagicBits = 0x4338000000000000;
   static constexpr Plain kPlain{384, 512, 580, 800, 400, 960};
+  static constexpr double kUpper = 0x1.8p84, kExact = 0x1p53, kScore = 0x1p51;
 };
 
 // whether `reduced` takes one step: a float where products and sums are rounded once, as on these targets
@@ -40,6 +44,50 @@ struct Wide {
   typedef typename Format<A>::Int i __attribute__((vector_size(W * sizeof(A))));
 };
 
+template <int W, class V>
+SUKHOPS_INLINE auto sum_lanes(V x) {
+  if constexpr (sizeof(V) > 16) {
+    typedef __typeof__(x[0] + 0) E;
+    typedef E Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
+    return sum_lanes<W / 2>(Half(low + high));
+  } else if constexpr (W == 4) {
+    const V pairs = x + __builtin_shufflevector(x, x, 2, 3, 2, 3);
+    return (pairs + __builtin_shufflevector(pairs, pairs, 1, 1, 1, 1))[0];
+  } else {
+    return (x + __builtin_shufflevector(x, x, 1, 1))[0];
+  }
+}
+
+// how many lanes of a comparison hold
+template <int W, class I>
+SUKHOPS_INLINE int64_t count_lanes(I holds) {
+#ifdef SUKHOPS_X86
+  if constexpr (sizeof(I) == 64 || sizeof(I) > kRegisterBytes) {
+    typedef __typeof__(holds[0] + 0) E;
+    typedef E Half __attribute__((vector_size(sizeof(I) / 2)));
+    Half half[2];
+    __builtin_memcpy(half, &holds, sizeof holds);
+    return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
+  } else if constexpr (sizeof(I) == 32) {
+    if constexpr (W == 8) return __builtin_popcount(__builtin_ia32_movmskps256((Wide<float, 8>::f)holds));
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskpd256((Wide<double, 4>::f)holds));
+  } else {
+    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskps((Wide<float, 4>::f)holds));
+    if constexpr (W == 2) return __builtin_popcount(__builtin_ia32_movmskpd((Wide<double, 2>::f)holds));
+  }
+#else
+  return -sum_lanes<W>(holds);
+#endif
+}
+
+template <int W, class I>
+SUKHOPS_INLINE bool all_lanes(I holds) {
+  return count_lanes<W>(holds) == W;
+}
+
 // how a window of k is held: W lanes a vector, N vectors, N = 0 for any number of them
 template <int W, int N>
 struct Shape {
@@ -47,7 +95,7 @@ struct Shape {
 };
 
 template <class A, class F>
-SUKHOPS_INLINE void with_shape(int64_t k, const F& f) {
+SUKHOPS_INLINE auto with_shape(int64_t k, const F& f) {
   constexpr int most = kRegisterBytes / sizeof(A);  // lanes of a register
   if constexpr (most > 4) {
     if (k <= 4) return f(Shape<4, 1>());
@@ -98,20 +146,46 @@ SUKHOPS_INLINE V reduced(V x, V k) {
   return (x - k * F::kLn2High) - k * F::kLn2Low;
 }
 
-// m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
+// the same for any k below kScore
+template <class A, class V>
+SUKHOPS_INLINE V reduced_far(V x, V k) {
+  using F = Format<A>;
+  if constexpr (kRegisterBytes > 16) {
+    const V r = reduced<A>(x, k);
+    if constexpr (kOneStep<A>) return r - (k * k > A(64 * 64) ? k : V{}) * F::kLn2Rest;
+    return r;
+  }
+  // without fused products: those of the upper and the lower half of k are exact
+  const V upper = (k + F::kUpper) - F::kUpper;
+  return ((x - upper * F::kLn2High) - (k - upper) * F::kLn2High) - k * F::kLn2Low;
+}
+
+// m * 2^n = exp(x), n an integer; -inf is 1 * 2^-inf. For NaN, +inf and scores of more than kScore exponents, m is NaN
+// and n at least the exponent less 2.
 template <class A, class V>
 SUKHOPS_INLINE void split(V x, V& m, V& n) {
   using F = Format<A>;
   const V y = x * A(1.44269504088896341);
   const V k = (y + F::kMagic) - F::kMagic;
-  V r = reduced<A>(x, k);
-  if constexpr (kOneStep<A>) r -= (k * k > A(64 * 64) ? k : V{}) * F::kLn2Rest;
-  const V p = exp_near_zero(r, A());
-  // where a score has no fraction left that counts, it is its own exponent
-  const V one = V{} + A(1), size = y < A(0) ? -y : y;
-  const auto coarse = size >= F::kMagic / 3;
-  m = coarse ? (x < A(__builtin_inf()) ? one : one * A(__builtin_nan(""))) : p;
-  n = coarse ? y : k;
+  m = exp_near_zero(reduced_far<A>(x, k), A());
+  n = k;
+  const auto exact = (y > -F::kScore) & (y < F::kScore);
+  if (all_lanes<sizeof(V) / sizeof(A)>(exact)) return;
+  const V none = V{} - A(__builtin_inf()), least = V{} - A(0x1p100);
+  const V rounded = ((y * A(0.5) + F::kMagic) - F::kMagic) * A(2);
+  m = exact ? m : x == none ? V{} + A(1) : V{} + A(__builtin_nan(""));
+  n = exact ? n : x == none ? none : rounded < least ? least : rounded;
+}
+
+// Marks numbers m * 2^n whose exponent has been rounded: m becomes NaN and n a bound from above. Numbers that are marked
+// keep such a bound: n grows by more than a sum over the window can.
+template <class A, class V>
+SUKHOPS_INLINE void mark_inexact(V& m, V& n) {
+  using F = Format<A>;
+  const V size = n < A(0) ? -n : n;
+  const auto exact = size < F::kExact, none = n == V{} - A(__builtin_inf());
+  m = exact | none ? m : V{} + A(__builtin_nan(""));
+  n = (m == m) | none ? n : n + (exact ? V{} : size * A(0x1p-20)) + A(64);
 }
 
 // exp(x), to the bit what split has; `outside` gets bits above Plain::scores for a score that a plain tile cannot have
@@ -178,51 +252,7 @@ SUKHOPS_INLINE typename Wide<A, W>::f difference(const double* p, double from) {
     return joined(difference<W / 2, A>(p, from), difference<W / 2, A>(p + W / 2, from), Lanes<W>());
 }
 
-template <int W, class V>
-SUKHOPS_INLINE auto sum_lanes(V x) {
-  if constexpr (sizeof(V) > 16) {
-    typedef __typeof__(x[0] + 0) E;
-    typedef E Half __attribute__((vector_size(sizeof(V) / 2)));
-    Half low, high;
-    __builtin_memcpy(&low, &x, sizeof low);
-    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    return sum_lanes<W / 2>(Half(low + high));
-  } else if constexpr (W == 4) {
-    const V pairs = x + __builtin_shufflevector(x, x, 2, 3, 2, 3);
-    return (pairs + __builtin_shufflevector(pairs, pairs, 1, 1, 1, 1))[0];
-  } else {
-    return (x + __builtin_shufflevector(x, x, 1, 1))[0];
-  }
-}
-
 SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
-
-// how many lanes of a comparison hold
-template <int W, class I>
-SUKHOPS_INLINE int64_t count_lanes(I holds) {
-#ifdef SUKHOPS_X86
-  if constexpr (sizeof(I) == 64 || sizeof(I) > kRegisterBytes) {
-    typedef __typeof__(holds[0] + 0) E;
-    typedef E Half __attribute__((vector_size(sizeof(I) / 2)));
-    Half half[2];
-    __builtin_memcpy(half, &holds, sizeof holds);
-    return count_lanes<W / 2>(half[0]) + count_lanes<W / 2>(half[1]);
-  } else if constexpr (sizeof(I) == 32) {
-    if constexpr (W == 8) return __builtin_popcount(__builtin_ia32_movmskps256((Wide<float, 8>::f)holds));
-    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskpd256((Wide<double, 4>::f)holds));
-  } else {
-    if constexpr (W == 4) return __builtin_popcount(__builtin_ia32_movmskps((Wide<float, 4>::f)holds));
-    if constexpr (W == 2) return __builtin_popcount(__builtin_ia32_movmskpd((Wide<double, 2>::f)holds));
-  }
-#else
-  return -sum_lanes<W>(holds);
-#endif
-}
-
-template <int W, class I>
-SUKHOPS_INLINE bool all_lanes(I holds) {
-  return count_lanes<W>(holds) == W;
-}
 
 // the smallest exponent of those boundaries that are reached, +inf where none is
 SUKHOPS_INLINE double smallest(const double* exponent, int64_t rows) {

@@ -2,10 +2,10 @@
 // stored, A what is computed with.
 //
 // A number is a * 2^n: the exponent n is an integer kept in A, relative to a double, so that scores are added
-// without overflow, and without a logarithm before the end. It stays an integer, below 2^24 in float32, while
-// no score is above 5e6 / max(16, K): K of them may lie between two numbers of a window, or 16 rows. Sums of a
-// sequence's own numbers depend on nothing else, so neither the number of threads nor the other sequences change
-// a bit.
+// without overflow, and without a logarithm before the end. Exponents below Format::kExact are exact. A number whose
+// exponent is not has a NaN for its mantissa and a bound of its exponent, so that it is dropped beside a much larger
+// number and spreads where it counts: the result is right or NaN. Sums of a sequence's own numbers depend on nothing
+// else, so neither the number of threads nor the other sequences change a bit.
 //
 // Rows are taken kTile at a time. In most tiles all numbers are within reach of one exponent: such a tile is
 // `plain`, and its exponents are left out. A tile finds out by itself, and is done again if it was not.
@@ -38,24 +38,34 @@ SUKHOPS_INLINE bool whole_rows(const Chain<S, A>& c, int64_t t, int64_t rows) {
   return sizeof(S) == sizeof(A) && c.k == padded(c.k, W) && t + rows - 1 + c.k <= c.length;
 }
 
-// brings mantissas into [1, 2), the largest exponent to 0; returns what the exponents have lost
-template <int W, class A>
-SUKHOPS_INLINE A normalise(A* a, A* n, int64_t size) {
+// brings the mantissas of the window into [1, 2), the largest exponent to 0
+template <int W, class S, class A>
+SUKHOPS_INLINE void normalise(Chain<S, A>& c) {
   typedef typename Wide<A, W>::f V;
-  V most = V{} - A(__builtin_inf());
+  const int64_t size = padded(c.k, W);
+  const V none = V{} - A(__builtin_inf());  // the exponent of 0
+  V most = none;
   for (int64_t k = 0; k < size; k += W) {
-    const V x = get<V>(a + k);
+    const V x = get<V>(c.a + k);
     const V e = exponent_of<W, A>(x);
-    const V m = x == A(0) ? V{} - A(__builtin_inf()) : get<V>(n + k) + e;  // nothing is below any number
-    set(a + k, x * power<A>(-e));
-    set(n + k, m);
+    const V m = x == A(0) ? none : get<V>(c.n + k) + e;
+    set(c.a + k, x * power<A>(-e));
+    set(c.n + k, m);
     most = m > most ? m : most;
   }
   A top = most[0];
   for (int l = 1; l < W; ++l) top = most[l] > top ? most[l] : top;
-  if (!(top > -__builtin_inf())) return 0;
-  for (int64_t k = 0; k < size; k += W) set(n + k, get<V>(n + k) - top);
-  return top;
+  if (!(top > -__builtin_inf())) return;
+  for (int64_t k = 0; k < size; k += W) {
+    V x = get<V>(c.a + k), n = get<V>(c.n + k) - top;
+    if (!all_lanes<W>((n > -Format<A>::kExact) | (x == A(0)))) {
+      mark_inexact<A>(x, n);
+      set(c.a + k, x);
+    }
+    set(c.n + k, n);
+  }
+  c.base += top;
+  c.bad |= !(std::fabs(c.base) < Format<double>::kExact / 2);
 }
 
 // alpha and exponent of `rows` boundaries from t0 on, found * 2^base, all finite
@@ -164,6 +174,16 @@ SUKHOPS_INLINE int64_t forward_plain(Chain<S, A>& c, int64_t t) {
   return t;
 }
 
+// alpha and exponent of boundary t, found a * 2^(base + n). One whose exponent is inexact is left as not reached: where
+// it counts, the sum over all is NaN.
+template <class S, class A>
+SUKHOPS_INLINE void leave(Chain<S, A>& c, int64_t t, A a, A n) {
+  typedef typename Wide<A, kRegisterBytes / sizeof(A)>::f V;
+  const V whole = exponent_of<kRegisterBytes / sizeof(A), A>(V{} + a);
+  c.alpha[t] = a == a ? a * power<A>(-whole)[0] : A(0);
+  c.exponent[t] = a == a ? c.base + n + whole[0] : -__builtin_inf();
+}
+
 // the same for any tile: every number keeps its exponent
 template <int W, int N, class S, class A>
 SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
@@ -173,20 +193,27 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
     mark(c, t0 + i);
     const A* x = row<W>(c, t0 + i);
     const A a = c.a[0], n = c.n[0];
-    const V whole = exponent_of<W, A>(V{} + a);
-    c.alpha[t0 + i] = a * power<A>(-whole)[0];
-    c.exponent[t0 + i] = c.base + n + whole[0];
-    for (int64_t k = 0; k < size; k += W) {  // behind the window there is always a vector of nothing
+    leave(c, t0 + i, a, n);
+    const V lost = V{} + (a == a ? A(0) : a);
+    typename Wide<A, W>::i finite = ~typename Wide<A, W>::i{};
+    for (int64_t k = 0; k < size; k += W) {  // the window is padded with a vector of zeros
       V m, e;
       split<A>(get<V>(x + k), m, e);
+      finite &= e < A(__builtin_inf());
+      V add = e + n;
+      m += lost;
+      mark_inexact<A>(m, add);
       const V have = next_lane(get<V>(c.a + k), get<V>(c.a + k + W), Lanes<W>());
-      const V old = next_lane(get<V>(c.n + k), get<V>(c.n + k + W), Lanes<W>()), add = e + n, ahead = add - old;
-      // the larger exponent stays, the other number is shifted to it before it is rounded, as in a plain tile
+      const V old = next_lane(get<V>(c.n + k), get<V>(c.n + k + W), Lanes<W>()), ahead = add - old;
+      // the larger exponent stays, the other number is shifted to it before it is rounded, as in a plain tile, or is
+      // dropped
       const auto larger = add > old;
       const V shift = power<A>(ahead > A(0) ? -ahead : ahead), one = V{} + A(1);
+      const V sum = __builtin_assoc_barrier(have * (larger ? shift : one)) + m * (a * (larger ? one : shift));
       set(c.n + k, larger ? add : old);
-      set(c.a + k, __builtin_assoc_barrier(have * (larger ? shift : one)) + m * (a * (larger ? one : shift)));
+      set(c.a + k, shift != A(0) ? sum : larger ? m * a : have);
     }
+    c.bad |= !all_lanes<W>(finite);
   }
 }
 
@@ -196,32 +223,40 @@ template <int W, int N, class S, class A>
 static void forward_chain(Chain<S, A> c) {  // a copy stays in registers
   const int64_t size = padded(c.k, W);
   for (int64_t i = 0; i < size + W; ++i) c.a[i] = 0, c.n[i] = -__builtin_inf();
-  c.a[0] = 1, c.n[0] = 0, c.base = 0;
+  c.a[0] = 1, c.n[0] = 0, c.base = 0, c.bad = false;
   for (int64_t t = 0; t < c.length;) {
-    c.base += normalise<W>(c.a, c.n, size);
+    normalise<W>(c);
     const int64_t from = t;
     if ((t = forward_plain<W, N>(c, from)) > from) continue;
     t = from + kTile < c.length ? from + kTile : c.length;
     forward_wide<W, N>(c, from, t - from);
   }
-  c.base += normalise<W>(c.a, c.n, size);
-  c.alpha[c.length] = c.a[0], c.exponent[c.length] = c.base + c.n[0];
+  normalise<W>(c);
+  leave(c, c.length, c.a[0], c.n[0]);
+  if (c.bad || c.a[0] != c.a[0]) c.alpha[c.length] = __builtin_nan("");
 }
 
-// for boundaries from t0 on: the exponent, relative to that tile, and alpha
+// for the boundaries of a tile and of its segments: the exponent, relative to the last one, and alpha; false where
+// exponents are too far apart to be exact
 template <int W, class S, class A>
-SUKHOPS_INLINE void prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
-  const int64_t size = rows + padded(c.k, W) + W, inside = size < c.length - t0 + 1 ? size : c.length - t0 + 1;
+SUKHOPS_INLINE bool prepare(Chain<S, A>& c, int64_t t0, int64_t rows) {
+  const int64_t size = rows + padded(c.k, W) + W, left = c.length - t0 + 1;
+  const int64_t inside = rows + c.k < left ? rows + c.k : left;
   const double* exponent = c.exponent + t0;
   const A* alpha = c.alpha + t0;
   int64_t reached = inside - 1;
   while (reached > 0 && !(exponent[reached] > -__builtin_inf())) --reached;
   const double from = exponent[reached] > -__builtin_inf() ? exponent[reached] : 0.0;
+  bool exact = true;
   // nothing flows into a boundary that is not reached: its exponent counts as +inf there
-  for (int64_t i = 0; i < inside; ++i)
-    c.n[i] = exponent[i] > -__builtin_inf() ? A(exponent[i] - from) : A(__builtin_inf());
+  for (int64_t i = 0; i < inside; ++i) {
+    const double n = exponent[i] - from;
+    exact &= n == -__builtin_inf() || std::fabs(n) < Format<A>::kExact;
+    c.n[i] = n > -__builtin_inf() ? A(n) : A(__builtin_inf());
+  }
   for (int64_t i = 0; i < inside; ++i) c.a[i] = alpha[i] != 0 ? alpha[i] : A(1);
   for (int64_t i = inside; i < size; ++i) c.n[i] = __builtin_inf(), c.a[i] = 1;
+  return exact;
 }
 
 // row t, the i-th of its tile, as its inflow is computed from it
@@ -243,9 +278,9 @@ template <class V, class A>
 SUKHOPS_INLINE V inflow(const Source<A>& s, int64_t k) {
   V m, e;
   split<A>(get<V>(s.x + k), m, e);
-  const V d = (e + s.n) - get<V>(s.exponents + k), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
-  const V share = (m * s.alpha) * power<A>(d > cap ? cap : d) / get<V>(s.alphas + k);
-  return share > one ? one : share;
+  const V d = e + (s.n - get<V>(s.exponents + k)), cap = V{} + A(Format<A>::kBias / 2), one = V{} + A(1);
+  const V scale = power<A>(d > cap ? cap : d), share = (m * s.alpha) * scale / get<V>(s.alphas + k);
+  return scale == A(0) ? V{} : share > one ? one : share;
 }
 
 template <int W, class S, class A, class V>
@@ -347,10 +382,10 @@ SUKHOPS_INLINE void settle(const Chain<A, A>& c, const Rows<A>& pair, int64_t i,
   w[0] = ends.last;
 }
 
-// c.grad times the posterior of every segment. The mass w of a boundary is the share of the segmentations that
+// c.grad times the posterior of every segment; false where exponents are inexact. The mass w of a boundary is the share of the segmentations that
 // have it; it flows back through the segments that end there. The shares of the pair before do not wait for it.
 template <int W, int N, class A>
-static void marginal_chain(Chain<A, A> c) {
+static bool marginal_chain(Chain<A, A> c) {
   typedef typename Wide<A, W>::f V;
   typedef typename Wide<A, W>::i I;
   const int64_t size = N ? N * W : padded(c.k, W), stride = size;
@@ -389,13 +424,15 @@ static void marginal_chain(Chain<A, A> c) {
     }
     if (!within || !all_lanes<W>((outside & -Format<A>::kPlain.scores) == 0))
       for (int64_t i = 0; i < next.rows; ++i) {
-        if (i % kTile == 0) prepare<W>(c, next.first + i, kTile < next.rows - i ? kTile : next.rows - i);
+        if (i % kTile == 0 && !prepare<W>(c, next.first + i, kTile < next.rows - i ? kTile : next.rows - i))
+          return false;
         const Source<A> from = source<W>(c, next.first + i, i % kTile);
         for (int64_t k = 0; k < size; k += W) set(next.shares + i * stride + k, inflow<V>(from, k));
       }
     const Rows<A> done = now;
     now = next, next = done;
   } while (now.rows > 0);
+  return true;
 }
 
 // what a segment is worth: the upstream gradient or, without one, its surprise, -log of its share, whose sum over
@@ -412,14 +449,14 @@ SUKHOPS_INLINE V worth(const Chain<S, double>& c, V share, int64_t t, int64_t k)
   return g;
 }
 
-// mean[t], the expected worth of all segments before boundary t
+// mean[t], the expected worth of all segments before boundary t; false where exponents are inexact
 template <int W, class S>
-static void expect(Chain<S, double>& c) {
+static bool expect(Chain<S, double>& c) {
   typedef typename Wide<double, W>::f V;
   const int64_t size = padded(c.k, W);
   for (int64_t j = 0; j <= c.length + size; ++j) c.mean[j] = 0;
   for (int64_t t = 0; t < c.length; ++t) {
-    if (t % kTile == 0) prepare<W>(c, t, kTile < c.length - t ? kTile : c.length - t);
+    if (t % kTile == 0 && !prepare<W>(c, t, kTile < c.length - t ? kTile : c.length - t)) return false;
     const Source<double> from = source<W>(c, t, t % kTile);
     for (int64_t k = 0; k < size; k += W) {
       const V share = inflow<V>(from, k);
@@ -427,12 +464,13 @@ static void expect(Chain<S, double>& c) {
       set(c.mean + t + 1 + k, get<V>(c.mean + t + 1 + k) + (share != 0.0 ? add : V{}));
     }
   }
+  return true;
 }
 
 // c.grad times the covariance, over segmentations, of the presence of each segment and the worth of all:
 // posterior * (mean before it + worth + mean behind it - mean), where `after` is mass times mean behind
 template <int W, class S>
-static void covariance(Chain<S, double>& c) {
+static bool covariance(Chain<S, double>& c) {
   typedef typename Wide<double, W>::f V;
   const int64_t size = padded(c.k, W);
   for (int64_t j = 0; j <= c.length + size; ++j) c.w[j] = 0, c.after[j] = 0;
@@ -441,7 +479,7 @@ static void covariance(Chain<S, double>& c) {
   for (int64_t t = c.length, t0 = t; t-- > 0;) {
     if (t < t0) {
       t0 = t + 1 > kTile ? t + 1 - kTile : 0;
-      prepare<W>(c, t0, t + 1 - t0);
+      if (!prepare<W>(c, t0, t + 1 - t0)) return false;
     }
     const Source<double> from = source<W>(c, t, t - t0);
     const double before = c.mean[t] - c.mean[c.length];
@@ -457,6 +495,7 @@ static void covariance(Chain<S, double>& c) {
     c.w[t] = sum_lanes<W>(mass);
     c.after[t] = sum_lanes<W>(after);
   }
+  return true;
 }
 
 // c.a[t], the largest sum of scores of the first t positions; c.bad where a score is NaN or +inf
@@ -486,9 +525,10 @@ SUKHOPS_INLINE uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
 }
 
 // Walks `samples` segmentations back from the end; at each boundary a segment is drawn from its inflow. The
-// number drawn depends on the seed, the sample, the sequence and the boundary, on nothing else.
+// number drawn depends on the seed, the sample, the sequence and the boundary, on nothing else. False where exponents
+// are inexact.
 template <int W, int N, class A>
-static void draw(Chain<A, A> c, Draw<A> d) {
+static bool draw(Chain<A, A> c, Draw<A> d) {
   typedef typename Wide<A, W>::f V;
   using F = Format<A>;
   using Int = typename F::Int;
@@ -505,7 +545,7 @@ static void draw(Chain<A, A> c, Draw<A> d) {
     const int64_t first = end - kDrawTile > 0 ? end - kDrawTile : 0, rows = end - first;  // boundaries (first, end]
     for (int64_t i = 0; i < rows * size; ++i) d.table[i] = 0;
     for (int64_t t = first + 1 - c.k > 0 ? first + 1 - c.k : 0, tile = t; t < end; ++t) {
-      if ((t - tile) % kTile == 0) prepare<W>(c, tile = t, kTile < end - t ? kTile : end - t);
+      if ((t - tile) % kTile == 0 && !prepare<W>(c, tile = t, kTile < end - t ? kTile : end - t)) return false;
       const Source<A> from = source<W>(c, t, t - tile);
       for (int64_t k = 0; k < c.k; k += W) {
         const V share = inflow<V>(from, k);
@@ -556,6 +596,7 @@ static void draw(Chain<A, A> c, Draw<A> d) {
       for (int64_t i = 0; i < count; ++i) d.position[s + i] = first + at[i];
     }
   }
+  return true;
 }
 
 // ---------------------------------------------------------------- what segmentation.cpp calls
@@ -566,19 +607,16 @@ static void forward(Chain<S, A>& c) {
 }
 
 template <class A>
-static void marginals(Chain<A, A>& c) {
-  with_shape<A>(c.k, [&](auto s) { marginal_chain<s.lanes, s.vectors>(c); });
+static bool marginals(Chain<A, A>& c) {
+  return with_shape<A>(c.k, [&](auto s) { return marginal_chain<s.lanes, s.vectors>(c); });
 }
 
 template <class S>
-static void moments(Chain<S, double>& c, bool gradient) {
-  with_shape<double>(c.k, [&](auto s) {
-    expect<s.lanes>(c);
-    if (gradient) covariance<s.lanes>(c);
-  });
+static bool moments(Chain<S, double>& c, bool gradient) {
+  return with_shape<double>(c.k, [&](auto s) { return expect<s.lanes>(c) && (!gradient || covariance<s.lanes>(c)); });
 }
 
 template <class A>
-static void samples(Chain<A, A>& c, const Draw<A>& d) {
-  with_shape<A>(c.k, [&](auto s) { draw<s.lanes, s.vectors>(c, d); });
+static bool samples(Chain<A, A>& c, const Draw<A>& d) {
+  return with_shape<A>(c.k, [&](auto s) { return draw<s.lanes, s.vectors>(c, d); });
 }

@@ -3,6 +3,8 @@
 // As on the CPU (segmentation_rows.h) a number is a * 2^n and the window a ring: boundary j stays in slot j % k.
 // Mantissas are double: a posterior is alpha * beta / z of long products, and float ones would drift apart. What a
 // score's exponential is rounded to, E, cancels there: all three have the same one.
+// A number whose exponent is inexact is marked: its mantissa is negative, its exponent a bound from above. It vanishes
+// beside a much larger number and marks every sum in which it counts; a result that is marked is NaN.
 #pragma once
 
 #include <cmath>
@@ -28,14 +30,23 @@ struct Number {
   A m, n;
 };
 
-// m * 2^n = exp(x); m is NaN for NaN and +inf, n is -inf for -inf
+// the exponent of a marked number, kept finite
+template <class A>
+SUKHOPS_BOTH A within_bounds(A n) {
+  return n < A(-0x1p100) ? A(-0x1p100) : n > A(0x1p100) ? A(0x1p100) : n;
+}
+
+// m * 2^n = exp(x), n an integer; m is NaN for NaN and +inf, n is -inf for -inf. Marked beyond 2^22 exponents (float64:
+// 2^51), where y loses bits.
 template <class A>
 SUKHOPS_BOTH Number<A> split(A x) {
   constexpr bool narrow = sizeof(A) == 4;
   constexpr A coarse = narrow ? A(4194304) : A(2251799813685248);
   const A y = x * A(1.44269504088896341);
-  if (!(y < coarse && y > -coarse)) {  // no fraction left that counts: the score is its own exponent
-    return {x < A(infinity()) ? A(1) : A(NAN), x < A(infinity()) ? y : A(0)};
+  if (!(y < coarse && y > -coarse)) {
+    if (!(x < A(infinity()))) return {A(NAN), A(0)};
+    if (x == -A(infinity())) return {A(1), x};
+    return {A(-1), within_bounds(rint(y) + A(2))};
   }
   const A k = rint(y);
   A r = fma(k, narrow ? A(-0.693359375) : A(-6.93145751953125e-1), x);
@@ -58,12 +69,29 @@ SUKHOPS_BOTH double power(double d) {
   return x;
 }
 
+// marks a * 2^n where n may have been rounded
+template <class E>
+SUKHOPS_BOTH void mark_inexact(double& a, E& n) {
+  constexpr E exact = sizeof(E) == 4 ? E(0x1p24) : E(0x1p52);
+  const E size = n < E(0) ? -n : n;
+  if (size < exact || n == -E(infinity())) return;
+  a = -fabs(a);
+  n = within_bounds(rint(n + size * E(0x1p-20)));
+}
+
+SUKHOPS_BOTH double marked_sum(double x, double y) { return x < 0 || y < 0 ? -(fabs(x) + fabs(y)) : x + y; }
+
+SUKHOPS_BOTH double marked_product(double x, double y) { return x < 0 || y < 0 ? -fabs(x * y) : x * y; }
+
 // a * 2^n += (a0 * 2^n0) * exp(x); a slot that its boundary has left starts from nothing
 template <class E>
 SUKHOPS_BOTH void add(double& a, E& n, bool gone, double a0, E n0, E x) {
   const Number<E> e = split(x);
-  const E old = gone ? -E(infinity()) : n, sum = e.n + n0, most = sum > old ? sum : old;
-  a = a * power(old - most) + (e.m * power(sum - most)) * a0;
+  double m = marked_product(e.m, a0);
+  E sum = e.n + n0;
+  mark_inexact(m, sum);
+  const E old = gone ? -E(infinity()) : n, most = sum > old ? sum : old;
+  a = marked_sum(a * power(old - most), m * power(sum - most));
   n = most;
 }
 
@@ -71,7 +99,7 @@ SUKHOPS_BOTH void add(double& a, E& n, bool gone, double a0, E n0, E x) {
 template <class E>
 SUKHOPS_BOTH void normalise(double& a, E& n) {
   int e = 0;
-  if (a > 0 && a < infinity()) a = frexp(a, &e);
+  if (a != 0 && fabs(a) < infinity()) a = frexp(a, &e);
   n += E(e);
 }
 
@@ -139,7 +167,10 @@ SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_
       const E top = p.max(w.n);
       if (top > -E(infinity())) {
         SUKHOPS_UNROLL
-        for (int i = 0; i < P::kOwn; ++i) w.n[i] -= top;
+        for (int i = 0; i < P::kOwn; ++i) {
+          w.n[i] -= top;
+          mark_inexact(w.a[i], w.n[i]);
+        }
         w.base += top;
       }
     }
@@ -156,13 +187,16 @@ SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_
 }
 
 // value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
-// forwards, beta backwards; for the boundaries from `from` up to `to`, or with it where that is the end
+// forwards, beta backwards; for the boundaries from `from` up to `to`, or with it where that is the end. A marked sum is
+// NaN at the end; before it, it counts as not reached: if it counted, so would the mark at the end.
 template <class E, class P, class S>
 SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, int64_t from, int64_t to, Window<E, P>& w,
                         double* value, double* exponent) {
   const Direction d{backwards, q.length};
   const auto each = [&](int64_t u, double a, double n) {
-    if (p.lead()) value[d.boundary(u)] = a, exponent[d.boundary(u)] = n;
+    mark_inexact(a, n);
+    const bool marked = a < 0, end = u == q.length;
+    if (p.lead()) value[d.boundary(u)] = !marked ? a : end ? NAN : 0, exponent[d.boundary(u)] = marked ? -infinity() : n;
   };
   advance(p, q, d, from, to, w, each);
   if (to < q.length) return;
@@ -206,8 +240,10 @@ SUKHOPS_BOTH void compose(const P& p, int64_t k, const Number<double>* window, c
     Number<double> sum{0, -infinity()};
     for (int64_t i = 0; i < k; ++i) {
       const Number<double> x = window[i], y = matrix[i * k + o];
-      const double n = x.n + y.n, most = n > sum.n ? n : sum.n;
-      sum = {sum.m * power(sum.n - most) + (x.m * y.m) * power(n - most), most};
+      double m = marked_product(x.m, y.m), n = x.n + y.n;
+      mark_inexact(m, n);
+      const double most = n > sum.n ? n : sum.n;
+      sum = {marked_sum(sum.m * power(sum.n - most), m * power(n - most)), most};
     }
     normalise(sum.m, sum.n);
     out[o] = sum;
@@ -228,7 +264,10 @@ SUKHOPS_BOTH Window<E, P> window_of(P& p, int64_t u, int64_t k, const Number<dou
   const double top = p.max(n);
   w.base = top > -infinity() ? top : 0;
   SUKHOPS_UNROLL
-  for (int l = 0; l < P::kOwn; ++l) w.n[l] = E(n[l] - w.base);
+  for (int l = 0; l < P::kOwn; ++l) {
+    w.n[l] = E(n[l] - w.base);
+    mark_inexact(w.a[l], w.n[l]);
+  }
   return w;
 }
 
@@ -289,10 +328,17 @@ SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
   return p.max(bad) == 0;
 }
 
+// sum + lost += x, where lost is what sum has been rounded by (Neumaier's summation)
+SUKHOPS_BOTH void add_exactly(double& sum, double& lost, double x) {
+  const double before = sum;
+  sum += x;
+  lost += fabs(before) < fabs(x) ? (x - sum) + before : (before - sum) + x;
+}
+
 // follows the best sums back from the end, the shorter segment first among equals
 template <class P, class S>
 SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_t* segments) {
-  double score = 0;
+  double score = 0, lost = 0;
   p.sync();
   for (int64_t j = q.length; j > 0;) {
     double sum[P::kOwn];
@@ -306,9 +352,9 @@ SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_
     const int64_t length = 1 + p.first(sum, top);
     j -= length;
     if (p.lead()) segments[j] = length;
-    score += q.score[j * q.k + length - 1];
+    add_exactly(score, lost, q.score[j * q.k + length - 1]);
   }
-  return score;
+  return score + lost;
 }
 
 SUKHOPS_BOTH uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64

@@ -223,9 +223,11 @@ def info() -> int:
     print(f"cuda      {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
     print(f"_C        built, CPU kernels for {torch.ops.sukhops.cpu_capability()}")
     print(f"_C_cuda   {'built' if _library.has_cuda_library else 'not built'}")
-    print(f"\n{'op':<28}{'cpu':<10}cuda")
-    for operator in sorted({o for _, operators, *_ in OPS for o in operators}):
-        print(f"{operator:<28}{backend(operator, 'cpu'):<10}{backend(operator, 'cuda')}")
+    operators = sorted({o for _, operators, *_ in OPS for o in operators})
+    width = max(map(len, operators)) + 2
+    print(f"\n{'op':<{width}}{'cpu':<10}cuda")
+    for operator in operators:
+        print(f"{operator:<{width}}{backend(operator, 'cpu'):<10}{backend(operator, 'cuda')}")
     return 0
 
 

@@ -52,8 +52,9 @@ void posterior_of(const Sequence<S>& q, int64_t steps, S* logz, S* out) {
   logz[1] = S(log_of(beta[0], beta_n[0]));
   for (int64_t t = 0; t < q.length && alpha[q.length] != 0; ++t)
     for (int64_t i = 0; i < q.k && t + i < q.length; ++i)
-      out[t * q.k + i] = S(posterior(q.score[t * q.k + i], alpha[t], alpha_n[t], beta[t + 1 + i], beta_n[t + 1 + i],
-                                     alpha[q.length], alpha_n[q.length]));
+      out[t * q.k + i] = beta[0] != beta[0] ? S(NAN)
+                                            : S(posterior(q.score[t * q.k + i], alpha[t], alpha_n[t], beta[t + 1 + i],
+                                                          beta_n[t + 1 + i], alpha[q.length], alpha_n[q.length]));
 }
 
 template <class S>

@@ -178,7 +178,8 @@ def test_flex_attention_of_the_benchmark_is_the_adaptive_span(monkeypatch):
     given = {n: t.detach().float().requires_grad_(n == "span") for n, t in given.items()}
     q, k, v = (given[n] for n in "qkv")
     x = torch.arange(256).unsqueeze(1) - torch.arange(256)
-    mask = ((32 + given["span"].view(2, 1, 1) - x) / 32).clamp(0, 1) * (x >= 0)
+    place = (32 + given["span"].view(2, 1, 1) - x) / 32
+    mask = place.masked_fill(place < 0, 0.0).masked_fill(place > 1, 1.0) * (x >= 0)
     scores = (q @ k.mT / 4).masked_fill(mask == 0, -torch.inf)
     weights = scores.softmax(-1) * mask
     expected = weights / weights.sum(-1, keepdim=True) @ v

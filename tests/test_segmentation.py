@@ -13,6 +13,8 @@ import sukhops
 from sukhops import reference
 from sukhops.testing import assert_close, budget, compare, distance
 
+pytestmark = pytest.mark.every_isa
+
 NAMES = ("logz", "marginals", "entropy")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # windows of every register layout: part of one, whole, several, several and a part

@@ -12,6 +12,8 @@ from sukhops import (
     segmentation_viterbi,
 )
 
+pytestmark = pytest.mark.every_isa
+
 _ops = torch.ops.sukhops
 DIFFERENTIABLE = [segmentation_logz, segmentation_marginals, segmentation_entropy]
 

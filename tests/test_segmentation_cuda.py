@@ -16,6 +16,7 @@ import torch
 from gpu_build import CACHE
 from hypothesis import HealthCheck, given, settings
 from segmentation_oracle import problems, sequences, upstream_like
+from segmentation_sums import walk
 from torch.utils.cpp_extension import include_paths
 
 import sukhops
@@ -149,6 +150,26 @@ def test_long_sequences_agree_with_the_cpu(host, k, size, steps):
     exact = sukhops.segmentation_marginals(scores.double(), lengths)
     low = reference.segmentation_marginals(scores, lengths)
     assert distance(posterior, exact) <= budget(posterior, low, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 4, 16, 17, 64])
+@pytest.mark.parametrize("steps", [0, 8])
+@pytest.mark.parametrize("size", [5e6, 1.01 * 5e6, 2 * 5e6, 1000 * 5e6, 1e16, 1e20, 3e38])
+def test_large_scores_are_right_or_nan(host, size, steps, k, dtype):
+    scores = size / max(16, k) * (1 - 1e-6 * torch.rand(3, 150, k, dtype=dtype))
+    scores[1] *= -1
+    scores[2, :, 1:] *= -1
+    exact = sukhops.segmentation_marginals(scores.double())
+    logz, _, posterior = OnHost(host, scores, None).posterior(steps)
+    low = reference.segmentation_marginals(scores)
+    for ours, plain, right, z in zip(posterior, low, exact, logz, strict=True):
+        known = right.isfinite().all() and ours.isfinite().all()
+        allowed = budget(ours, plain, right) + walk(150, k, torch.float64)
+        assert distance(ours, right) <= allowed if known else ours.isnan().any()
+        assert ours.isnan().any() or not z.isnan()
+    if size == 5e6:
+        assert posterior.isfinite().all()
 
 
 def test_chunks_where_the_device_would_be_idle(host):

@@ -10,13 +10,24 @@ import pytest
 import torch
 from segmentation_sums import covered, exact_sums, walk
 
-from sukhops import reference, segmentation_logz, segmentation_marginals
+from sukhops import (
+    reference,
+    segmentation_entropy,
+    segmentation_logz,
+    segmentation_marginals,
+    segmentation_sample,
+    segmentation_viterbi,
+)
 from sukhops.testing import budget, distance
+
+pytestmark = pytest.mark.every_isa
 
 DTYPES = [torch.float32, torch.float64]
 # the exponents of the scores that a plain tile can have, and of its sums, from the largest one at its start
 LOWEST, HIGHEST = {torch.float32: -48, torch.float64: -384}, {torch.float32: 15, torch.float64: 127}
 FALL, RISE = {torch.float32: -124, torch.float64: -980}, {torch.float32: 34, torch.float64: 400}
+LARGE = 5e6  # scores of LARGE / max(16, K) are computed in float32, larger ones where float64 is needed
+BOUND = 2**52 * math.log(2)  # of a sum of scores whose exponent is exact in float64
 # tiles have 8 rows: a part of one, whole ones, and parts behind them
 TIMES = [1, 7, 8, 9, 17, 64, 300]
 
@@ -90,13 +101,79 @@ def test_nothing_at_a_boundary_is_less_than_any_number():
 
 
 @pytest.mark.parametrize("k", [1, 5, 16, 17, 64, 128])
-def test_scores_as_large_as_documented(k):
+@pytest.mark.parametrize("factor", [1, 1.01, 2, 1000])
+def test_scores_around_the_exponents_of_float32(k, factor):
     signs = torch.randn(6, 150, k).sign()
     signs[1], signs[2], signs[3, :, 1:] = 1.0, -1.0, -1.0
     signs[4:] = signs[4:].masked_fill(torch.rand(2, 150, k) < 0.5, -torch.inf)
-    scores = 5e6 / max(16, k) * (signs * (1 - 1e-6 * torch.rand(6, 150, k)))
+    scores = factor * LARGE / max(16, k) * (signs * (1 - 1e-6 * torch.rand(6, 150, k)))
     low, exact = reference.segmentation_marginals(scores), segmentation_marginals(scores.double())
     within_budget(segmentation_marginals(scores), low, exact)
+    logz = segmentation_logz(scores.double())
+    within_budget(segmentation_logz(scores), reference.segmentation_logz(scores), logz)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "size, t, k",
+    [
+        (312_500, 150, 16), (312_500, 20, 16), (312_500, 40, 16), (312_500, 60, 16), (300_000, 600, 16),
+        (290_000, 150, 16), (250_000, 600, 16), (100_000, 5000, 16), (312_500, 150, 15), (312_500, 150, 8),
+        (312_500, 150, 4), (294_117, 150, 17), (150_000, 1000, 32), (LARGE / 32, 1000, 32),
+        (LARGE / 64, 1000, 64), (1_000_000, 150, 1), (1e9, 150, 1), (1e12, 150, 16),
+    ],
+)  # fmt: skip
+def test_large_scores_cover_every_position(size, t, k, sign):
+    scores = sign * size * (1 - 1e-6 * torch.rand(1, t, k))
+    once = covered(segmentation_marginals(scores))[:, :t]
+    assert (once - 1).abs().max() <= walk(t, k, torch.float32)
+
+
+def test_a_large_difference_between_sums_that_meet_nowhere():
+    """Sums of even positions rise and those of odd ones fall, too far for float32; odd ones reach the end."""
+    scores = torch.full((1, 2001, 2), -torch.inf)
+    scores[0, ::2, 1], scores[0, 1::2, 1] = 5e4, -5e4
+    scores[0, 0, 0] = 1.0
+    scores[0, -1] = -torch.inf
+    odd = torch.zeros_like(scores)
+    odd[0, 0, 0] = odd[0, 1::2, 1] = 1
+    assert torch.equal(segmentation_marginals(scores), odd)
+    assert segmentation_logz(scores).item() == pytest.approx(1 - 1000 * 5e4, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("factor", [0.9, 1.01, 2, 1000])
+@pytest.mark.parametrize("k", [1, 4, 16, 17])
+def test_sums_beyond_float64_are_nan_or_right(k, factor, sign, dtype):
+    t = 150
+    best = t if sign > 0 or k == 1 else -(-t // k)  # segments of the best segmentation
+    scores = sign * factor * BOUND / best * (1 - 1e-3 * torch.rand(1, t, k, dtype=dtype))
+    found = segmentation_viterbi(scores).segments
+    only = torch.nn.functional.one_hot(found, k + 1)[..., 1:]  # all others weigh 0
+    logz, posterior = segmentation_logz(scores), segmentation_marginals(scores)
+    if factor < 1:
+        assert torch.equal(posterior, only.to(dtype)) and logz.isfinite().all()
+    elif not posterior.isnan().all():
+        assert torch.equal(posterior, only.to(dtype))
+        assert logz.item() == pytest.approx((scores * only)[only > 0].sum().item(), rel=1e-6)
+    else:
+        assert segmentation_entropy(scores).isnan().all()
+        with pytest.raises(RuntimeError, match="sums too large"):
+            segmentation_sample(scores, 1)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1000])
+def test_samples_of_large_scores(factor):
+    scores = factor * LARGE / 16 * (1 - 1e-6 * torch.rand(2, 150, 16))
+    scores[1] *= -1
+    samples = segmentation_sample(scores, 3)
+    assert (samples[:, 0] == 1).all() and (samples.sum(-1) == 150).all()
+    total = torch.where(
+        samples > 0, scores.gather(2, (samples - 1).clamp(min=0).movedim(0, 2)).movedim(2, 0), 0
+    )
+    best = segmentation_viterbi(scores.double()).score
+    assert (total.double().sum(-1) - best >= -40 * 1e-6 * factor * LARGE).all()
 
 
 # ------------------------------------------------------------------ one way only

@@ -115,9 +115,14 @@ def orpo(p: Pairs) -> Tensor:
     return p.nll - p.beta * F.logsigmoid(odds[0] - odds[1])
 
 
+def at_most(x: Tensor, limit: float) -> Tensor:
+    """min(x, limit) with gradient 1 at the limit, where that of clamp depends on torch's version."""
+    return x.masked_fill(x > limit, limit)
+
+
 def log_odds(logp: Tensor, said: Tensor) -> Tensor:
     """log(p / (1 - p)) of probabilities given as logs; 0 where nothing was said."""
-    logp = logp.clamp(max=-torch.finfo(logp.dtype).tiny)  # certainty has infinite odds
+    logp = at_most(logp, -torch.finfo(logp.dtype).tiny)  # certainty has infinite odds
     safe = logp.where(said, -1.0)
     return (safe - torch.log(-torch.expm1(safe))).where(said, 0.0)
 

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sukhops.losses._output import LossOutput
-from sukhops.losses._preference import LOSSES, OF_MARGIN, PER_TOKEN, REFERENCE, SMOOTHED, SORTED, Pairs
+from sukhops.losses._preference import (
+    LOSSES,
+    OF_MARGIN,
+    PER_TOKEN,
+    REFERENCE,
+    SMOOTHED,
+    SORTED,
+    Pairs,
+    at_most,
+)
 from sukhops.losses._sequences import (
     IGNORE,
     as_scores,
@@ -115,11 +124,11 @@ class Options(NamedTuple):
 def score(ratio: Tensor, o: Options) -> Tensor:
     """The f-divergence's score of a log-ratio; its derivative at 0 is 1 (js: 1/2)."""
     if o.f_divergence == "forward_kl":
-        return -torch.exp((-ratio).clamp(max=EXPONENT_LIMIT))
+        return -torch.exp(at_most(-ratio, EXPONENT_LIMIT))
     if o.f_divergence == "js":
         return F.logsigmoid(ratio)
     if o.f_divergence == "alpha" and o.f_alpha != 1:
-        return torch.exp(((o.f_alpha - 1) * ratio).clamp(max=EXPONENT_LIMIT)) / (o.f_alpha - 1)
+        return torch.exp(at_most((o.f_alpha - 1) * ratio, EXPONENT_LIMIT)) / (o.f_alpha - 1)
     return ratio
 
 

@@ -23,11 +23,13 @@ class Viterbi(NamedTuple):
 def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Log of the sum, over all segmentations, of the exponential of their score.
 
-    Exact for sequences of any length, positions that nothing reaches and scores of up to 5e6 / max(16, K)
-    nats in float32, 2e15 / max(16, K) in float64, beside -inf: numbers are kept as a mantissa and an
-    exponent, and the logarithm is taken at the end. The gradient is the posterior of each segment, exactly 0
-    for an impossible one; it is differentiable once more. Time and memory are linear in T; beside the
-    gradient, whose memory the CPU takes in the forward, B * T numbers are kept.
+    Exact for sequences of any length and for positions that no segment reaches: numbers are kept as a
+    mantissa and an exponent, and the logarithm is taken at the end. Sums of scores may reach 3e15 nats (2^52
+    binary exponents); beyond that every result of the sequence is NaN, never a wrong number. The CPU computes
+    a sequence with float32 scores above 5e6 / max(16, K) in float64, which takes several times longer; on
+    CUDA it may be NaN. The gradient is the posterior of each segment, exactly 0 for an impossible one; it is
+    differentiable once more. Time and memory are linear in T; beside the gradient, whose memory the CPU takes
+    in the forward, B * T numbers are kept.
 
     Args:
         scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). Under autocast
@@ -36,7 +38,8 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     Returns:
         [B], in nats, float32 (float64 for float64 inputs): -inf, with a gradient of zero, where no
-        segmentation exists; 0 for length 0; NaN where a score that counts is NaN or +inf.
+        segmentation exists; 0 for length 0; NaN where a score that counts is NaN or +inf, or sums are too
+        large.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -126,8 +129,8 @@ def segmentation_sample(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; num_samples < 0.
-        RuntimeError: a length outside [0, T], or a score that is NaN or +inf, on the CPU; on CUDA the
-            segments of that sequence are -1.
+        RuntimeError: a length outside [0, T], a score that is NaN or +inf, or sums that are too large, on the
+            CPU; on CUDA the segments of that sequence are -1.
 
     Source: forward filtering, backward sampling (Frühwirth-Schnatter 1994) over the lattice of Grave et al.
     2019.

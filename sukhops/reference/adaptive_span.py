@@ -48,12 +48,12 @@ def adaptive_span_attention(
     reach = span.to(acc)
     reach = reach.view(-1, 1, 1) if span.dim() == 1 else reach.unsqueeze(-1)  # [H, 1, 1] or [B, H, M, 1]
     place = (ramp + (reach - x)) / ramp  # [B, H, M, N] or [H, M, N]; exact at the ramp's ends
-    mask = place.clamp(0, 1)
+    # not clamp: at its bounds torch 2.14 halves the gradient that torch 2.13 passes
+    mask = place.masked_fill(place < 0, 0.0).masked_fill(place > 1, 1.0)
     counts = seen & ~(place <= 0)  # a NaN counts
     top = score.detach().masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
-    shifted = (score - top.masked_fill(top == -torch.inf, 0.0)).clamp(
-        max=80
-    )  # 80: beyond the ramp's end only
+    shifted = score - top.masked_fill(top == -torch.inf, 0.0)
+    shifted = shifted.masked_fill(shifted > 80, 80.0)  # above 0 beyond the end of the ramp only
     weight = mask * shifted.masked_fill(~(seen & ~(place < 0)), -torch.inf).exp()
     total = weight.sum(-1, keepdim=True)
     empty = total == 0
