@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sukhops import losses
+from sukhops.losses._preference import at_most
+from sukhops.losses.dpo import EXPONENT_LIMIT
 
 BETA, E = 0.3, 0.1
 
@@ -215,6 +217,17 @@ def test_robust_is_unbiased_and_cdpo_swaps(u):
     assert mixed == pytest.approx(at(u, "sigmoid")[0], rel=1e-12)
     swapped = at(-u, "sigmoid", label_smoothing=1 - E)[0]
     assert at(u, "sigmoid", label_smoothing=E)[0] == pytest.approx(swapped, rel=1e-12)
+
+
+def test_slopes_at_corners_do_not_depend_on_the_version_of_torch():
+    assert at(1.0, "hinge") == (0.0, 0.0)
+    x = torch.tensor([79.0, EXPONENT_LIMIT, 81.0, math.nan], requires_grad=True)
+    y = at_most(x, EXPONENT_LIMIT)
+    assert torch.equal(y[:3].detach(), torch.tensor([79.0, 80.0, 80.0])) and y[3].isnan()
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    # the score of the chosen one is at the limit, where its slope counts still
+    value, slope = at(-EXPONENT_LIMIT, "sigmoid", f_divergence="forward_kl")
+    assert value == pytest.approx(math.exp(80)) and slope == pytest.approx(-math.exp(80))
 
 
 def test_stationary_points():
