@@ -15,8 +15,8 @@ TILE_BYTES = 256 << 20  # of a head's float32 logits in the backward
 CHUNK = 1024  # columns a row pass holds at once
 ROW_WARPS = 8
 # rows, vocabulary entries and depth of a block, warps, stages: for few rows (and every top k), for many
-FEW = (16, 64, 64, 4, 3)
-MANY = (64, 128, 32, 8, 3)
+FEW = (16, 64, 64, 8, 3)
+MANY = (64, 64, 32, 8, 3)
 MAX_TOP = 64  # above, log-probs are written and torch selects
 SPLITS = 264  # programs that share the vocabulary when there is one block of rows: two for each processor
 
