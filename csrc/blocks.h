@@ -9,8 +9,8 @@ namespace sukhops {
 constexpr int64_t kMaxWidth = 4096;         // vocabulary entries in a tile
 constexpr int64_t kTileBytes = 16ll << 20;  // bytes in a tile
 
-// the dtype products are taken in: float16, and bfloat16 where the CPU has no instruction for it, are
-// many times faster converted block by block
+// the dtype of the factors of a product: float16, and bfloat16 where the CPU has no instruction for it, are many times
+// faster converted block by block
 inline ScalarType product_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Half) return ScalarType::Float;
   if (dtype == ScalarType::BFloat16 && !fast_bfloat16()) return ScalarType::Float;
@@ -40,6 +40,21 @@ struct Tiling {
     width = std::min(kMaxWidth, std::max<int64_t>(256, width / 64 * 64));
     width = std::min(width, v);
     rows = std::min(n, std::max<int64_t>(1, kTileBytes / (size * width)));
+  }
+};
+
+// Products of a block of the vocabulary in the accumulation dtype, and their gradients in the dtype that products are
+// taken in: a row pass reads a row of the one and writes the row of the other over it.
+struct Tile {
+  Tensor buffer;
+  ScalarType factor;
+
+  Tile(const Tiling& tiling, ScalarType acc, ScalarType factor, const Tensor& like)
+      : buffer(empty({tiling.rows * tiling.width}, acc, like)), factor(factor) {}
+  int64_t gradient_stride(int64_t width) const { return width * item_size(buffer.scalar_type()) / item_size(factor); }
+  Tensor products(int64_t rows, int64_t width) const { return matrix(buffer, rows, width); }
+  Tensor gradients(int64_t rows, int64_t width) const {
+    return matrix_at(buffer.data_ptr(), rows, width, gradient_stride(width), factor, buffer);
   }
 };
 
@@ -108,14 +123,18 @@ inline void accumulate(const Tensor& acc, const Tensor& a, const Tensor& b, bool
   });
 }
 
-// acc[j] += the sum of column j of a tile
-template <class A, class T>
-void add_columns(A* acc, const T* tile, int64_t rows, int64_t width) {
-  torch::stable::parallel_for(0, width, 64, [&](int64_t lo, int64_t hi) {
-    std::vector<double> sum(hi - lo);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = lo; j < hi; ++j) sum[j - lo] += static_cast<A>(tile[i * width + j]);
-    for (int64_t j = lo; j < hi; ++j) acc[j] += static_cast<A>(sum[j - lo]);
+// acc[j] += the sum of column j of a matrix
+template <class A>
+void add_columns(A* acc, const Tensor& m) {
+  const int64_t rows = m.size(0), stride = m.stride(0);
+  with_type(m.scalar_type(), [&](auto t) {
+    const auto* from = data<decltype(t)>(m);
+    torch::stable::parallel_for(0, m.size(1), 64, [&](int64_t lo, int64_t hi) {
+      std::vector<double> sum(hi - lo);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = lo; j < hi; ++j) sum[j - lo] += static_cast<A>(from[i * stride + j]);
+      for (int64_t j = lo; j < hi; ++j) acc[j] += static_cast<A>(sum[j - lo]);
+    });
   });
 }
 

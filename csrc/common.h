@@ -82,14 +82,19 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// the first rows x cols elements of a buffer as a contiguous matrix
-inline Tensor matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
-  const std::array<int64_t, 2> sizes{rows, cols}, strides{cols, 1};
-  return torch::stable::from_blob(
-      buffer.data_ptr(), {sizes.data(), 2}, {strides.data(), 2}, buffer.device(), buffer.scalar_type());
+// a matrix in memory of `owner`, whose rows are `stride` elements of `dtype` apart
+inline Tensor matrix_at(void* at, int64_t rows, int64_t cols, int64_t stride, ScalarType dtype, const Tensor& owner) {
+  const std::array<int64_t, 2> sizes{rows, cols}, strides{stride, 1};
+  return torch::stable::from_blob(at, {sizes.data(), 2}, {strides.data(), 2}, owner.device(), dtype);
 }
 
-// gemm.cpp: out (+)= a @ b where that beats the library, false where it does not apply
+// the first rows x cols elements of a buffer as a contiguous matrix
+inline Tensor matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
+  return matrix_at(buffer.data_ptr(), rows, cols, cols, buffer.scalar_type(), buffer);
+}
+
+// gemm.cpp: out (+)= a @ b where that beats the library or the library has no such product (bfloat16 summed in float32),
+// false elsewhere
 bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
 void count_product();
 

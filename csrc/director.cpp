@@ -29,7 +29,7 @@ struct Dots {
 
 template <class A>
 struct GateRows {
-  const void* const* tile;  // per head [count, stride]: the LM head, then the classifiers
+  const A* const* tile;     // per head [count, stride]: the LM head, then the classifiers
   const A* const* bias;     // per head, of the whole vocabulary, or null
   int64_t heads, rows, row0, v0, width, stride, vocab, k;
   const A* gamma;    // [heads - 1, rows], or [1, rows] for a shared head
@@ -43,7 +43,7 @@ struct GateRows {
 
 template <class A>
 struct GateBackwardRows {
-  void* const* tile;
+  A* const* tile;
   const A* const* bias;
   int64_t heads, rows, row0, v0, width, stride, vocab;
   const A *gamma, *affine;
@@ -169,23 +169,13 @@ GateRows<A> gate(const Heads<A>& heads, Sums<A>& sums, Top<A>& top, A* out) {
           sums.maximum.data(), sums.sum.data()};
 }
 
-template <class A, class Rows>
-void run_gate(const Rows& g, bool bfloat16, int64_t lo, int64_t hi) {
-  constexpr bool backward = std::is_same_v<Rows, GateBackwardRows<A>>;
+// bfloat16: whether gradients are stored so, where A is float
+template <class A>
+void run_gate_backward(const GateBackwardRows<A>& g, bool bfloat16, int64_t lo, int64_t hi) {
   if constexpr (std::is_same_v<A, float>) {
-    if (bfloat16) {
-      if constexpr (backward) {
-        return SUKHOPS_BEST(gate_backward_rows<uint16_t, float>)(g, lo, hi);
-      } else {
-        return SUKHOPS_BEST(gate_rows<uint16_t, float>)(g, lo, hi);
-      }
-    }
+    if (bfloat16) return SUKHOPS_BEST(gate_backward_rows<uint16_t, float>)(g, lo, hi);
   }
-  if constexpr (backward) {
-    SUKHOPS_BEST(gate_backward_rows<A, A>)(g, lo, hi);
-  } else {
-    SUKHOPS_BEST(gate_rows<A, A>)(g, lo, hi);
-  }
+  SUKHOPS_BEST(gate_backward_rows<A, A>)(g, lo, hi);
 }
 
 // ---------------------------------------------------------------- few rows: the weights are streamed
@@ -255,7 +245,7 @@ void stream(const Tensor& hidden, const Heads<float>& heads, Found<float>& found
   const Tensor wide_of = empty({threads, size == 4 ? 0 : kWiden * whole}, ScalarType::Float, hidden);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     float *tile = data<float>(tile_of) + thread * tile_of.size(1), *wide = data<float>(wide_of) + thread * wide_of.size(1);
-    std::vector<const void*> tiles(count);
+    std::vector<const float*> tiles(count);
     for (int64_t i = 0; i < count; ++i) tiles[i] = tile + i * n * step;
     for (int64_t p; (p = next++) < pieces;) {
       GateRows<float> g = gate(heads, sums[p], top[thread], out);
@@ -267,7 +257,7 @@ void stream(const Tensor& hidden, const Heads<float>& heads, Found<float>& found
         for (int64_t i = 0; i < count; ++i)
           run(dots, static_cast<const char*>(heads.weight[i].data_ptr()) + g.v0 * d * size, g.width,
               tile + i * n * step, step, wide);
-        run_gate<float>(g, false, 0, n);
+        SUKHOPS_BEST(gate_rows<float>)(g, 0, n);
       }
     }
   });
@@ -278,15 +268,16 @@ void stream(const Tensor& hidden, const Heads<float>& heads, Found<float>& found
 // ---------------------------------------------------------------- many rows: products in blocks
 
 // tiles of all heads together stay within kTileBytes
+template <class A>
 struct Tiles {
   Tiling tiling;
-  std::vector<Tensor> owner;
-  std::vector<void*> at;
+  std::vector<Tile> of;
+  std::vector<A*> at;
   Tiles(int64_t count, int64_t n, int64_t v, int64_t d, ScalarType product, const Tensor& like)
-      : tiling(n, v, d, count * item_size(product)) {
+      : tiling(n, v, d, count * sizeof(A)) {
     for (int64_t i = 0; i < count; ++i) {
-      owner.push_back(empty({tiling.rows * tiling.width}, product, like));
-      at.push_back(owner.back().data_ptr());
+      of.emplace_back(tiling, acc_dtype(like.scalar_type()), product, like);
+      at.push_back(data<A>(of.back().buffer));
     }
   }
 };
@@ -296,7 +287,7 @@ void in_blocks(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* 
   const int64_t n = heads.n, v = heads.v, count = heads.count();
   const ScalarType product = product_dtype(hidden.scalar_type());
   const Tensor h = torch::stable::contiguous(torch::stable::to(hidden, product));
-  Tiles tiles(count, n, v, heads.d, product, hidden);
+  Tiles<A> tiles(count, n, v, heads.d, product, hidden);
   std::vector<WeightBlocks> blocks;
   for (const Tensor& w : heads.weight) blocks.emplace_back(w, product, tiles.tiling.width);
   GateRows<A> g = gate(heads, found.sums, found.top, out);
@@ -308,10 +299,9 @@ void in_blocks(const Tensor& hidden, const Heads<A>& heads, Found<A>& found, A* 
     for (g.row0 = 0; g.row0 < n; g.row0 += tiles.tiling.rows) {
       const int64_t rows = std::min(tiles.tiling.rows, n - g.row0);
       for (int64_t i = 0; i < count; ++i)
-        mm_out(matrix(tiles.owner[i], rows, g.width), rows_of(h, g.row0, rows), transposed(block[i]));
-      torch::stable::parallel_for(0, rows, grain(g.width), [&](int64_t lo, int64_t hi) {
-        run_gate<A>(g, product == ScalarType::BFloat16, lo, hi);
-      });
+        mm_out(tiles.of[i].products(rows, g.width), rows_of(h, g.row0, rows), transposed(block[i]));
+      torch::stable::parallel_for(0, rows, grain(g.width),
+                                  [&](int64_t lo, int64_t hi) { SUKHOPS_BEST(gate_rows<A>)(g, lo, hi); });
     }
   }
 }
@@ -398,7 +388,7 @@ Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hi
   const int64_t n = heads.n, v = heads.v, d = heads.d, count = heads.count();
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype), product = product_dtype(dtype);
   const Tensor h = torch::stable::contiguous(torch::stable::to(hidden, product));
-  Tiles tiles(count, n, v, d, product, hidden);
+  Tiles<A> tiles(count, n, v, d, product, hidden);
   const bool one_tile = tiles.tiling.rows >= n;
   std::vector<WeightBlocks> blocks;
   std::vector<WeightGradient> dw;
@@ -429,19 +419,16 @@ Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hi
       const int64_t count_rows = std::min(tiles.tiling.rows, n - g.row0);
       const Tensor rows = rows_of(h, g.row0, count_rows);
       for (int64_t i = heads.affine ? 0 : 1; i < count; ++i)
-        mm_out(matrix(tiles.owner[i], count_rows, g.width), rows, transposed(block[i]));
+        mm_out(tiles.of[i].products(count_rows, g.width), rows, transposed(block[i]));
       torch::stable::parallel_for(0, count_rows, grain(g.width), [&](int64_t lo, int64_t hi) {
-        run_gate<A>(g, product == ScalarType::BFloat16, lo, hi);
+        run_gate_backward(g, product == ScalarType::BFloat16, lo, hi);
       });
       for (int64_t i = 0; i < count; ++i) {
-        const Tensor z = matrix(tiles.owner[i], count_rows, g.width);
+        const Tensor z = tiles.of[i].gradients(count_rows, g.width);
         if (need_hidden)
           accumulate(rows_of(dh, g.row0, count_rows), z, block[i], g.v0 == 0 && i == 0, scratch);
         dw[i].add(z, rows, g.v0, g.row0 == 0);
-        if (bias_grad[i].numel())
-          with_type(product, [&](auto t) {
-            add_columns(data<A>(bias_grad[i]) + g.v0, data<decltype(t)>(tiles.owner[i]), count_rows, g.width);
-          });
+        if (bias_grad[i].numel()) add_columns(data<A>(bias_grad[i]) + g.v0, z);
       }
     }
     for (WeightGradient& w : dw) w.finish(g.v0, g.width);

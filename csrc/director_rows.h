@@ -1,5 +1,5 @@
-// The passes of director. Included by isa.h once per instruction set. T is how a product is stored
-// (float, double, or bfloat16 bits), A what it is summed in. Tiles hold, per head, one row of `stride`
+// The passes of director. Included by isa.h once per instruction set. A is the type of products (float or double), T that
+// of their gradients (A, or bfloat16 bits), which are written over them. Tiles hold, per head, one row of `stride`
 // products for each row of hidden.
 #include "rows.h"
 #include "director_dots.h"
@@ -55,20 +55,20 @@ static inline void add_gate(double* x, const double* c, int64_t width, double ga
 
 // rows [lo, hi) of a tile: the gated scores, written if somebody wants them, and their running
 // maximum, sum of exponentials and top k
-template <class T, class A>
+template <class A>
 static void gate_rows(const GateRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], c[kMaxWidth];
   const int64_t whole = (g.width + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = lo; i < hi; ++i) {
     const int64_t n = g.row0 + i;
-    load_row((const T*)g.tile[0] + i * g.stride, x, g.width, g.bias[0] ? g.bias[0] + g.v0 : nullptr);
+    load_row(g.tile[0] + i * g.stride, x, g.width, g.bias[0] ? g.bias[0] + g.v0 : nullptr);
     if (g.affine) {
       for (int64_t j = g.width; j < whole; ++j) x[j] = 0;
       shift_row(x, c, whole, g.affine[0], g.affine[1]);
       add_gate(x, c, g.width, g.gamma[n]);
     }
     for (int64_t h = 1; h < g.heads; ++h) {
-      load_row((const T*)g.tile[h] + i * g.stride, c, g.width, g.bias[h] ? g.bias[h] + g.v0 : nullptr);
+      load_row(g.tile[h] + i * g.stride, c, g.width, g.bias[h] ? g.bias[h] + g.v0 : nullptr);
       add_gate(x, c, g.width, g.gamma[(h - 1) * g.rows + n]);
     }
     for (int64_t j = g.width; j < whole; ++j) x[j] = -(A)__builtin_inf();
@@ -143,7 +143,7 @@ static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t
   const int64_t whole = (g.width + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = lo; i < hi; ++i) {
     const int64_t n = g.row0 + i, at = n * g.vocab + g.v0;
-    T* first = (T*)g.tile[0] + i * g.stride;
+    A* first = g.tile[0] + i * g.stride;
     score_gradient(g.grad + at, g.logp + at, ds, g.width, g.total[n]);
     for (int64_t j = g.width; j < whole; ++j) ds[j] = 0;
     if (g.affine) {
@@ -158,14 +158,14 @@ static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t
         ds[j] += g.affine[0] * c[j];
       }
     }
-    store_row(first, ds, g.width);
+    store_row((T*)first, ds, g.width);
     for (int64_t h = 1; h < g.heads; ++h) {
-      T* tile = (T*)g.tile[h] + i * g.stride;
+      A* tile = g.tile[h] + i * g.stride;
       load_row(tile, c, g.width, g.bias[h] ? g.bias[h] + g.v0 : nullptr);
       for (int64_t j = g.width; j < whole; ++j) c[j] = 0;
       const int64_t m = (h - 1) * g.rows + n;
       g.grad_gamma[m] += gate_gradient(ds, c, g.width, g.gamma[m]);
-      store_row(tile, c, g.width);
+      store_row((T*)tile, c, g.width);
     }
   }
 }

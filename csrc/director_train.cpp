@@ -6,7 +6,7 @@ namespace sukhops {
 
 template <class A>
 struct NormRows {
-  void* tile;  // [count, width]
+  A* tile;  // [count, width]
   int64_t row0, v0, width;
   const A *bias, *affine;
   const int64_t* target;
@@ -122,14 +122,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(
   std::vector<A> shared;
   if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
 
-  const Tiling tiling(n, v, d, item_size(product));
-  const Tensor tile = empty({tiling.rows * tiling.width}, product, hidden);
+  const Tiling tiling(n, v, d, sizeof(A));
+  const Tile tile(tiling, acc, product, hidden);
   WeightBlocks blocks(weight, product, tiling.width);
   Tensor dw_all = need_weight ? zeros({v, d}, dtype, hidden) : Tensor();
   WeightGradient dw(dw_all, product, acc, tiling.width, tiling.rows >= n);
   const Tensor dh = zeros({need_hidden ? n : 0, d}, acc, hidden), db = zeros({need_bias ? v : 0}, acc, hidden);
   Tensor scratch;
-  NormRows<A> g{tile.data_ptr(), 0, 0, 0, nullptr, affine ? shared.data() : nullptr, picked.data(),
+  NormRows<A> g{data<A>(tile.buffer), 0, 0, 0, nullptr, affine ? shared.data() : nullptr, picked.data(),
                 grad ? upstream.data() : nullptr, sum.data(), grad_affine.data()};
   for (g.v0 = 0; g.v0 < v && n > 0; g.v0 += tiling.width) {
     g.width = std::min(tiling.width, v - g.v0);
@@ -137,19 +137,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(
     const Tensor block = blocks.rows(g.v0, g.width);
     for (g.row0 = 0; g.row0 < n; g.row0 += tiling.rows) {
       const int64_t count = std::min(tiling.rows, n - g.row0);
-      const Tensor z = matrix(tile, count, g.width), part = rows_of(h, g.row0, count);
-      mm_out(z, part, transposed(block));
-      NormRows<A> at = g;
-      at.tile = tile.data_ptr();
+      const Tensor z = tile.gradients(count, g.width), part = rows_of(h, g.row0, count);
+      mm_out(tile.products(count, g.width), part, transposed(block));
       torch::stable::parallel_for(0, count, grain(g.width), [&](int64_t lo, int64_t hi) {
-        run_norm(at, product == ScalarType::BFloat16, lo, hi);
+        run_norm(g, product == ScalarType::BFloat16, lo, hi);
       });
       if (need_hidden) accumulate(rows_of(dh, g.row0, count), z, block, g.v0 == 0, scratch);
       if (need_weight) dw.add(z, part, g.v0, g.row0 == 0);
-      if (need_bias)
-        with_type(product, [&](auto t) {
-          add_columns(data<A>(db) + g.v0, data<decltype(t)>(tile), count, g.width);
-        });
+      if (need_bias) add_columns(data<A>(db) + g.v0, z);
     }
     if (need_weight) dw.finish(g.v0, g.width);
   }

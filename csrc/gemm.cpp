@@ -1,9 +1,15 @@
-// float32 products for CPUs on which torch's library leaves half of AVX-512 unused: MKL does so on
-// AMD, where this takes 0.5 to 0.6 of its time. Anything else goes to the library (common.h).
+// float32 results of float32 and bfloat16 products, for CPUs with AVX-512. float32: MKL leaves half of AVX-512 unused
+// on AMD. bfloat16, where the CPU multiplies it: the library would round the result to bfloat16. Anything else goes to
+// the library (common.h).
 //
-// The usual scheme: panels of b and blocks of a are packed, and a kernel keeps 14 x 32 sums in
-// registers. A thread owns rows of the result, so a result does not depend on how threads are timed.
+// The usual scheme: b and a are packed, and a kernel keeps 14 x 32 sums in registers. Many rows of a: b is packed once
+// and each thread packs blocks of its own rows. Few rows: a is packed once, and each thread packs panels of its own
+// columns of b, which stay in its L2 cache. A result has one owner: it does not depend on how threads are timed.
 #include "common.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#endif
 
 namespace sukhops {
 
@@ -17,155 +23,152 @@ int64_t product_count() { return products.load(std::memory_order_relaxed); }
 
 namespace {
 
-constexpr int64_t kRows = 14, kCols = 32;   // of the sums in registers
-constexpr int64_t kDepth = 704;             // of a packed panel: kCols * kDepth floats stay in the L2 cache
-constexpr int64_t kRun = 128;               // products summed in a register before they join the result
-constexpr int64_t kBlock = 8 * kRows;       // rows of a that are packed at once
-
-struct Strided {
-  const float* data;
-  int64_t row, col;
-};
+constexpr int64_t kRows = 14, kCols = 32;  // of the sums in registers
+constexpr int64_t kDepth = 704;            // units of a packed panel: kCols * kDepth floats stay in the L2 cache
+constexpr int64_t kRun = 128;              // units summed in a register before they join the result
+constexpr int64_t kBlock = 8 * kRows;      // rows of a that are packed at once
+constexpr int64_t kFewRows = 448;          // of a, up to which threads share out columns
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
+namespace floats {
 constexpr int64_t kRegisterBytes = 64;
+constexpr bool kPairs = false;
 #include "vec.h"
 
-// c [kRows, kCols] (+)= a [kRows, depth] @ b [depth, kCols], both packed by depth
-void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add) {
-  for (; depth > 0; depth -= kRun, add = true) {
-    vf sum[kRows][2];
-    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = vf{};
-    for (int64_t p = depth < kRun ? depth : kRun; p > 0; --p) {
-      const vf b0 = load(b), b1 = load(b + kLanes);
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
-        const vf x = splat(a[i]);
-        sum[i][0] += x * b0;
-        sum[i][1] += x * b1;
-      }
-      a += kRows;
-      b += kCols;
-    }
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
-      float* row = c + i * stride;
-      if (add) {
-        sum[i][0] += load(row);
-        sum[i][1] += load(row + kLanes);
-      }
-      store(row, sum[i][0]);
-      store(row + kLanes, sum[i][1]);
-    }
-  }
-}
+#include "gemm_kernel.h"
+}  // namespace floats
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+namespace pairs {
+constexpr int64_t kRegisterBytes = 64;
+constexpr bool kPairs = true;
+#include "vec.h"
 
-// the transpose of sixteen vectors, halving the blocks that trade places
-void transpose(vf (&r)[kLanes]) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (int s = 8; s > 0; s /= 2) {
-    const vi low = (lane & s) == 0;
-    const vi first = low ? lane : lane + 16 - s, second = low ? lane + s : lane + 16;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & s) continue;
-      const vf x = r[i], y = r[i + s];
-      r[i] = __builtin_shuffle(x, y, first);
-      r[i + s] = __builtin_shuffle(x, y, second);
-    }
-  }
-}
-
-// packs a [count, depth] matrix by depth, `width` rows side by side, the last ones filled up with
-// zeros; may write up to kLanes floats past the end
-template <int64_t width>
-void pack(const Strided& from, int64_t count, int64_t depth, float* out) {
-  for (int64_t i0 = 0; i0 < count; i0 += width, out += width * depth) {
-    const int64_t n = count - i0 < width ? count - i0 : width;
-    const float* src = from.data + i0 * from.row;
-    if (from.col != 1) {
-      for (int64_t p = 0; p < depth; ++p) {
-        for (int64_t i = 0; i < n; ++i) out[p * width + i] = src[i * from.row + p * from.col];
-        for (int64_t i = n; i < width; ++i) out[p * width + i] = 0.0f;
-      }
-      continue;
-    }
-    int64_t p = 0;
-    for (; p + kLanes <= depth; p += kLanes) {
-      for (int64_t i = 0; i < width; i += kLanes) {
-        vf row[kLanes];
-        for (int64_t r = 0; r < kLanes; ++r)
-          row[r] = i + r < n ? load(src + (i + r) * from.row + p) : vf{};
-        transpose(row);
-        for (int64_t q = 0; q < kLanes; ++q) store(out + (p + q) * width + i, row[q]);
-      }
-    }
-    for (; p < depth; ++p)
-      for (int64_t i = 0; i < width; ++i) out[p * width + i] = i < n ? src[i * from.row + p] : 0.0f;
-  }
-}
-
-}  // namespace avx512
+#include "gemm_kernel.h"
+}  // namespace pairs
 #pragma GCC pop_options
 
-Strided strided(const Tensor& t) { return {data<float>(t), t.stride(0), t.stride(1)}; }
-
-// the same matrix with rows and columns exchanged, starting at a row and a column
-Strided at(const Strided& m, int64_t row, int64_t col) {
-  return {m.data + row * m.row + col * m.col, m.row, m.col};
-}
-
-Strided flipped(const Strided& m) { return {m.data, m.col, m.row}; }
-
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// a matrix of S, or its transpose
+template <class S>
+struct Strided {
+  const S* data;
+  int64_t row, col;
+
+  explicit Strided(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), row(t.stride(0)), col(t.stride(1)) {}
+  Strided(const S* data, int64_t row, int64_t col) : data(data), row(row), col(col) {}
+  Strided at(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
+  Strided transposed() const { return {data, col, row}; }
+
+  template <int64_t width>
+  void pack(int64_t count, int64_t depth, float* out) const {
+    if constexpr (sizeof(S) == 4)
+      floats::pack<width>(data, row, col, count, depth, out);
+    else
+      pairs::pack<width>(data, row, col, count, depth, out);
+  }
+};
+
+// out [m, n] (+)= a [m, k] @ b [k, n]
+template <class S>
+struct Product {
+  static constexpr int64_t kPer = sizeof(S) == 4 ? 1 : 2;  // elements of a unit
+  Strided<S> a, b;                                         // b transposed, [n, k]
+  int64_t m, n, k;
+  float* out;
+  int64_t stride;
+  bool add;
+
+  // rows and columns of packed panels x and y, `units` deep, into out from (i, j) on
+  void multiply(const float* x, const float* y, int64_t units, int64_t i, int64_t j, bool sum) const {
+    constexpr auto kernel = sizeof(S) == 4 ? &floats::multiply : &pairs::multiply;
+    const int64_t h = std::min(kRows, m - i), w = std::min(kCols, n - j);
+    float* const to = out + i * stride + j;
+    if (h == kRows && w == kCols) return kernel(x, y, units, to, stride, sum);
+    float edge[kRows * kCols];
+    kernel(x, y, units, edge, kCols, false);
+    for (int64_t r = 0; r < h; ++r)
+      for (int64_t s = 0; s < w; ++s) to[r * stride + s] = edge[r * kCols + s] + (sum ? to[r * stride + s] : 0.0f);
+  }
+
+  // f(first element, elements, units) for each part of the depth
+  template <class F>
+  void each_depth(const F& f) const {
+    for (int64_t p = 0; p < k; p += kDepth * kPer) {
+      const int64_t depth = std::min(kDepth * kPer, k - p);
+      f(p, depth, (depth + kPer - 1) / kPer);
+    }
+  }
+
+  void share_rows(const Tensor& like) const {
+    const int64_t panel = std::min((k + kPer - 1) / kPer, kDepth);
+    const Tensor panels = empty({padded(n, kCols) * panel + kCols}, ScalarType::Float, like);
+    float* const packed = data<float>(panels);
+    each_depth([&](int64_t p, int64_t depth, int64_t units) {
+      torch::stable::parallel_for(0, padded(n, kCols) / kCols, 4, [&](int64_t lo, int64_t hi) {
+        b.at(lo * kCols, p).template pack<kCols>(std::min(n, hi * kCols) - lo * kCols, depth,
+                                                 packed + lo * kCols * units);
+      });
+      torch::stable::parallel_for(0, padded(m, kBlock) / kBlock, 1, [&](int64_t lo, int64_t hi) {
+        std::vector<float> block(kBlock * units + kCols);
+        for (int64_t i0 = lo * kBlock; i0 < std::min(m, hi * kBlock); i0 += kBlock) {
+          const int64_t rows = std::min(kBlock, m - i0);
+          a.at(i0, p).template pack<kRows>(rows, depth, block.data());
+          for (int64_t j = 0; j < n; j += kCols)
+            for (int64_t i = 0; i < rows; i += kRows)
+              multiply(block.data() + i * units, packed + j * units, units, i0 + i, j, add || p > 0);
+        }
+      });
+    });
+  }
+
+  void share_columns(const Tensor& like) const {
+    const int64_t all = padded(m, kRows);
+    const Tensor rows = empty({all * ((k + kPer - 1) / kPer) + kCols}, ScalarType::Float, like);
+    float* const packed = data<float>(rows);
+    torch::stable::parallel_for(0, all / kRows, std::max<int64_t>(1, 65536 / (kRows * k)), [&](int64_t lo, int64_t hi) {
+      std::vector<float> block(kRows * kDepth + kCols);
+      each_depth([&](int64_t p, int64_t depth, int64_t units) {
+        for (int64_t i = lo * kRows; i < std::min(m, hi * kRows); i += kRows) {
+          a.at(i, p).template pack<kRows>(std::min(kRows, m - i), depth, block.data());
+          std::copy_n(block.data(), kRows * units, packed + all * (p / kPer) + i * units);
+        }
+      });
+    });
+    torch::stable::parallel_for(0, padded(n, kCols) / kCols, 1, [&](int64_t lo, int64_t hi) {
+      std::vector<float> panel(kCols * kDepth + kCols);
+      for (int64_t j = lo * kCols; j < std::min(n, hi * kCols); j += kCols)
+        each_depth([&](int64_t p, int64_t depth, int64_t units) {
+          b.at(j, p).template pack<kCols>(std::min(kCols, n - j), depth, panel.data());
+          for (int64_t i = 0; i < m; i += kRows)
+            multiply(packed + all * (p / kPer) + i * units, panel.data(), units, i, j, add || p > 0);
+        });
+    });
+  }
+};
+
+template <class S>
+void run(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  const Product<S> p{Strided<S>(a), Strided<S>(b).transposed(), a.size(0), b.size(1), a.size(1), data<float>(out),
+                     out.stride(0), add};
+  p.m > kFewRows ? p.share_rows(a) : p.share_columns(a);
+}
 
 }  // namespace
 
 bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  const bool pays = cpu_isa() == Isa::avx512 && __builtin_cpu_is("amd");
-  const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
-  if (!pays || a.scalar_type() != ScalarType::Float || out.stride(1) != 1 || m < 64 || n < kCols || k == 0)
-    return false;
-  const Strided left = strided(a), right = flipped(strided(b));
-  float* const c = data<float>(out);
-  const int64_t stride = out.stride(0), depths = std::min(k, kDepth);
-  const Tensor panels = empty({padded(n, kCols) * depths + 16}, ScalarType::Float, a);
-  float* const packed = data<float>(panels);
-  for (int64_t p = 0; p < k; p += kDepth) {
-    const int64_t depth = std::min(kDepth, k - p);
-    const bool sum = add || p > 0;
-    torch::stable::parallel_for(0, padded(n, kCols) / kCols, 4, [&](int64_t lo, int64_t hi) {
-      const int64_t count = std::min(n, hi * kCols) - lo * kCols;
-      avx512::pack<kCols>(at(right, lo * kCols, p), count, depth, packed + lo * kCols * depth);
-    });
-    torch::stable::parallel_for(0, padded(m, kBlock) / kBlock, 1, [&](int64_t lo, int64_t hi) {
-      std::vector<float> block(kBlock * depth + 16);
-      float edge[kRows * kCols];
-      for (int64_t i0 = lo * kBlock; i0 < std::min(m, hi * kBlock); i0 += kBlock) {
-        const int64_t rows = std::min(kBlock, m - i0);
-        avx512::pack<kRows>(at(left, i0, p), rows, depth, block.data());
-        for (int64_t j = 0; j < n; j += kCols) {
-          for (int64_t i = 0; i < rows; i += kRows) {
-            const int64_t h = std::min(kRows, rows - i), w = std::min(kCols, n - j);
-            float* const to = c + (i0 + i) * stride + j;
-            const float *x = block.data() + i * depth, *y = packed + j * depth;
-            if (h == kRows && w == kCols) {
-              avx512::multiply(x, y, depth, to, stride, sum);
-              continue;
-            }
-            avx512::multiply(x, y, depth, edge, kCols, false);
-            for (int64_t r = 0; r < h; ++r)
-              for (int64_t s = 0; s < w; ++s)
-                to[r * stride + s] = edge[r * kCols + s] + (sum ? to[r * stride + s] : 0.0f);
-          }
-        }
-      }
-    });
+  const bool narrow = a.scalar_type() == ScalarType::BFloat16;
+  if (out.scalar_type() != ScalarType::Float || out.stride(1) != 1 || a.size(1) == 0) return false;
+  if (narrow && fast_bfloat16()) {
+    run<uint16_t>(out, a, b, add);
+    return true;
   }
-  return true;
+  const bool pays = cpu_isa() == Isa::avx512 && __builtin_cpu_is("amd") && a.size(0) >= 16 && b.size(1) >= kCols;
+  if (!narrow && pays) run<float>(out, a, b, add);
+  return !narrow && pays;
 }
 
 #else

@@ -1,16 +1,18 @@
 // vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)),
 // and their exact gradients, from tiles of logits that are never kept.
 //
-// The vocabulary is walked in blocks. Each block is one library product into a reused tile, then one
-// pass per row while the tile is in cache. The backward recomputes the tile, turns it into the
-// gradient in place and finishes that block of grad_weight: one owner per output, so deterministic.
+// The vocabulary is walked in blocks. Each block is one product into a reused tile, then one pass per row while the tile
+// is in cache. The backward recomputes the tile, turns it into the gradient in place and finishes that block of
+// grad_weight: one owner per output, so deterministic. The products of the first rows, as many as a budget holds, go to
+// memory that the backward reads in place of the recomputation.
 #include "blocks.h"
 
 namespace sukhops {
 
 template <class A>
 struct ForwardRows {
-  void* tile;  // [rows, width]
+  A* tile;         // [rows, width]
+  int64_t stride;  // of its rows
   int64_t row0, v0, width, targets, k, depth;
   const A* bias;  // of this block, or null
   A scale, softcap;
@@ -25,8 +27,10 @@ struct ForwardRows {
 
 template <class A>
 struct BackwardRows {
-  void* tile;  // [rows, width]
-  int64_t row0, v0, width, picks;
+  A* tile;                  // [rows, width]
+  const A* kept;            // [., vocab], or null: the products are in the tile
+  const int64_t* kept_row;  // [N], which of them
+  int64_t vocab, row0, v0, width, picks;
   const A* bias;
   A scale, softcap;
   const A* lse;         // [N]
@@ -43,7 +47,7 @@ struct BackwardRows {
 namespace sukhops {
 namespace {
 
-// rows [lo, hi) of a tile whose products are stored as A, or as bfloat16 where A is float
+// rows [lo, hi) of a tile whose gradients are stored as A, or as bfloat16 where A is float
 template <class A>
 void run_rows(const ForwardRows<A>& f, bool bfloat16, int64_t lo, int64_t hi) {
   if constexpr (std::is_same_v<A, float>) {
@@ -81,12 +85,21 @@ std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_i
   return rows;
 }
 
+// f(row, count) for tiles of up to `most` of n rows, none of which has both kept and other rows
+template <class F>
+void each_row_tile(int64_t n, int64_t kept, int64_t most, const F& f) {
+  for (int64_t row = 0, count; row < n; row += count) {
+    count = std::min(most, (row < kept ? kept : n) - row);
+    f(row, count);
+  }
+}
+
 // ---------------------------------------------------------------- forward
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    int64_t k, A softcap, A scale, int64_t ignore_index, bool keep_mean) {
+    int64_t k, A softcap, A scale, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
   const int64_t v = weight.size(0), d = weight.size(1), targets = target.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
   const ScalarType product = product_dtype(hidden.scalar_type());
@@ -101,27 +114,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   for (int64_t i = 0; i < n; ++i)
     std::copy_n(data<int64_t>(target) + rows[i] * targets, targets, &picked[i * targets]);
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
+  const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
+  const int64_t kept = std::min(n, logits.size(0));
 
-  const Tiling tiling(n, v, d, item_size(product));
-  const Tensor tile = empty({tiling.rows * tiling.width}, product, hidden);
+  const Tiling tiling(n, v, d, sizeof(A));
+  const Tile tile(tiling, acc, product, hidden);
   WeightBlocks blocks(weight, product, tiling.width);
   Tensor scratch;
-  ForwardRows<A> f{tile.data_ptr(), 0, 0, 0, targets, k, d, nullptr, scale, softcap,
+  ForwardRows<A> f{nullptr, 0, 0, 0, 0, targets, k, d, nullptr, scale, softcap,
                    picked.data(), logit.data(), value.data(), index.data(), maximum.data(),
                    sum.data(), keep_mean ? data<A>(mean) : nullptr};
   for (f.v0 = 0; f.v0 < v && n > 0; f.v0 += tiling.width) {
     f.width = std::min(tiling.width, v - f.v0);
     f.bias = bias ? data<A>(b) + f.v0 : nullptr;
     const Tensor block = blocks.rows(f.v0, f.width);
-    for (f.row0 = 0; f.row0 < n; f.row0 += tiling.rows) {
-      const int64_t count = std::min(tiling.rows, n - f.row0);
-      const Tensor z = matrix(tile, count, f.width);
-      mm_out(z, rows_of(h, f.row0, count), transposed(block));
+    each_row_tile(n, kept, tiling.rows, [&](int64_t row0, int64_t count) {
+      f.row0 = row0;
+      f.tile = row0 < kept ? data<A>(logits) + row0 * v + f.v0 : data<A>(tile.buffer);
+      f.stride = row0 < kept ? v : f.width;
+      mm_out(matrix_at(f.tile, count, f.width, f.stride, acc, hidden), rows_of(h, row0, count), transposed(block));
       torch::stable::parallel_for(0, count, grain(f.width), [&](int64_t lo, int64_t hi) {
         run_rows(f, product == ScalarType::BFloat16, lo, hi);
       });
-      if (keep_mean) accumulate(rows_of(mean, f.row0, count), z, block, f.v0 == 0, scratch);
-    }
+      if (keep_mean)
+        accumulate(rows_of(mean, row0, count), tile.gradients(count, f.width), block, f.v0 == 0, scratch);
+    });
   }
 
   const Tensor lse = zeros({all}, acc, hidden), target_logit = zeros({all, targets}, acc, hidden);
@@ -138,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     for (int64_t j = 0; keep_mean && j < d; ++j)
       data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / sum[i]);
   });
-  return {lse, target_logit, top_value, top_index, mean_weight};
+  return {lse, target_logit, top_value, top_index, mean_weight, logits};
 }
 
 // ---------------------------------------------------------------- backward
@@ -149,6 +166,7 @@ template <class A>
 struct Upstream {
   int64_t picks;               // targets, then top k, of a row
   std::vector<int64_t> dense;  // rows of hidden
+  std::vector<int64_t> place;  // [dense], among the rows that count
   std::vector<A> grad_lse;     // [dense]
   std::vector<int64_t> pick;   // [dense, picks]
   std::vector<A> grad_pick;    // [dense, picks]
@@ -159,11 +177,13 @@ struct Upstream {
            const std::optional<Tensor>& g_top, int64_t ignore_index, bool all_sparse) {
     const int64_t targets = target.size(1), k = top_index.size(1);
     picks = targets + k;
-    for (const int64_t r : rows) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t r = rows[i];
       const A g = g_lse ? data<A>(*g_lse)[r] : A(0);
       const bool whole = g != 0;  // true for NaN
       if (whole) {
         dense.push_back(r);
+        place.push_back(i);
         grad_lse.push_back(g);
       }
       for (int64_t p = 0; p < picks; ++p) {
@@ -202,12 +222,12 @@ void through_cap(
   });
 }
 
-// The dense rows: every tile recomputed, turned into its gradient, and used for all that is needed.
+// The dense rows: every tile recomputed or read, turned into its gradient, and used for all that is needed.
 // grad_hidden [dense, D] and grad_bias [V] are in the accumulation dtype, grad_weight in the weight's.
 template <class A>
 void backward_dense(
     const Upstream<A>& up, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& lse,
-    A softcap, A scale, const Tensor& grad_hidden, const Tensor& grad_weight, const Tensor& grad_bias) {
+    const Tensor& logits, A softcap, A scale, const Tensor& grad_hidden, const Tensor& grad_weight, const Tensor& grad_bias) {
   const int64_t n = up.dense.size(), v = weight.size(0), d = weight.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
   const ScalarType product = product_dtype(hidden.scalar_type());
@@ -215,53 +235,40 @@ void backward_dense(
   std::vector<A> row_lse(n);
   for (int64_t i = 0; i < n; ++i) row_lse[i] = data<A>(lse)[up.dense[i]];
 
-  const Tiling tiling(n, v, d, item_size(product));
-  const Tensor tile = empty({tiling.rows * tiling.width}, product, hidden);
+  const int64_t kept = std::lower_bound(up.place.begin(), up.place.end(), logits.size(0)) - up.place.begin();
+  const Tiling tiling(n, v, d, sizeof(A));
+  const Tile tile(tiling, acc, product, hidden);
   WeightBlocks blocks(weight, product, tiling.width);
-  // a block of grad_weight is accumulated where it ends up unless that would round it between row tiles
-  const bool in_place = weight.scalar_type() == product && (product == acc || tiling.rows == n);
-  Tensor block_grad, scratch_hidden, scratch_weight;
-  if (grad_weight.defined() && !in_place) block_grad = empty({tiling.width, d}, acc, hidden);
+  WeightGradient dw(grad_weight, product, acc, tiling.width, tiling.rows >= n && (kept == 0 || kept == n));
+  Tensor scratch;
 
-  BackwardRows<A> b{tile.data_ptr(), 0, 0, 0, up.picks, nullptr, scale, softcap,
+  BackwardRows<A> b{data<A>(tile.buffer), nullptr, up.place.data(), v, 0, 0, 0, up.picks, nullptr, scale, softcap,
                     row_lse.data(), up.grad_lse.data(), up.pick.data(), up.grad_pick.data()};
   for (b.v0 = 0; b.v0 < v; b.v0 += tiling.width) {
     b.width = std::min(tiling.width, v - b.v0);
     b.bias = bias.numel() ? data<A>(bias) + b.v0 : nullptr;
     const Tensor block = blocks.rows(b.v0, b.width);
-    Tensor dw;
-    if (grad_weight.defined())
-      dw = in_place ? rows_of(grad_weight, b.v0, b.width) : matrix(block_grad, b.width, d);
-    for (b.row0 = 0; b.row0 < n; b.row0 += tiling.rows) {
-      const int64_t count = std::min(tiling.rows, n - b.row0);
-      const Tensor z = matrix(tile, count, b.width), rows = rows_of(h, b.row0, count);
-      mm_out(z, rows, transposed(block));
+    each_row_tile(n, kept, tiling.rows, [&](int64_t row0, int64_t count) {
+      const Tensor rows = rows_of(h, row0, count), z = tile.gradients(count, b.width);
+      b.row0 = row0;
+      b.kept = row0 < kept ? data<A>(logits) : nullptr;
+      if (!b.kept) mm_out(tile.products(count, b.width), rows, transposed(block));
       torch::stable::parallel_for(0, count, grain(b.width), [&](int64_t lo, int64_t hi) {
         run_rows(b, product == ScalarType::BFloat16, lo, hi);
       });
-      if (grad_hidden.defined())
-        accumulate(rows_of(grad_hidden, b.row0, count), z, block, b.v0 == 0, scratch_hidden);
-      if (dw.defined() && in_place && tiling.rows == n)
-        mm_out(dw, transposed(z), rows);
-      else if (dw.defined())
-        accumulate(dw, transposed(z), rows, b.row0 == 0, scratch_weight);
-      if (grad_bias.defined())
-        with_type(product, [&](auto t) {
-          add_columns(data<A>(grad_bias) + b.v0, data<decltype(t)>(tile), count, b.width);
-        });
-    }
-    if (dw.defined() && !in_place) {
-      Tensor out = rows_of(grad_weight, b.v0, b.width);
-      torch::stable::copy_(out, dw);
-    }
+      if (grad_hidden.defined()) accumulate(rows_of(grad_hidden, row0, count), z, block, b.v0 == 0, scratch);
+      dw.add(z, rows, b.v0, row0 == 0);
+      if (grad_bias.defined()) add_columns(data<A>(grad_bias) + b.v0, z);
+    });
+    dw.finish(b.v0, b.width);
   }
 }
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    const Tensor& top_index, const Tensor& lse, const Tensor& mean_weight, const std::optional<Tensor>& g_lse,
-    const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top, A softcap, A scale,
+    const Tensor& top_index, const Tensor& lse, const Tensor& mean_weight, const Tensor& logits,
+    const std::optional<Tensor>& g_lse, const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top, A softcap, A scale,
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
@@ -280,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   }
   if (need_weight) dw = dense ? empty({v, d}, dtype, hidden) : zeros({v, d}, dtype, hidden);
   if (need_bias) db = zeros({v}, acc, hidden);
-  if (dense) backward_dense<A>(up, hidden, weight, b, lse, softcap, scale, dh_dense, dw, db);
+  if (dense) backward_dense<A>(up, hidden, weight, b, lse, logits, softcap, scale, dh_dense, dw, db);
 
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
@@ -311,22 +318,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 // ---------------------------------------------------------------- registration
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vocab_head(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vocab_head(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    int64_t k, std::optional<double> softcap, double scale, int64_t ignore_index, bool need_hidden,
-    bool need_weight, bool need_bias) {
+    int64_t k, std::optional<double> softcap, double scale, int64_t ignore_index, int64_t logits_budget,
+    bool need_hidden, bool need_weight, bool need_bias) {
   const bool keep_mean = need_hidden && !need_weight && !need_bias;
   const auto run = [&](auto a) {
     using A = decltype(a);
     return forward<A>(hidden, weight, torch::stable::contiguous(target), bias, k, softcap.value_or(0.0), scale,
-                      ignore_index, keep_mean);
+                      ignore_index, need_weight || need_bias ? logits_budget : 0, keep_mean);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    const Tensor& topk_index, const Tensor& lse, const Tensor& mean_weight,
+    const Tensor& topk_index, const Tensor& lse, const Tensor& mean_weight, const Tensor& logits,
     const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_target,
     const std::optional<Tensor>& grad_topk, std::optional<double> softcap, double scale,
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
@@ -336,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
   const auto run = [&](auto a) {
     using A = decltype(a);
     return backward<A>(hidden, weight, torch::stable::contiguous(target), bias, topk_index, lse, mean_weight,
-                       contiguous(grad_lse), contiguous(grad_target), contiguous(grad_topk),
+                       logits, contiguous(grad_lse), contiguous(grad_target), contiguous(grad_topk),
                        softcap.value_or(0.0), scale, ignore_index, need_hidden, need_weight, need_bias);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

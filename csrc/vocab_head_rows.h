@@ -1,17 +1,16 @@
-// The row passes of vocab_head over one tile of raw products hidden @ weight.T. Included by isa.h
-// once per instruction set. T is how a product is stored (float, double, or bfloat16 bits), A what it
-// is summed in. A row is read once into `x`, which is padded to whole vectors.
+// The row passes of vocab_head over one tile of raw products hidden @ weight.T. Included by isa.h once per instruction
+// set. A is the type of products (float or double), T that of their gradients (A, or bfloat16 bits), which are written
+// over them. A row is read once into `x`, which is padded to whole vectors.
 #include "rows.h"
 
 // logit = softcap * tanh(raw / softcap), raw = scale * (product + bias); -inf in the padding
-template <class T>
 static inline void load_logits(
-    const T* z, float* x, int64_t width, const float* bias, float scale, float softcap) {
+    const float* z, float* x, int64_t width, const float* bias, float scale, float softcap) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) store(x + j, load(z + j));
   if (j < width) {
     store(x + j, splat(-__builtin_inff()));
-    for (; j < width; ++j) x[j] = to_float(z[j]);
+    for (; j < width; ++j) x[j] = z[j];
   }
   const int64_t whole = (width + kLanes - 1) / kLanes * kLanes;
   if (bias) {
@@ -41,7 +40,7 @@ template <class T, class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], cap[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
-    T* z = (T*)f.tile + i * f.width;
+    A* z = f.tile + i * f.stride;
     load_logits(z, x, f.width, f.bias, f.scale, f.softcap);
     const int64_t n = f.row0 + i;
     for (int64_t k = 0; k < f.targets; ++k) {
@@ -67,7 +66,7 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
     if (f.softcap != 0) {
       for (int64_t j = 0; j < f.width; ++j) x[j] *= cap[j];
     }
-    store_row(z, x, f.width);
+    store_row((T*)z, x, f.width);
     if (f.v0 != 0 && decay != 1) {
       A* mean = f.mean + n * f.depth;
       for (int64_t d = 0; d < f.depth; ++d) mean[d] *= decay;
@@ -75,14 +74,14 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   }
 }
 
-// rows [lo, hi) of a tile: turns each product into dloss/dproduct, in place
+// rows [lo, hi) of a tile: writes dloss/dproduct of each product, of the tile or of the rows that were kept
 template <class T, class A>
 static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], g[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
-    T* z = (T*)b.tile + i * b.width;
-    load_logits(z, x, b.width, b.bias, b.scale, b.softcap);
     const int64_t n = b.row0 + i;
+    A* z = b.tile + i * b.width;
+    load_logits(b.kept ? b.kept + b.kept_row[n] * b.vocab + b.v0 : z, x, b.width, b.bias, b.scale, b.softcap);
     const int64_t whole = (b.width + kLanes - 1) / kLanes * kLanes;
     for (int64_t j = 0; j < whole; ++j) g[j] = x[j];
     exp_row(g, b.width, b.lse[n]);
@@ -98,6 +97,6 @@ static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
         g[j] *= 1 - y * y;
       }
     }
-    store_row(z, g, b.width);
+    store_row((T*)z, g, b.width);
   }
 }

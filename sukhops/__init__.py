@@ -8,6 +8,7 @@ from sukhops import (
     reference,
     testing,
 )
+from sukhops._budget import get_logits_budget, set_logits_budget
 from sukhops.lexicon import Lexicon
 from sukhops.ops.adaptive_span import adaptive_span_attention
 from sukhops.ops.director import director_logp, director_topk
@@ -26,6 +27,7 @@ __all__ = [
     "adaptive_span_attention",
     "director_logp",
     "director_topk",
+    "get_logits_budget",
     "linear_logp",
     "linear_topk",
     "losses",
@@ -37,5 +39,6 @@ __all__ = [
     "segmentation_marginals",
     "segmentation_sample",
     "segmentation_viterbi",
+    "set_logits_budget",
     "testing",
 ]

@@ -45,7 +45,7 @@ def _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS: tl.constexpr, H
 
 @triton.jit
 def forward_rows(
-    tile_ptr,  # [rows, width] products, float32 or float64
+    tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
     out_ptr,  # [rows, width] exp(logit - maximum) * dlogit/draw in the inputs' dtype, if MEAN
     bias_ptr,  # [width], of this block
     target_ptr,  # [rows, K]
@@ -55,6 +55,7 @@ def forward_rows(
     maximum_ptr,  # [rows]
     sum_ptr,  # [rows]
     decay_ptr,  # [rows] what this block's maximum scales older sums by
+    stride,
     v0,
     width,
     targets,
@@ -67,7 +68,7 @@ def forward_rows(
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile = tile_ptr + row * width
+    tile = tile_ptr + row * stride
     old = tl.load(maximum_ptr + row)
     top = old
     for start in range(0, width, CHUNK):
@@ -127,26 +128,30 @@ def forward_rows(
 
 @triton.jit
 def backward_rows(
-    tile_ptr,  # [rows, width] products, float32 or float64
+    tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
     out_ptr,  # [rows, width] dloss/dproduct in the inputs' dtype
+    place_ptr,  # [rows] where products of a row are, if KEPT; else at the row's own number
     bias_ptr,  # [width], of this block
     lse_ptr,  # [rows]
     grad_lse_ptr,  # [rows]
     pick_ptr,  # [rows, picks]
     grad_pick_ptr,  # [rows, picks]
+    stride,
     v0,
     width,
     picks,
     softcap,
     scale,
+    KEPT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    place = tl.load(place_ptr + row) if KEPT else row
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = columns < width
-    z = tl.load(tile_ptr + row * width + columns, mask=mask, other=0.0)
+    z = tl.load(tile_ptr + place * stride + columns, mask=mask, other=0.0)
     z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
     g = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(grad_lse_ptr + row)
     for p in range(picks):
@@ -159,9 +164,8 @@ def backward_rows(
     tl.store(out_ptr + row * width + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(
-    hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias
-):
+def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, logits_budget, need_hidden,
+            need_weight, need_bias):  # fmt: skip
     """The CUDA kernel of sukhops::vocab_head."""
     n, (v, d), targets = hidden.shape[0], weight.shape, target.shape[1]
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -178,27 +182,34 @@ def forward(
     logit = h.new_zeros(r, targets, dtype=acc)
     top_value, top_index = h.new_empty(r, 0, dtype=acc), t.new_empty(r, 0)
     mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
+    held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
+    logits = h.new_empty(held, v, dtype=acc)
+    kept = min(r, logits.shape[0])
     width = _width(r, v)
     for v0 in range(0, v if r else 0, width):
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        tile = _mm(h, block.T)  # [R, w]
-        out = h.new_empty(r, w) if keep_mean else tile
+        out = h.new_empty(r if keep_mean else 0, w)
         top = min(k, w)
         value, index = h.new_empty(r, top, dtype=acc), t.new_empty(r, top)
-        forward_rows[(r,)](
-            tile, out, tile if b is None else b[v0:], t, logit, value, index, maximum, total, decay,
-            v0, w, targets, softcap or 0.0, scale,
-            HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MEAN=keep_mean, TOP=top,
-            CHUNK=CHUNK, num_warps=WARPS,
-        )  # fmt: skip
+        for lo, hi in ((0, kept), (kept, r)):
+            if lo == hi:
+                continue
+            tile = _mm(h[lo:hi], block.T, logits[:hi, v0 : v0 + w] if hi == kept else None)
+            forward_rows[(hi - lo,)](
+                tile, out[lo:hi], tile if b is None else b[v0:], t[lo:hi], logit[lo:hi], value[lo:hi],
+                index[lo:hi], maximum[lo:hi], total[lo:hi], decay[lo:hi], tile.stride(0), v0, w, targets,
+                softcap or 0.0, scale, HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MEAN=keep_mean,
+                TOP=top, CHUNK=CHUNK, num_warps=WARPS,
+            )  # fmt: skip
+            del tile  # the next one takes its memory
         if k:  # older entries come first, so a stable sort keeps the lower index first
             value, index = torch.cat([top_value, value], 1), torch.cat([top_index, index], 1)
             top_value, order = value.sort(dim=1, descending=True, stable=True)
             top_value, top_index = top_value[:, :k], index.gather(1, order)[:, :k]
         if keep_mean:
             mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out, block))
-        del tile, out  # the next block takes their memory
+        del out
     lse = maximum + total.log()
     if targets:  # no look at the values: a target out of range shows as NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
@@ -209,12 +220,12 @@ def forward(
     mean = h.new_zeros(0, dtype=acc) if mean is None else mean / total.unsqueeze(1)
     return (
         _spread(lse, rows, n), _spread(logit, rows, n), _spread(top_value, rows, n),
-        _spread(top_index.contiguous(), rows, n), _spread(mean, rows, n) if keep_mean else mean,
+        _spread(top_index.contiguous(), rows, n), _spread(mean, rows, n) if keep_mean else mean, logits,
     )  # fmt: skip
 
 
-def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_lse, grad_target, grad_topk,
-             softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
+def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits, grad_lse, grad_target,
+             grad_topk, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
     """The CUDA kernel of sukhops::vocab_head_backward."""
     v, d = weight.shape
     acc = lse.dtype
@@ -237,6 +248,9 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_ls
     rows = _kept(whole)
     h = _select(hidden, rows)  # [R, D]
     r = h.shape[0]
+    place = _select((~dropped).cumsum(0) - 1 if rows is not None else torch.arange(r, device=h.device), rows)
+    held = logits.shape[0]  # the forward kept the logits of the first rows that it did not drop
+    kept = min(r, held) if rows is None or held in (0, len(hidden)) else int((place < held).sum())
     row_lse, row_grad = _select(lse, rows), _select(grad_lse, rows)
     row_pick, row_grad_pick = _select(pick, rows).contiguous(), _select(grad_pick, rows).contiguous()
     dh = h.new_zeros(r, d, dtype=acc) if need_hidden else None
@@ -246,19 +260,25 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_ls
     for v0 in range(0, v if r else 0, width):
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        tile, g = _mm(h, block.T), h.new_empty(r, w)
-        backward_rows[(r, triton.cdiv(w, CHUNK))](
-            tile, g, tile if b is None else b[v0:], row_lse, row_grad, row_pick, row_grad_pick,
-            v0, w, row_pick.shape[1], softcap or 0.0, scale,
-            HAS_BIAS=b is not None, HAS_CAP=softcap is not None, CHUNK=CHUNK, num_warps=WARPS,
-        )  # fmt: skip
+        g = h.new_empty(r, w)
+        for lo, hi in ((0, kept), (kept, r)):
+            if lo == hi:
+                continue
+            tile = logits[:, v0 : v0 + w] if hi == kept else _mm(h[lo:hi], block.T)
+            backward_rows[(hi - lo, triton.cdiv(w, CHUNK))](
+                tile, g[lo:hi], place[lo:hi], tile if b is None else b[v0:], row_lse[lo:hi], row_grad[lo:hi],
+                row_pick[lo:hi], row_grad_pick[lo:hi], tile.stride(0), v0, w, row_pick.shape[1],
+                softcap or 0.0, scale, KEPT=hi == kept, HAS_BIAS=b is not None, HAS_CAP=softcap is not None,
+                CHUNK=CHUNK, num_warps=WARPS,
+            )  # fmt: skip
+            del tile  # the next one takes its memory
         if need_hidden:
             dh.add_(_mm(g, block))
         if need_weight:
             torch.mm(g.T, h, out=dw[v0 : v0 + w])
         if need_bias:
             db[v0 : v0 + w] = g.sum(0, dtype=acc)
-        del tile, g  # the next block takes their memory
+        del g
     dh = _spread(dh, rows, hidden.shape[0]) if need_hidden else None
     if rows is not None and (others := _kept(~whole & (grad_pick != 0).any(1))).numel():
         h, pick, grad_pick = hidden[others], pick[others], grad_pick[others]
@@ -294,11 +314,15 @@ def _width(rows: int, v: int) -> int:
     return max(2, TILE_BYTES // (4 * max(rows, 1) * CHUNK)) * CHUNK if v > 2 * CHUNK else v
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in the accumulation dtype, as the library writes it: a copy would cost as much as a row pass."""
     if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+        return torch.mm(a, b, out=out)
+    return (
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        if a.is_cuda
+        else torch.mm(a.float(), b.float(), out=out)
+    )
 
 
 def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sukhops import _checks, _library
+from sukhops._budget import get_logits_budget
 
 _head = torch.ops.sukhops.vocab_head.default
 _backward = torch.ops.sukhops.vocab_head_backward.default
@@ -50,7 +51,8 @@ def linear_logp(
 
     Rows whose targets are all ignored are dropped before any product. The gradient is exact for
     any upstream gradient; what needs none is not computed, and a weight that needs none takes two
-    products in all instead of four. First derivatives only.
+    products in all instead of four, or three where `set_logits_budget` holds the logits. First derivatives
+    only.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
@@ -173,7 +175,8 @@ def vocab_head(
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    *outputs, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, *need)
+    budget = get_logits_budget()
+    *outputs, _, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, budget, *need)
     return Head(*outputs)
 
 
@@ -198,21 +201,24 @@ def _check_head(
 
 
 @torch.library.register_fake("sukhops::vocab_head")
-def _(hidden, weight, target, bias, k, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):
+def _(hidden, weight, target, bias, k, softcap, scale, ignore_index, logits_budget, need_hidden, need_weight,
+      need_bias):  # fmt: skip
     acc = _checks.accumulation_dtype(hidden.dtype)
-    n, d = hidden.shape
+    (n, d), v = hidden.shape, weight.shape[0]
     keep_mean = need_hidden and not need_weight and not need_bias
+    held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     return (
         hidden.new_empty(n, dtype=acc),
         hidden.new_empty(n, target.shape[1], dtype=acc),
         hidden.new_empty(n, k, dtype=acc),
         target.new_empty(n, k),
         hidden.new_empty((n, d) if keep_mean else (0,), dtype=acc),
+        hidden.new_empty(held, v, dtype=acc),
     )
 
 
 @torch.library.register_fake("sukhops::vocab_head_backward")
-def _(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_lse, grad_target, grad_topk,
+def _(hidden, weight, target, bias, topk_index, lse, mean_weight, logits, grad_lse, grad_target, grad_topk,
       softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -223,9 +229,9 @@ def _(hidden, weight, target, bias, topk_index, lse, mean_weight, grad_lse, grad
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, target, bias, _, ctx.softcap, ctx.scale, ctx.ignore_index, *_ = inputs
-    lse, _, _, topk_index, mean_weight = output
-    ctx.save_for_backward(hidden, weight, target, bias, topk_index, lse, mean_weight)
-    ctx.mark_non_differentiable(topk_index, mean_weight)
+    lse, _, _, topk_index, mean_weight, logits = output
+    ctx.save_for_backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits)
+    ctx.mark_non_differentiable(topk_index, mean_weight, logits)
     ctx.set_materialize_grads(False)  # an output nobody used costs nothing
 
 
@@ -236,7 +242,7 @@ def _gradient(ctx, grad_lse, grad_target, grad_topk, *_):
         *need,
     )  # fmt: skip
     hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return hidden, weight, None, bias, None, None, None, None, None, None, None
+    return hidden, weight, None, bias, *[None] * 8
 
 
 torch.library.register_autograd("sukhops::vocab_head", _gradient, setup_context=_setup_context)
