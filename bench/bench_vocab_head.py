@@ -1,4 +1,4 @@
-"""vocab_head: DPO with a reference model, log-probs in four modes, a frozen head, and growth with V.
+"""vocab_head: DPO with a reference model, log-probs in four modes and by rows, a frozen head, growth with V.
 
 `python bench/bench_vocab_head.py` writes bench/results/vocab_head.jsonl; `--sweep` takes longer sweeps;
 `pytest bench` runs the same cases under pytest-benchmark.
@@ -93,6 +93,23 @@ def linear_cross_entropy(hidden, weight, target):
     return -loss.reshape(target.shape).float()
 
 
+def ignored_dropped(hidden, weight, target):
+    """Eager log-probs of the rows that are not ignored alone."""
+    kept = target != -100
+    return torch.zeros(target.shape).masked_scatter(
+        kept, reference.linear_logp(hidden[kept], weight, target[kept])
+    )
+
+
+def trl_logp(hidden, weight, target):
+    """What the trainers of TRL call, with its own defaults; it computes ignored rows too."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    rows = hidden.flatten(0, 1), weight, None, target.flatten().clamp(min=0)
+    logp = ChunkedLogProbFunction.apply(*rows, 1.0, 8192, None, 1.0, ())[0]
+    return logp.reshape(target.shape).masked_fill(target == -100, 0.0)
+
+
 def liger_dpo(i: Inputs):
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -131,18 +148,28 @@ def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768)
 
 
 def logp_case(
-    name: str, dtype: torch.dtype, rows: int, d: int, v: int, modes: tuple[str, ...] = ("fwd_bwd",)
+    name: str, dtype: torch.dtype, rows: int, d: int, v: int, modes: tuple[str, ...] = ("fwd_bwd",),
+    prompt: float = 0.25,
 ) -> Case:  # fmt: skip
+    providers = {
+        "sukhops": Provider(weighted(sukhops.linear_logp), ours=True),
+        "eager": Provider(weighted(reference.linear_logp), 20.0 * rows * v, "torch"),
+        "TRL": Provider(weighted(trl_logp), 8.0 * rows * 8192, "trl"),
+    }
+    if prompt:
+        providers["eager, ignored dropped"] = Provider(weighted(ignored_dropped), 20.0 * rows * v, "torch")
     return Case(
         "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
-        lambda: make(rows, d, v, dtype), lambda: make(256, d, v // 4, dtype),
-        weighted(reference.linear_logp),
-        {
-            "sukhops": Provider(weighted(sukhops.linear_logp), ours=True),
-            "eager": Provider(weighted(reference.linear_logp), 20.0 * rows * v, "torch"),
-        },
-        rounds=3, modes=modes,
+        lambda: make(rows, d, v, dtype, prompt=prompt),
+        lambda: make(min(rows, 256), d, v // 4, dtype, prompt=prompt),
+        weighted(reference.linear_logp), providers, lambda i: products(i, 3), rounds=5, modes=modes,
     )  # fmt: skip
+
+
+def by_rows(dtype: torch.dtype, d: int, v: int = 32768) -> list[Case]:
+    """Forward and backward of log-probs, no row ignored, over the three products that eager takes."""
+    name = f"by rows, none ignored, D = {d}, {str(dtype).removeprefix('torch.')}"
+    return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (16, 64, 256, 1024, 4096)]
 
 
 def unfrozen(inputs: Inputs):
@@ -169,8 +196,11 @@ def cases(sweep: bool = False) -> list[Case]:
         frozen_case(),
         logp_case("log-probs in four modes", torch.float32, 512, 512, 32768, harness.MODES),
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
+        *by_rows(torch.float32, 512),
+        *by_rows(torch.bfloat16, 512),
     ]
     if sweep:
+        listed += [c for dtype in (torch.float32, torch.bfloat16) for c in by_rows(dtype, 2048)]
         listed += [
             logp_case("growth with V", dtype, 2048, 1024, v)
             for dtype in (torch.float32, torch.bfloat16)

@@ -1,0 +1,67 @@
+"""Logits of a half-precision head are float32 sums on every CPU, as exact as those of float32 inputs."""
+
+import pytest
+import torch
+
+from sukhops import linear_logp, linear_topk, reference
+from sukhops.ops.director import classifier_logit, classifier_norm
+from sukhops.reference import director as plain
+from sukhops.testing import budget, distance
+
+pytestmark = pytest.mark.every_isa
+
+
+def confident(dtype, n=96, d=576, v=4000):
+    """Rows whose largest logit is about 30, as those of a trained model."""
+    weight = torch.randn(v, d)
+    best = torch.randint(0, v, (n,))
+    hidden = torch.randn(n, d)
+    direction = weight[best] / weight[best].norm(dim=1, keepdim=True)
+    hidden += direction * (30 - (hidden * direction).sum(1, keepdim=True))
+    return (hidden / d**0.25).to(dtype), (weight / weight.norm(dim=1, keepdim=True) * d**0.25).to(dtype), best
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 40, 96])
+def test_log_probs(dtype, rows):
+    hidden, weight, best = confident(dtype)
+    hidden, target = hidden[:rows], torch.stack([best, best.roll(1)], 1)[:rows]
+    logits = hidden.double() @ weight.double().T
+    assert 25 < logits.amax(1).mean() < 35
+    exact = logits.log_softmax(1).gather(1, target)
+    single = reference.linear_logp(hidden.float(), weight.float(), target)
+    for grad in (False, True):  # the row of the forward alone, and the one that keeps its logits
+        ours = linear_logp(hidden.requires_grad_(grad), weight.requires_grad_(grad), target).detach()
+        assert distance(ours, exact) <= budget(ours, single, exact)
+        assert rows < 40 or (ours - exact).abs().mean() <= 3e-6
+    top, best = linear_topk(hidden, weight, 3).values.detach(), logits.topk(3).values
+    assert distance(top, best) <= budget(top, (hidden.float() @ weight.float().T).topk(3).values, best)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_as_good_as_those_of_rounded_logits_or_better(dtype):
+    hidden, weight, best = confident(dtype)
+
+    def gradients(f, dtype):
+        given = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
+        return torch.autograd.grad(f(*given, best).sum(), given)
+
+    exact = gradients(reference.linear_logp, torch.float64)
+    for ours, low, e in zip(
+        gradients(linear_logp, dtype), gradients(reference.linear_logp, dtype), exact, strict=True
+    ):
+        assert (ours - e).norm() <= (low - e).norm() + torch.finfo(dtype).eps * e.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_the_classifier(dtype):
+    hidden, weight, target = confident(dtype)
+    label = torch.ones_like(target)
+
+    def both(dtype):
+        given = hidden.to(dtype), weight.to(dtype), target, label
+        return plain.classifier_norm(*given), plain.classifier_logit(*given)
+
+    ours = classifier_norm(hidden, weight, target, label), classifier_logit(hidden, weight, target, label)
+    for one, single, exact in zip(ours, both(torch.float32), both(torch.float64), strict=True):
+        assert distance(one, exact) <= budget(one, single, exact)
