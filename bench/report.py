@@ -29,7 +29,7 @@ class Headline(NamedTuple):
 
 
 HEADLINES = [
-    Headline("vocab_head", "log-probs in four modes", "`linear_logp`", 25, "not measured"),
+    Headline("vocab_head", "log-probs in four modes", "`linear_logp`", 25, "3 products"),
     Headline("vocab_head", "DPO with a reference model", "DPO with a reference model", 25, "5 products"),
     Headline(
         "preference", "CRINGE, k = 5", "CRINGE, k = 5", 25, "4 products of positive, 1 of negative rows"
