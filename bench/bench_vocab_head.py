@@ -168,7 +168,7 @@ def logp_case(
 
 def by_rows(dtype: torch.dtype, d: int, v: int = 32768) -> list[Case]:
     """Forward and backward of log-probs, no row ignored, over the three products that eager takes."""
-    name = f"by rows, none ignored, D = {d}, {str(dtype).removeprefix('torch.')}"
+    name = f"by rows D {d} {str(dtype).removeprefix('torch.')}"
     return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (16, 64, 256, 1024, 4096)]
 
 
