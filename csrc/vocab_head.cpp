@@ -227,7 +227,8 @@ void through_cap(
 template <class A>
 void backward_dense(
     const Upstream<A>& up, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& lse,
-    const Tensor& logits, A softcap, A scale, const Tensor& grad_hidden, const Tensor& grad_weight, const Tensor& grad_bias) {
+    const Tensor& logits, A softcap, A scale, const Tensor& grad_hidden, const Tensor& grad_weight,
+    const Tensor& grad_bias) {
   const int64_t n = up.dense.size(), v = weight.size(0), d = weight.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
   const ScalarType product = product_dtype(hidden.scalar_type());
@@ -268,7 +269,8 @@ template <class A>
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
     const Tensor& top_index, const Tensor& lse, const Tensor& mean_weight, const Tensor& logits,
-    const std::optional<Tensor>& g_lse, const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top, A softcap, A scale,
+    const std::optional<Tensor>& g_lse, const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top,
+    A softcap, A scale,
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);

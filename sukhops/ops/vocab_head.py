@@ -1,5 +1,6 @@
 """A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -175,7 +176,7 @@ def vocab_head(
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    budget = get_logits_budget()
+    budget = min(get_logits_budget(), sys.maxsize)
     *outputs, _, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, budget, *need)
     return Head(*outputs)
 
