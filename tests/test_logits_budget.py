@@ -91,7 +91,7 @@ def test_only_what_is_needed_is_kept():
     assert kept(lambda: linear_logp(**given))[0] == 4 * V * N
     assert kept(lambda: linear_topk(given["hidden"], given["weight"], 3))[0] == 4 * V * N
     assert kept(lambda: linear_logp(**frozen))[0] == 0
-    for nbytes, rows in ((0, 0), (4 * V - 1, 0), (4 * V, 1), (4 * V * 10 + 5, 10), (1 << 60, N), (1 << 80, N)):
+    for nbytes, rows in ((0, 0), (4 * V - 1, 0), (4 * V, 1), (40 * V + 5, 10), (1 << 60, N), (1 << 80, N)):
         with logits_budget(nbytes):
             assert kept(lambda: linear_logp(**given))[0] == 4 * V * rows
     none = (None, 1.0, -100, 1 << 30, False, False, False)
