@@ -172,6 +172,40 @@ def by_rows(dtype: torch.dtype, d: int, v: int = 32768) -> list[Case]:
     return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (16, 64, 256, 1024, 4096)]
 
 
+def by_budget(rows: int = 1024, d: int = 512, v: int = 32768) -> list[Case]:
+    """The same call with a budget of logits from almost nothing to all of them."""
+    dtype = torch.float32
+
+    def with_budget(mib: int):
+        def provider(i: Inputs):
+            call = weighted(sukhops.linear_logp)(i)
+
+            def budgeted():
+                before = sukhops.set_logits_budget(mib << 20)
+                try:
+                    return call()
+                finally:
+                    sukhops.set_logits_budget(before)
+
+            return budgeted
+
+        return provider
+
+    return [
+        Case(
+            "vocab_head", "by budget", {"rows": rows, "D": d, "V": v, "MiB of logits": mib}, dtype,
+            lambda: make(rows, d, v, dtype, prompt=0.0), lambda: make(256, d, v // 4, dtype, prompt=0.0),
+            weighted(reference.linear_logp),
+            {
+                "sukhops": Provider(with_budget(mib), ours=True),
+                "eager": Provider(weighted(reference.linear_logp), 20.0 * rows * v, "torch"),
+            },
+            lambda i: products(i, 3), rounds=5,
+        )
+        for mib in (1, 32, 64, 96, 128)
+    ]  # fmt: skip
+
+
 def unfrozen(inputs: Inputs):
     """The same log-probs with a weight that learns."""
     given = inputs | {"weight": inputs["weight"].detach().requires_grad_()}
@@ -198,6 +232,7 @@ def cases(sweep: bool = False) -> list[Case]:
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
         *by_rows(torch.float32, 512),
         *by_rows(torch.bfloat16, 512),
+        *by_budget(),
     ]
     if sweep:
         listed += [c for dtype in (torch.float32, torch.bfloat16) for c in by_rows(dtype, 2048)]
