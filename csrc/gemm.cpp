@@ -91,9 +91,9 @@ struct Product {
     constexpr auto kernel = sizeof(S) == 4 ? &floats::multiply : &pairs::multiply;
     const int64_t h = std::min(kRows, m - i), w = std::min(kCols, n - j);
     float* const to = out + i * stride + j;
-    if (h == kRows && w == kCols) return kernel(x, y, units, to, stride, sum);
+    if (h == kRows && w == kCols) return kernel(h, x, y, units, to, stride, sum);
     float edge[kRows * kCols];
-    kernel(x, y, units, edge, kCols, false);
+    kernel(h, x, y, units, edge, kCols, false);
     for (int64_t r = 0; r < h; ++r)
       for (int64_t s = 0; s < w; ++s) to[r * stride + s] = edge[r * kCols + s] + (sum ? to[r * stride + s] : 0.0f);
   }

@@ -13,15 +13,16 @@ SUKHOPS_INLINE vf multiply_add(vf sum, vf x, vf y) {
     return sum + x * y;
 }
 
-// c [kRows, kCols] (+)= a @ b of packed units: a [units, kRows], b [units, kCols]
-static void multiply(const float* a, const float* b, int64_t units, float* c, int64_t stride, bool add) {
+// c [R, kCols] (+)= a @ b of packed units: a [units, kRows], of which the first R count, b [units, kCols]
+template <int R>
+static void multiply_rows(const float* a, const float* b, int64_t units, float* c, int64_t stride, bool add) {
   for (; units > 0; units -= kRun, add = true) {
-    vf sum[kRows][2];
-    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = vf{};
+    vf sum[R][2];
+    for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = vf{};
     for (int64_t p = units < kRun ? units : kRun; p > 0; --p) {
       const vf b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < R; ++i) {
         const vf x = splat(a[i]);
         sum[i][0] = multiply_add(sum[i][0], x, b0);
         sum[i][1] = multiply_add(sum[i][1], x, b1);
@@ -30,7 +31,7 @@ static void multiply(const float* a, const float* b, int64_t units, float* c, in
       b += kCols;
     }
 #pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < R; ++i) {
       float* row = c + i * stride;
       if (add) {
         sum[i][0] += load(row);
@@ -40,6 +41,12 @@ static void multiply(const float* a, const float* b, int64_t units, float* c, in
       store(row + kLanes, sum[i][1]);
     }
   }
+}
+
+// the same for at least the first `rows` of a
+static void multiply(int64_t rows, const float* a, const float* b, int64_t units, float* c, int64_t stride, bool add) {
+  const auto kernel = rows <= 4 ? &multiply_rows<4> : rows <= 8 ? &multiply_rows<8> : &multiply_rows<kRows>;
+  kernel(a, b, units, c, stride, add);
 }
 
 // the transpose of sixteen vectors, halving the blocks that trade places
