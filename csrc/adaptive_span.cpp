@@ -149,7 +149,7 @@ struct Problem {
     std::vector<Run> out;
     const SpanCall<A>& c = call;
     for (size_t i = 0; i < window.size(); ++i) {
-      const int64_t panel = cpu_isa() == Isa::avx512 ? 32 : 16;
+      const int64_t panel = cpu_isa() >= Isa::avx512 ? 32 : 16;
       const int64_t wish = window[i] <= 64 ? panel : window[i] <= 256 ? 32 : 64;
       const int64_t lanes = std::min(wish, (std::max<int64_t>(1, c.m) + panel - 1) / panel * panel);
       const int64_t whole = (std::max(least, apart ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;

@@ -1,100 +1,131 @@
-// What kernels share that walk the vocabulary in blocks of library products: the tile's size, a block
-// of weight rows in the product's dtype, gathered rows, and the sums over tiles.
+// What kernels share that walk the vocabulary: parts of it that threads take, tiles of products, what each part found,
+// gathered rows, and sums over rows.
 #pragma once
 
-#include "common.h"
+#include "product.h"
 
 namespace sukhops {
 
-constexpr int64_t kMaxWidth = 4096;         // vocabulary entries in a tile
-constexpr int64_t kTileBytes = 16ll << 20;  // bytes in a tile
-
-// the dtype of the factors of a product: float16, and bfloat16 where the CPU has no instruction for it, are many times
-// faster converted block by block
-inline ScalarType product_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return ScalarType::Float;
-  if (dtype == ScalarType::BFloat16 && !fast_bfloat16()) return ScalarType::Float;
-  return dtype;
-}
-
-inline int64_t item_size(ScalarType dtype) {
-  int64_t size = 0;
-  with_type(dtype, [&](auto t) { size = sizeof t; });
-  return size;
-}
-
-inline Tensor rows_of(Tensor t, int64_t start, int64_t length) {
-  return torch::stable::narrow(t, 0, start, length);
-}
-
-inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+constexpr int64_t kMaxWidth = 1024;                // columns of a tile that a thread computes at a time
+constexpr int64_t kPartBytes = 512 << 10;          // bytes of it, which stay in the second cache
+constexpr int64_t kPartRows = 252;                 // rows of it
+constexpr int64_t kTileBytes = 8ll << 20;          // bytes of a tile that all threads share
 
 // rows of a parallel loop worth one thread's while
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
 
-// tiles of at most kTileBytes, as many rows as still leave 256 columns
+// A pass over the vocabulary [0, v) for n rows of hidden, of which nothing is summed over the vocabulary but numbers of a
+// row: each cell, some rows and a part of the vocabulary, is a thread's own, and walked in tiles of up to `width` columns.
+// `heads` tiles of `size` bytes an element belong together, and `k` numbers of a row and a part.
+struct Walk {
+  int64_t n, v, rows, width, part, parts;
+
+  Walk(int64_t n, int64_t v, int64_t size, int64_t heads = 1, int64_t k = 1) : n(n), v(v) {
+    rows = std::max<int64_t>(1, even(n, kPartRows));
+    const int64_t fits = kPartBytes / (size * rows * heads) / 64 * 64;
+    width = std::min(v, std::min(kMaxWidth, std::max<int64_t>(128, fits)));
+    const int64_t cells = std::max<int64_t>(1, divide_up(n, rows)), wanted = divide_up(64, cells);
+    const int64_t most = std::max<int64_t>(1, (1 << 20) / (std::max<int64_t>(1, n) * std::max<int64_t>(1, k)));
+    part = divide_up(divide_up(v, std::min(wanted, most)), width) * width;
+    parts = divide_up(v, part);
+  }
+
+  // f(row, rows, part, v0, v1) for each cell; rows of the same part come after each other
+  template <class F>
+  void each(const F& f) const {
+    const int64_t down = divide_up(n, rows);
+    each_cell(down * parts, [&](int64_t cell) {
+      const int64_t row = cell % down * rows, p = cell / down;
+      f(row, std::min(rows, n - row), p, p * part, std::min(v, (p + 1) * part));
+    });
+  }
+};
+
+// A pass whose gradients are summed over the vocabulary: a tile of all rows at a time, of `size` bytes an element in each
+// of `heads`. Within it cells are a thread's own, as in Walk.
 struct Tiling {
-  int64_t rows, width;
-  Tiling(int64_t n, int64_t v, int64_t d, int64_t size) {
-    width = kTileBytes / (size * std::max<int64_t>(1, std::max(n, d)));
-    width = std::min(kMaxWidth, std::max<int64_t>(256, width / 64 * 64));
-    width = std::min(width, v);
-    rows = std::min(n, std::max<int64_t>(1, kTileBytes / (size * width)));
+  int64_t n, width, rows, cols;
+
+  Tiling(int64_t n, int64_t v, int64_t size, int64_t heads = 1) : n(n) {
+    width = std::max<int64_t>(64, kTileBytes / (size * heads * std::max<int64_t>(1, n)) / 64 * 64);
+    width = std::min(v, width);
+    rows = std::max<int64_t>(1, even(n, kPartRows));
+    const int64_t fits = kPartBytes / (size * rows * heads) / 64 * 64;
+    cols = std::min(kMaxWidth, std::max<int64_t>(128, fits));
+    cols = std::min(cols, std::max<int64_t>(64, divide_up(width, 16 * 64) * 64));
+  }
+
+  int64_t parts() const { return divide_up(width, cols); }
+
+  // f(row, rows, part, col, cols) for each cell of a tile that is `width` wide; the last rows of the first `kept` end a cell
+  template <class F>
+  void each(int64_t width, int64_t kept, const F& f) const {
+    const int64_t across = divide_up(width, cols), above = divide_up(kept, rows), down = above + divide_up(n - kept, rows);
+    each_cell(down * across, [&](int64_t cell) {
+      const int64_t i = cell / across, p = cell % across;
+      const int64_t row = i < above ? i * rows : kept + (i - above) * rows;
+      f(row, std::min(rows, (i < above ? kept : n) - row), p, p * cols, std::min(cols, width - p * cols));
+    });
   }
 };
 
-// Products of a block of the vocabulary in the accumulation dtype, and their gradients in the dtype that products are
-// taken in: a row pass reads a row of the one and writes the row of the other over it.
-struct Tile {
-  Tensor buffer;
-  ScalarType factor;
+// a thread's tile of `count` heads
+template <class A>
+A* part_tile(int64_t elements) {
+  static thread_local std::vector<A> memory;
+  if (memory.size() < size_t(elements)) memory.resize(elements);
+  return memory.data();
+}
 
-  Tile(const Tiling& tiling, ScalarType acc, ScalarType factor, const Tensor& like)
-      : buffer(empty({tiling.rows * tiling.width}, acc, like)), factor(factor) {}
-  int64_t gradient_stride(int64_t width) const { return width * item_size(buffer.scalar_type()) / item_size(factor); }
-  Tensor products(int64_t rows, int64_t width) const { return matrix(buffer, rows, width); }
-  Tensor gradients(int64_t rows, int64_t width) const {
-    return matrix_at(buffer.data_ptr(), rows, width, gradient_stride(width), factor, buffer);
+// What the parts of the vocabulary found of each row: the log-sum-exp, and the k largest, descending, the lower index first
+// among equals. A part's first row is at part * n.
+template <class A>
+struct Found {
+  int64_t n, k, parts;
+  std::vector<A> maximum;
+  std::vector<double> sum;
+  std::vector<A> value;
+  std::vector<int64_t> index;
+
+  Found(int64_t n, int64_t k, int64_t parts)
+      : n(n), k(k), parts(parts), maximum(n * parts, -INFINITY), sum(n * parts), value(n * parts * k, -INFINITY),
+        index(n * parts * k, -1) {}
+
+  // joins the parts of a row, in their order, in the first of them; returns its log-sum-exp
+  A join(int64_t i) {
+    for (int64_t part = 1; part < parts; ++part) {
+      const int64_t from = part * n + i;
+      const A top = maximum[from] > maximum[i] ? maximum[from] : maximum[i], shift = top == -INFINITY ? A(0) : top;
+      sum[i] = sum[i] * std::exp(maximum[i] - shift) + sum[from] * std::exp(maximum[from] - shift);
+      maximum[i] = top;
+      for (int64_t j = from * k; j < (from + 1) * k && index[j] >= 0; ++j) {
+        const auto before = [&](int64_t p) { return value[j] > value[p] || index[p] < 0; };  // later parts lose ties
+        int64_t p = (i + 1) * k - 1;
+        if (!before(p)) break;
+        for (; p > i * k && before(p - 1); --p) {
+          value[p] = value[p - 1];
+          index[p] = index[p - 1];
+        }
+        value[p] = value[j];
+        index[p] = index[j];
+      }
+    }
+    return static_cast<A>(maximum[i] + std::log(sum[i]));
   }
 };
 
-// The weight, a block of rows at a time in the product's dtype.
-class WeightBlocks {
- public:
-  WeightBlocks(const Tensor& weight, ScalarType dtype, int64_t width)
-      : weight_(weight), convert_(weight.scalar_type() != dtype) {
-    if (convert_) buffer_ = empty({width, weight.size(1)}, dtype, weight);
-  }
-  Tensor rows(int64_t v0, int64_t width) {
-    Tensor block = rows_of(weight_, v0, width);
-    if (!convert_) return block;
-    Tensor converted = matrix(buffer_, width, weight_.size(1));
-    torch::stable::copy_(converted, block);
-    return converted;
-  }
-
- private:
-  const Tensor& weight_;
-  bool convert_;
-  Tensor buffer_;
-};
-
-// rows of `from` as a contiguous matrix in `dtype`; `from` itself when that is what it is
-inline Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows, ScalarType dtype) {
+// rows of `from`, contiguous; `from` itself when those are all
+inline Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows) {
   const int64_t n = rows.size(), d = from.size(1);
-  if (n == from.size(0) && from.scalar_type() == dtype && from.is_contiguous()) return from;
-  Tensor out = empty({n, d}, dtype, from);
+  if (n == from.size(0)) return from;
+  Tensor out = empty({n, d}, from.scalar_type(), from);
   with_type(from.scalar_type(), [&](auto s) {
     using S = decltype(s);
-    with_type(dtype, [&](auto t) {
-      using T = decltype(t);
-      const S* src = data<S>(from);
-      T* dst = data<T>(out);
-      const int64_t row_stride = from.stride(0), stride = from.stride(1);
-      parallel_rows(n, 65536 / (d + 1), [&](int64_t i) {
-        for (int64_t j = 0; j < d; ++j)
-          dst[i * d + j] = static_cast<T>(src[rows[i] * row_stride + j * stride]);
-      });
+    const S* src = data<S>(from);
+    S* dst = data<S>(out);
+    const int64_t row_stride = from.stride(0), stride = from.stride(1);
+    parallel_rows(n, 65536 / (d + 1), [&](int64_t i) {
+      for (int64_t j = 0; j < d; ++j) dst[i * d + j] = src[rows[i] * row_stride + j * stride];
     });
   });
   return out;
@@ -103,24 +134,6 @@ inline Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows, 
 // a converted copy of a vector in the accumulation dtype, or an empty tensor
 inline Tensor as_acc(const std::optional<Tensor>& t, ScalarType acc, const Tensor& like) {
   return t ? torch::stable::contiguous(torch::stable::to(*t, acc)) : empty({0}, acc, like);
-}
-
-// acc (+)= a @ b, where acc may be wider than the product's dtype: then by way of `scratch`
-inline void accumulate(const Tensor& acc, const Tensor& a, const Tensor& b, bool first, Tensor& scratch) {
-  if (acc.scalar_type() == a.scalar_type()) return first ? mm_out(acc, a, b) : addmm_out(acc, a, b);
-  const int64_t rows = acc.size(0), cols = acc.size(1);
-  if (!scratch.defined() || scratch.numel() < rows * cols)
-    scratch = empty({rows, cols}, a.scalar_type(), a);
-  mm_out(matrix(scratch, rows, cols), a, b);
-  const BFloat16* src = data<BFloat16>(scratch);
-  float* dst = data<float>(acc);
-  torch::stable::parallel_for(0, rows * cols, 16384, [&](int64_t lo, int64_t hi) {
-    if (first) {
-      for (int64_t i = lo; i < hi; ++i) dst[i] = static_cast<float>(src[i]);
-    } else {
-      for (int64_t i = lo; i < hi; ++i) dst[i] += static_cast<float>(src[i]);
-    }
-  });
 }
 
 // acc[j] += the sum of column j of a matrix
@@ -177,33 +190,6 @@ void add_runs(
     }
   });
 }
-
-// A gradient [V, D] that is finished block by block, in the product's or in a wider type.
-class WeightGradient {
- public:
-  WeightGradient(const Tensor& out, ScalarType product, ScalarType acc, int64_t width, bool one_tile)
-      : out_(out), direct_(out.defined() && out.scalar_type() == product), one_tile_(one_tile) {
-    if (!out.defined()) return;
-    in_place_ = direct_ && (product == acc || one_tile);
-    if (!in_place_) block_ = empty({width, out.size(1)}, acc, out);
-  }
-  void add(const Tensor& tile, const Tensor& rows, int64_t v0, bool first) {
-    if (!out_.defined()) return;
-    const int64_t width = tile.size(1);
-    Tensor to = in_place_ ? rows_of(out_, v0, width) : matrix(block_, width, out_.size(1));
-    if (in_place_ && one_tile_) return mm_out(to, transposed(tile), rows);
-    accumulate(to, transposed(tile), rows, first, scratch_);
-  }
-  void finish(int64_t v0, int64_t width) {
-    if (!out_.defined() || in_place_) return;
-    Tensor to = rows_of(out_, v0, width);
-    torch::stable::copy_(to, matrix(block_, width, out_.size(1)));
-  }
-
- private:
-  Tensor out_, block_, scratch_;
-  bool direct_, one_tile_, in_place_ = false;
-};
 
 // the sums over n rows of two columns
 inline Tensor sum_of_rows(const std::vector<double>& rows, int64_t n, ScalarType dtype, const Tensor& like) {

@@ -33,10 +33,10 @@ struct HalfBits {  // of a float16, for kernels that keep it as its bits
 };
 
 // isa.cpp: the instruction set that kernels use, the best one this CPU has unless a test chose another
-enum class Isa { base, avx2, avx512 };
+enum class Isa { base, avx2, avx512, avx512_bf16 };
 Isa cpu_isa();
 
-// whether the library multiplies bfloat16 matrices at full speed here
+// whether pairs of bfloat16 are multiplied faster here than the same numbers in float32
 bool fast_bfloat16();
 
 // calls f(T{}) with the C++ type of a floating dtype
@@ -57,6 +57,12 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline ScalarType acc_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline int64_t item_size(ScalarType dtype) {
+  int64_t size = 0;
+  with_type(dtype, [&](auto t) { size = sizeof t; });
+  return size;
 }
 
 // contiguous; without the dispatcher, which would take longer than a small operator
@@ -93,31 +99,26 @@ inline Tensor matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
   return matrix_at(buffer.data_ptr(), rows, cols, cols, buffer.scalar_type(), buffer);
 }
 
-// gemm.cpp: out (+)= a @ b where that beats the library or the library has no such product (bfloat16 summed in float32),
-// false elsewhere
-bool own_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
-void count_product();
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// out = a @ b
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  count_product();
-  if (own_product(out, a, b, false)) return;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-// out += a @ b, inside the product
-inline void addmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  count_product();
-  if (own_product(out, a, b, true)) return;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-}
+// n things in runs of at most `most`, about as many in each
+inline int64_t even(int64_t n, int64_t most) { return divide_up(n, std::max<int64_t>(1, divide_up(n, most))); }
 
 // f(i) for i in [0, n), threads taking runs of at least `grain`
 template <class F>
 void parallel_rows(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, std::max<int64_t>(1, grain), [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) f(i);
+  });
+}
+
+// f(i) for i in [0, n) in one parallel region: a thread that is ready takes the next i
+template <class F>
+void each_cell(int64_t n, const F& f) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
   });
 }
 

@@ -1,8 +1,6 @@
-// The passes of director. Included by isa.h once per instruction set. A is the type of products (float or double), T that
-// of their gradients (A, or bfloat16 bits), which are written over them. Tiles hold, per head, one row of `stride`
-// products for each row of hidden.
+// The passes of director. Included by isa.h once per instruction set. A is the type of products (float or double). Tiles
+// hold, per head, one row of `stride` products for each row of hidden.
 #include "rows.h"
-#include "director_dots.h"
 
 // log(sigmoid(c)) to a few ulp, without cancellation: log1p(e) = 2 atanh(e / (2 + e)); NaN stays NaN
 SUKHOPS_INLINE vf vlogsig(vf c) {
@@ -137,7 +135,7 @@ static inline double gate_gradient(const double* ds, double* c, int64_t width, d
 
 // rows [lo, hi) of a tile: turns each product into dloss/dproduct, in place. The first tile needs no
 // products unless the head is shared.
-template <class T, class A>
+template <class A>
 static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A ds[kMaxWidth], c[kMaxWidth];
   const int64_t whole = (g.width + kLanes - 1) / kLanes * kLanes;
@@ -158,14 +156,14 @@ static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t
         ds[j] += g.affine[0] * c[j];
       }
     }
-    store_row((T*)first, ds, g.width);
+    store_row(first, ds, g.width);
     for (int64_t h = 1; h < g.heads; ++h) {
       A* tile = g.tile[h] + i * g.stride;
       load_row(tile, c, g.width, g.bias[h] ? g.bias[h] + g.v0 : nullptr);
       for (int64_t j = g.width; j < whole; ++j) c[j] = 0;
       const int64_t m = (h - 1) * g.rows + n;
       g.grad_gamma[m] += gate_gradient(ds, c, g.width, g.gamma[m]);
-      store_row((T*)tile, c, g.width);
+      store_row(tile, c, g.width);
     }
   }
 }

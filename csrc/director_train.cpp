@@ -7,12 +7,12 @@ namespace sukhops {
 template <class A>
 struct NormRows {
   A* tile;  // [count, width]
-  int64_t row0, v0, width;
+  int64_t stride, row0, v0, width;
   const A *bias, *affine;
   const int64_t* target;
   const A* grad;        // [rows], or null in the forward
-  double* sum;          // [rows]
-  double* grad_affine;  // [rows, 2]
+  double* sum;          // [rows], of this part of the vocabulary
+  double* grad_affine;  // [rows, 2], the same
 };
 
 }  // namespace sukhops
@@ -90,78 +90,104 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
 
 // ---------------------------------------------------------------- training: the norm of the other logits
 
+// What forward and backward share: the rows that train the classifier and count, gathered.
 template <class A>
-void run_norm(const NormRows<A>& g, bool bfloat16, int64_t lo, int64_t hi) {
-  if constexpr (std::is_same_v<A, float>) {
-    if (bfloat16) return SUKHOPS_BEST(norm_rows<uint16_t, float>)(g, lo, hi);
+struct Norm {
+  std::vector<int64_t> rows, picked;  // [n], and their targets
+  std::vector<A> upstream, shared;    // [n] of the norm's sum over the vocabulary, in a backward
+  int64_t n, v, d;
+  A others;  // entries that are not the target
+  ScalarType acc;
+  Tensor h, b;
+
+  Norm(const Tensor* grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+       const std::optional<Tensor>& bias, const std::optional<Tensor>& affine)
+      : v(weight.size(0)), d(weight.size(1)), others(static_cast<A>(std::max<int64_t>(1, v - 1))),
+        acc(acc_dtype(hidden.scalar_type())) {
+    for (const int64_t r : classifier_rows(target, label, v)) {
+      if (grad && data<A>(*grad)[r] == 0) continue;
+      rows.push_back(r);
+      picked.push_back(data<int64_t>(target)[r]);
+      if (grad) upstream.push_back(data<A>(*grad)[r] / others);
+    }
+    n = rows.size();
+    h = gather_rows(hidden, rows);
+    b = as_acc(bias, acc, hidden);
+    if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
   }
-  SUKHOPS_BEST(norm_rows<A, A>)(g, lo, hi);
+
+  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width, double* sum, double* grad_affine) const {
+    return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr, shared.empty() ? nullptr : shared.data(),
+            picked.data(), upstream.empty() ? nullptr : upstream.data(), sum, grad_affine};
+  }
+};
+
+template <class A>
+Tensor norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
+  const Norm<A> g(nullptr, hidden, weight, target, label, bias, affine);
+  const Walk walk(g.n, g.v, sizeof(A));
+  std::vector<double> sum(g.n * walk.parts);
+  const Matrix x(g.h), w(weight);
+  count_products(g.n > 0);
+  walk.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
+    A* const tile = part_tile<A>(walk.rows * walk.width);
+    for (int64_t width; v0 < end; v0 += width) {
+      width = std::min(walk.width, end - v0);
+      multiply({Matrix(tile, g.acc, count, width, width), x.part(row0, 0, count, g.d),
+                w.part(v0, 0, width, g.d).transposed()});
+      SUKHOPS_BEST(norm_rows<A>)(g.pass(tile, width, row0, v0, width, &sum[part * g.n], nullptr), 0, count);
+    }
+  });
+  const Tensor value = zeros({hidden.size(0)}, g.acc, hidden);
+  for (int64_t i = 0; i < g.n; ++i) {
+    for (int64_t part = 1; part < walk.parts; ++part) sum[i] += sum[part * g.n + i];
+    data<A>(value)[g.rows[i]] = static_cast<A>(sum[i] / g.others);
+  }
+  return value;
 }
 
-// the forward when `grad` is not given: [N]; else the gradients of hidden, weight, bias and affine
+// the gradients of hidden, weight, bias and affine
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(
-    const std::optional<Tensor>& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target,
-    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine,
-    bool need_hidden, bool need_weight, bool need_bias) {
-  const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
-  const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype), product = product_dtype(dtype);
-  const A others = static_cast<A>(std::max<int64_t>(1, v - 1));
-  std::vector<int64_t> rows;
-  std::vector<A> upstream;
-  for (const int64_t r : classifier_rows(target, label, v)) {
-    if (grad && data<A>(*grad)[r] == 0) continue;
-    rows.push_back(r);
-    if (grad) upstream.push_back(data<A>(*grad)[r] / others);
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden, bool need_weight,
+    bool need_bias) {
+  const Norm<A> g(&grad, hidden, weight, target, label, bias, affine);
+  const int64_t all = hidden.size(0), n = g.n, v = g.v, d = g.d;
+  const ScalarType dtype = hidden.scalar_type();
+  const Tiling tiling(n, v, sizeof(A));
+  const Tensor tile = empty({n * tiling.width}, g.acc, hidden);
+  const Tensor dw = zeros({need_weight ? v : 0, d}, dtype, hidden), dh = zeros({need_hidden ? n : 0, d}, g.acc, hidden);
+  const Tensor db = zeros({need_bias ? v : 0}, g.acc, hidden);
+  std::vector<double> unused(n * tiling.parts()), grad_affine(2 * n * tiling.parts());
+  const Matrix x(g.h), w(weight);
+  count_products(n > 0 ? 1 + need_hidden + need_weight : 0);
+  for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
+    width = std::min(tiling.width, v - v0);
+    const Matrix z(tile.data_ptr(), g.acc, n, width, width), block = w.part(v0, 0, width, d);
+    tiling.each(width, 0, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
+      const Matrix cell = z.part(row0, col, count, cols);
+      multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
+      SUKHOPS_BEST(norm_rows<A>)(g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols, &unused[part * n],
+                                        &grad_affine[2 * part * n]), 0, count);
+    });
+    std::vector<Product> products;
+    if (need_weight) products.push_back({Matrix(dw).part(v0, 0, width, d), z.transposed(), x});
+    if (need_hidden) products.push_back({Matrix(dh), z, block, v0 > 0});
+    multiply_all(products);
+    if (need_bias) add_columns(data<A>(db) + v0, matrix(tile, n, width));
   }
-  const int64_t n = rows.size();
-  std::vector<int64_t> picked(n);
-  for (int64_t i = 0; i < n; ++i) picked[i] = data<int64_t>(target)[rows[i]];
-  const Tensor h = gather_rows(hidden, rows, product), b = as_acc(bias, acc, hidden);
-  std::vector<double> sum(n), grad_affine(grad ? 2 * n : 0);
-  std::vector<A> shared;
-  if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
-
-  const Tiling tiling(n, v, d, sizeof(A));
-  const Tile tile(tiling, acc, product, hidden);
-  WeightBlocks blocks(weight, product, tiling.width);
-  Tensor dw_all = need_weight ? zeros({v, d}, dtype, hidden) : Tensor();
-  WeightGradient dw(dw_all, product, acc, tiling.width, tiling.rows >= n);
-  const Tensor dh = zeros({need_hidden ? n : 0, d}, acc, hidden), db = zeros({need_bias ? v : 0}, acc, hidden);
-  Tensor scratch;
-  NormRows<A> g{data<A>(tile.buffer), 0, 0, 0, nullptr, affine ? shared.data() : nullptr, picked.data(),
-                grad ? upstream.data() : nullptr, sum.data(), grad_affine.data()};
-  for (g.v0 = 0; g.v0 < v && n > 0; g.v0 += tiling.width) {
-    g.width = std::min(tiling.width, v - g.v0);
-    g.bias = bias ? data<A>(b) + g.v0 : nullptr;
-    const Tensor block = blocks.rows(g.v0, g.width);
-    for (g.row0 = 0; g.row0 < n; g.row0 += tiling.rows) {
-      const int64_t count = std::min(tiling.rows, n - g.row0);
-      const Tensor z = tile.gradients(count, g.width), part = rows_of(h, g.row0, count);
-      mm_out(tile.products(count, g.width), part, transposed(block));
-      torch::stable::parallel_for(0, count, grain(g.width), [&](int64_t lo, int64_t hi) {
-        run_norm(g, product == ScalarType::BFloat16, lo, hi);
-      });
-      if (need_hidden) accumulate(rows_of(dh, g.row0, count), z, block, g.v0 == 0, scratch);
-      if (need_weight) dw.add(z, part, g.v0, g.row0 == 0);
-      if (need_bias) add_columns(data<A>(db) + g.v0, z);
-    }
-    if (need_weight) dw.finish(g.v0, g.width);
-  }
-
-  const Tensor value = zeros({grad ? 0 : all}, acc, hidden);
   const Tensor dh_all = zeros({need_hidden ? all : 0, d}, dtype, hidden);
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
-    parallel_rows(n, grain(d), [&](int64_t i) {
-      if (!grad) data<A>(value)[rows[i]] = static_cast<A>(sum[i] / others);
-      for (int64_t j = 0; need_hidden && j < d; ++j)
-        data<S>(dh_all)[rows[i] * d + j] = static_cast<S>(data<A>(dh)[i * d + j]);
+    parallel_rows(need_hidden ? n : 0, grain(d), [&](int64_t i) {
+      for (int64_t j = 0; j < d; ++j) data<S>(dh_all)[g.rows[i] * d + j] = static_cast<S>(data<A>(dh)[i * d + j]);
     });
   });
-  return {value, need_hidden ? dh_all : empty({0}, dtype, hidden),
-          need_weight ? dw_all : empty({0}, dtype, hidden), torch::stable::to(db, dtype),
-          grad && affine ? sum_of_rows(grad_affine, n, acc, hidden) : empty({0}, acc, hidden)};
+  return {need_hidden ? dh_all : empty({0}, dtype, hidden), need_weight ? dw : empty({0}, dtype, hidden),
+          torch::stable::to(db, dtype),
+          affine ? sum_of_rows(grad_affine, n * tiling.parts(), g.acc, hidden) : empty({0}, g.acc, hidden)};
 }
 
 // ---------------------------------------------------------------- registration
@@ -185,10 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
 Tensor director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
-  return in_acc(hidden, [&](auto a) {
-    return std::get<0>(
-        norm<decltype(a)>(std::nullopt, hidden, weight, t, l, bias, affine, false, false, false));
-  });
+  return in_acc(hidden, [&](auto a) { return norm<decltype(a)>(hidden, weight, t, l, bias, affine); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
@@ -197,9 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
     bool need_bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
   return in_acc(hidden, [&](auto a) {
-    auto [_, dh, dw, db, da] = norm<decltype(a)>(torch::stable::contiguous(grad), hidden, weight, t, l, bias, affine,
-                                                 need_hidden, need_weight, need_bias);
-    return std::tuple(dh, dw, db, da);
+    return norm_backward<decltype(a)>(torch::stable::contiguous(grad), hidden, weight, t, l, bias, affine, need_hidden,
+                                      need_weight, need_bias);
   });
 }
 

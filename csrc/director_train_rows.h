@@ -11,11 +11,11 @@ static inline void half_tanh(const double* c, double* t, int64_t width) {
 }
 
 // rows [lo, hi) of a tile: adds sum (sigmoid(c) - 1/2)^2 over this block without the target to sum
-template <class T, class A>
+template <class A>
 static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A c[kMaxWidth], t[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
-    A* z = g.tile + i * g.width;
+    A* z = g.tile + i * g.stride;
     load_row(z, c, g.width, g.bias);
     alignas(64) A u[kMaxWidth];
     if (g.affine) {
@@ -40,6 +40,6 @@ static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
         c[j] *= g.affine[0];
       }
     }
-    store_row((T*)z, c, g.width);
+    store_row(z, c, g.width);
   }
 }

@@ -1,46 +1,75 @@
 // Includes the file SUKHOPS_BODY once per instruction set, each copy in a namespace of its own.
 // A body is plain loops over the lanes of vec.h: no STL and no shared inline templates, which the
-// linker would merge across instruction sets. SUKHOPS_BEST(f) is f from the best set this CPU has.
+// linker would merge across instruction sets. SUKHOPS_BEST(f) is f from the best set this CPU has. Where SUKHOPS_PAIRS is
+// defined, the body is there once more with kPairs = true, for CPUs that multiply pairs of bfloat16: avx512bf16::f.
 #include <cmath>
 #include <cstdint>
 
 #include "common.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SUKHOPS_PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define SUKHOPS_TARGET(t) SUKHOPS_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define SUKHOPS_TARGET_END SUKHOPS_PRAGMA(clang attribute pop)
+#else
+#define SUKHOPS_TARGET(t) SUKHOPS_PRAGMA(GCC push_options) SUKHOPS_PRAGMA(GCC target(t))
+#define SUKHOPS_TARGET_END SUKHOPS_PRAGMA(GCC pop_options)
+#endif
+
+#ifdef __x86_64__
 #define SUKHOPS_X86 1
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#include <immintrin.h>
+
+SUKHOPS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace sukhops::avx512 {
-constexpr int kRegisters = 32;  // of sixteen floats
+constexpr int kRegisters = 32;
 constexpr int64_t kRegisterBytes = 64;
+constexpr bool kPairs = false;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+SUKHOPS_TARGET_END
+#ifdef SUKHOPS_PAIRS
+SUKHOPS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+namespace sukhops::avx512bf16 {
+constexpr int kRegisters = 32;
+constexpr int64_t kRegisterBytes = 64;
+constexpr bool kPairs = true;
+#include "vec.h"
+#include SUKHOPS_BODY
+}  // namespace sukhops::avx512bf16
+SUKHOPS_TARGET_END
+#endif
+SUKHOPS_TARGET("avx2,fma")
 namespace sukhops::avx2 {
-constexpr int kRegisters = 8;  // of sixteen floats
+constexpr int kRegisters = 16;
 constexpr int64_t kRegisterBytes = 32;
+constexpr bool kPairs = false;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::avx2
-#pragma GCC pop_options
+SUKHOPS_TARGET_END
 #endif
 
 namespace sukhops::base {
-constexpr int kRegisters = 4;  // of sixteen floats
+#ifdef __aarch64__
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 constexpr int64_t kRegisterBytes = 16;
+constexpr bool kPairs = false;
 #include "vec.h"
 #include SUKHOPS_BODY
 }  // namespace sukhops::base
 
 #ifdef SUKHOPS_X86
 #define SUKHOPS_BEST(...)                                              \
-  (sukhops::cpu_isa() == sukhops::Isa::avx512 ? &avx512::__VA_ARGS__   \
+  (sukhops::cpu_isa() >= sukhops::Isa::avx512 ? &avx512::__VA_ARGS__   \
    : sukhops::cpu_isa() == sukhops::Isa::avx2 ? &avx2::__VA_ARGS__     \
                                               : &base::__VA_ARGS__)
 #else
 #define SUKHOPS_BEST(...) (&base::__VA_ARGS__)
 #endif
 #undef SUKHOPS_BODY
+#undef SUKHOPS_PAIRS

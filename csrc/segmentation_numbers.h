@@ -54,10 +54,10 @@ SUKHOPS_INLINE auto sum_lanes(V x) {
     __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
     return sum_lanes<W / 2>(Half(low + high));
   } else if constexpr (W == 4) {
-    const V pairs = x + __builtin_shufflevector(x, x, 2, 3, 2, 3);
-    return (pairs + __builtin_shufflevector(pairs, pairs, 1, 1, 1, 1))[0];
+    const V pairs = x + shuffle<2, 3, 2, 3>(x, x);
+    return (pairs + shuffle<1, 1, 1, 1>(pairs, pairs))[0];
   } else {
-    return (x + __builtin_shufflevector(x, x, 1, 1))[0];
+    return (x + shuffle<1, 1>(x, x))[0];
   }
 }
 
@@ -222,25 +222,30 @@ using Lanes = std::make_integer_sequence<int, W>;
 // the lanes of x, then those of y
 template <class V, int... l>
 SUKHOPS_INLINE auto joined(V x, V y, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, y, l...);
+  typedef __typeof__(x[0] + 0) E;
+  typedef E Both __attribute__((vector_size(2 * sizeof(V))));
+  Both z;
+  __builtin_memcpy(&z, &x, sizeof x);
+  __builtin_memcpy((char*)&z + sizeof x, &y, sizeof y);
+  return z;
 }
 
 // the lanes of x from the second one on, then the first one of y
 template <class V, int... l>
 SUKHOPS_INLINE V next_lane(V x, V y, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, y, (l + 1)...);
+  return shuffle<(l + 1)...>(x, y);
 }
 
 // 0, then the lanes of x but the last one
 template <class V, int... l>
 SUKHOPS_INLINE V zero_before(V x, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, V{}, (l ? l - 1 : int(sizeof...(l)))...);
+  return shuffle<(l ? l - 1 : int(sizeof...(l)))...>(x, V{});
 }
 
 // the first lane of x, then the others of y
 template <class V, int... l>
 SUKHOPS_INLINE V first_of(V x, V y, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, y, (l ? l + int(sizeof...(l)) : 0)...);
+  return shuffle<(l ? l + int(sizeof...(l)) : 0)...>(x, y);
 }
 
 // p[l] - from in A, for W lanes

@@ -209,7 +209,7 @@ SUKHOPS_INLINE void forward_wide(Chain<S, A>& c, int64_t t0, int64_t rows) {
       // dropped
       const auto larger = add > old;
       const V shift = power<A>(ahead > A(0) ? -ahead : ahead), one = V{} + A(1);
-      const V sum = __builtin_assoc_barrier(have * (larger ? shift : one)) + m * (a * (larger ? one : shift));
+      const V sum = rounded(have * (larger ? shift : one)) + m * (a * (larger ? one : shift));
       set(c.n + k, larger ? add : old);
       set(c.a + k, shift != A(0) ? sum : larger ? m * a : have);
     }

@@ -84,6 +84,7 @@ template <>
 struct Register<float> {
   typedef float type __attribute__((vector_size(kRegisterBytes)));
   typedef int32_t ints __attribute__((vector_size(kRegisterBytes)));
+  typedef uint16_t halves __attribute__((vector_size(kRegisterBytes / 2)));
   static constexpr int64_t lanes = kRegisterBytes / 4;
 };
 template <>
@@ -111,6 +112,42 @@ SUKHOPS_INLINE void set(A* p, V x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+SUKHOPS_INLINE void store(HalfBits* p, vf x) {
+  const vu bits = (vu)x, magnitude = bits & 0x7fffffffu;
+  const vu normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const vu denormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;  // adding 1/2 rounds at the place of the last bit
+  const vu large = magnitude > 0x7f800000u ? vu{} + 0x7e00u : vu{} + 0x7c00u;
+  const vu rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? denormal : normal;
+  const vh h = __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), vh);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// a register of numbers in the type that sums of them are kept in
+SUKHOPS_INLINE Register<float>::type widened(const float* p) { return get(p); }
+SUKHOPS_INLINE Register<double>::type widened(const double* p) { return get(p); }
+SUKHOPS_INLINE Register<float>::type widened(const uint16_t* p) {
+  const auto h = get<Register<float>::halves>(p);
+  return (Register<float>::type)(__builtin_convertvector(h, Register<float>::ints) << 16);
+}
+SUKHOPS_INLINE Register<float>::type widened(const HalfBits* p) {
+  typedef Register<float>::type F;
+  typedef Register<float>::ints I;
+  const I bits = __builtin_convertvector(get<Register<float>::halves>((const uint16_t*)p), I);
+  F x = (F)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
+  x = (bits & 0x7c00) == 0x7c00 ? (F)((I)x | 0x7f800000) : x;
+  return (F)((I)x | ((bits & 0x8000) << 16));
+}
+
+// lanes i of x and y one after the other
+template <int... i, class V>
+SUKHOPS_INLINE V shuffle(V x, V y) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, y, i...);
+#else
+  return __builtin_shuffle(x, y, decltype(x == y){i...});
+#endif
+}
+
 // to nearest, ties to even; a NaN stays one
 SUKHOPS_INLINE void put(HalfBits* p, float x) {
   uint32_t bits;
@@ -133,7 +170,22 @@ SUKHOPS_INLINE void put(HalfBits* p, float x) {
 // keeps a vector in its register: read from memory in every product, it would cost a load each time
 template <class V>
 SUKHOPS_INLINE void hold(V& x) {
+#ifdef __x86_64__
   if constexpr (sizeof(V) == kRegisterBytes) asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(V) == kRegisterBytes) asm("" : "+w"(x));
+#endif
+}
+
+// a product that is rounded before it is added to another, not fused with the sum
+template <class V>
+SUKHOPS_INLINE V rounded(V x) {
+#if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+  return __builtin_assoc_barrier(x);
+#else
+  asm("" : "+m"(x));
+  return x;
+#endif
 }
 
 // exp to about 1 ulp; below -87.3 exactly 0; NaN stays NaN. For arguments up to 88.
@@ -200,6 +252,17 @@ SUKHOPS_INLINE float reduce_add(vf x) {
   c += d;
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
+
+SUKHOPS_INLINE float reduce_add(float __attribute__((vector_size(32))) x) {
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 a, b;
+  __builtin_memcpy(&a, &x, 16);
+  __builtin_memcpy(&b, (const char*)&x + 16, 16);
+  a += b;
+  return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+SUKHOPS_INLINE float reduce_add(float __attribute__((vector_size(16))) x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 SUKHOPS_INLINE float reduce_max(vf x) {
   float m = x[0];

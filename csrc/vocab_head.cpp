@@ -1,10 +1,11 @@
 // vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)),
 // and their exact gradients, from tiles of logits that are never kept.
 //
-// The vocabulary is walked in blocks. Each block is one product into a reused tile, then one pass per row while the tile
-// is in cache. The backward recomputes the tile, turns it into the gradient in place and finishes that block of
-// grad_weight: one owner per output, so deterministic. The products of the first rows, as many as a budget holds, go to
-// memory that the backward reads in place of the recomputation.
+// The forward is one parallel region: a thread takes some rows and a part of the vocabulary, and passes over each tile of
+// products while it is in cache. The backward takes two regions a tile of all rows: one recomputes it and turns it into
+// the gradient in place, the other takes the products with it. Every output has one owner, so nothing depends on timing.
+// The products of the first rows, as many as a budget holds, go to memory that the backward reads in place of the
+// recomputation.
 #include "blocks.h"
 
 namespace sukhops {
@@ -18,7 +19,7 @@ struct ForwardRows {
   A scale, softcap;
   const int64_t* target;  // [N, targets]
   A* target_logit;        // [N, targets]
-  A* top_value;           // [N, k]
+  A* top_value;           // [N, k], of this part of the vocabulary, like all that follow
   int64_t* top_index;     // [N, k]
   A* maximum;             // [N]
   double* sum;            // [N]
@@ -28,6 +29,7 @@ struct ForwardRows {
 template <class A>
 struct BackwardRows {
   A* tile;                  // [rows, width]
+  int64_t stride;           // of its rows
   const A* kept;            // [., vocab], or null: the products are in the tile
   const int64_t* kept_row;  // [N], which of them
   int64_t vocab, row0, v0, width, picks;
@@ -46,23 +48,6 @@ struct BackwardRows {
 
 namespace sukhops {
 namespace {
-
-// rows [lo, hi) of a tile whose gradients are stored as A, or as bfloat16 where A is float
-template <class A>
-void run_rows(const ForwardRows<A>& f, bool bfloat16, int64_t lo, int64_t hi) {
-  if constexpr (std::is_same_v<A, float>) {
-    if (bfloat16) return SUKHOPS_BEST(forward_rows<uint16_t, A>)(f, lo, hi);
-  }
-  SUKHOPS_BEST(forward_rows<A, A>)(f, lo, hi);
-}
-
-template <class A>
-void run_rows(const BackwardRows<A>& b, bool bfloat16, int64_t lo, int64_t hi) {
-  if constexpr (std::is_same_v<A, float>) {
-    if (bfloat16) return SUKHOPS_BEST(backward_rows<uint16_t, A>)(b, lo, hi);
-  }
-  SUKHOPS_BEST(backward_rows<A, A>)(b, lo, hi);
-}
 
 // checks every target and lists the rows with at least one that is not ignored; all rows if K is 0
 std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_index) {
@@ -85,16 +70,24 @@ std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_i
   return rows;
 }
 
-// f(row, count) for tiles of up to `most` of n rows, none of which has both kept and other rows
-template <class F>
-void each_row_tile(int64_t n, int64_t kept, int64_t most, const F& f) {
-  for (int64_t row = 0, count; row < n; row += count) {
-    count = std::min(most, (row < kept ? kept : n) - row);
-    f(row, count);
+// ---------------------------------------------------------------- forward
+
+// mean [N, D] = the sum over the vocabulary of what pass(v0, width, tile, lo, hi) makes of rows of products, times weight.
+// The pass scales mean to the maximum so far, so tiles come one after the other.
+template <class A, class F>
+void mean_of(const Matrix& hidden, const Matrix& weight, const F& pass, A* mean, ScalarType acc) {
+  const int64_t n = hidden.rows, v = weight.rows, d = weight.cols;
+  const Tiling tiling(n, v, sizeof(A));
+  const int64_t most = std::min(tiling.width, kMaxWidth);
+  std::vector<A> tile(n * most);
+  for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
+    width = std::min(most, v - v0);
+    const Matrix z(tile.data(), acc, n, width, width), w = weight.part(v0, 0, width, d);
+    multiply_all({{z, hidden, w.transposed()}});
+    torch::stable::parallel_for(0, n, grain(width), [&](int64_t lo, int64_t hi) { pass(v0, width, tile.data(), lo, hi); });
+    multiply_all({{Matrix(mean, acc, n, d, d), z, w, v0 > 0}});
   }
 }
-
-// ---------------------------------------------------------------- forward
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -102,42 +95,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     int64_t k, A softcap, A scale, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
   const int64_t v = weight.size(0), d = weight.size(1), targets = target.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
-  const ScalarType product = product_dtype(hidden.scalar_type());
   const std::vector<int64_t> rows = kept_rows(target, v, ignore_index);
   const int64_t n = rows.size(), all = hidden.size(0);
 
-  const Tensor h = gather_rows(hidden, rows, product);
-  const Tensor b = as_acc(bias, acc, hidden);
-  std::vector<int64_t> picked(n * targets), index(n * k, -1);
-  std::vector<A> logit(n * targets), value(n * k, -INFINITY), maximum(n, -INFINITY);
-  std::vector<double> sum(n);
+  const Tensor h = gather_rows(hidden, rows), b = as_acc(bias, acc, hidden);
+  std::vector<int64_t> picked(n * targets);
+  std::vector<A> logit(n * targets);
   for (int64_t i = 0; i < n; ++i)
     std::copy_n(data<int64_t>(target) + rows[i] * targets, targets, &picked[i * targets]);
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
   const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
   const int64_t kept = std::min(n, logits.size(0));
-
-  const Tiling tiling(n, v, d, sizeof(A));
-  const Tile tile(tiling, acc, product, hidden);
-  WeightBlocks blocks(weight, product, tiling.width);
-  Tensor scratch;
-  ForwardRows<A> f{nullptr, 0, 0, 0, 0, targets, k, d, nullptr, scale, softcap,
-                   picked.data(), logit.data(), value.data(), index.data(), maximum.data(),
-                   sum.data(), keep_mean ? data<A>(mean) : nullptr};
-  for (f.v0 = 0; f.v0 < v && n > 0; f.v0 += tiling.width) {
-    f.width = std::min(tiling.width, v - f.v0);
-    f.bias = bias ? data<A>(b) + f.v0 : nullptr;
-    const Tensor block = blocks.rows(f.v0, f.width);
-    each_row_tile(n, kept, tiling.rows, [&](int64_t row0, int64_t count) {
-      f.row0 = row0;
-      f.tile = row0 < kept ? data<A>(logits) + row0 * v + f.v0 : data<A>(tile.buffer);
-      f.stride = row0 < kept ? v : f.width;
-      mm_out(matrix_at(f.tile, count, f.width, f.stride, acc, hidden), rows_of(h, row0, count), transposed(block));
-      torch::stable::parallel_for(0, count, grain(f.width), [&](int64_t lo, int64_t hi) {
-        run_rows(f, product == ScalarType::BFloat16, lo, hi);
-      });
-      if (keep_mean)
-        accumulate(rows_of(mean, row0, count), tile.gradients(count, f.width), block, f.v0 == 0, scratch);
+  const Walk walk(n, v, sizeof(A), 1, k);
+  Found<A> found(n, k, keep_mean ? 1 : walk.parts);
+  const Matrix x(h), w(weight);
+  const auto pass = [&](int64_t part, int64_t v0, int64_t width, A* tile, int64_t stride, int64_t row0) {
+    const int64_t from = part * n;
+    return ForwardRows<A>{tile, stride, row0, v0, width, targets, k, d, bias ? data<A>(b) + v0 : nullptr, scale, softcap,
+                          picked.data(), logit.data(), found.value.data() + from * k, found.index.data() + from * k,
+                          found.maximum.data() + from, found.sum.data() + from, keep_mean ? data<A>(mean) : nullptr};
+  };
+  count_products(n == 0 ? 0 : 1 + keep_mean);
+  if (keep_mean) {
+    mean_of(x, w, [&](int64_t v0, int64_t width, A* tile, int64_t lo, int64_t hi) {
+      SUKHOPS_BEST(forward_rows<A>)(pass(0, v0, width, tile, width, 0), lo, hi);
+    }, data<A>(mean), acc);
+  } else {
+    walk.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
+      const int64_t above = std::max<int64_t>(0, std::min(kept - row0, count));  // rows whose logits are kept
+      for (int64_t width; v0 < end; v0 += width) {
+        width = std::min(walk.width, end - v0);
+        const auto rows_at = [&](int64_t row, int64_t rows, A* tile, int64_t stride) {
+          if (rows == 0) return;
+          multiply({Matrix(tile, acc, rows, width, stride), x.part(row, 0, rows, d), w.part(v0, 0, width, d).transposed()});
+          SUKHOPS_BEST(forward_rows<A>)(pass(part, v0, width, tile, stride, row), 0, rows);
+        };
+        rows_at(row0, above, data<A>(logits) + row0 * v + v0, v);
+        rows_at(row0 + above, count - above, part_tile<A>(walk.rows * walk.width), width);
+      }
     });
   }
 
@@ -147,13 +142,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor mean_weight = keep_mean ? zeros({all, d}, acc, hidden) : zeros({0}, acc, hidden);
   parallel_rows(n, grain(d), [&](int64_t i) {
     const int64_t r = rows[i];
-    const A z = data<A>(lse)[r] = static_cast<A>(maximum[i] + std::log(sum[i]));
+    const A z = data<A>(lse)[r] = found.join(i);
     std::copy_n(&logit[i * targets], targets, data<A>(target_logit) + r * targets);
-    finish_top(&value[i * k], &index[i * k], k, z != z);
-    std::copy_n(&value[i * k], k, data<A>(top_value) + r * k);
-    std::copy_n(&index[i * k], k, data<int64_t>(top_index) + r * k);
+    finish_top(&found.value[i * k], &found.index[i * k], k, z != z);
+    std::copy_n(&found.value[i * k], k, data<A>(top_value) + r * k);
+    std::copy_n(&found.index[i * k], k, data<int64_t>(top_index) + r * k);
     for (int64_t j = 0; keep_mean && j < d; ++j)
-      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / sum[i]);
+      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / found.sum[i]);
   });
   return {lse, target_logit, top_value, top_index, mean_weight, logits};
 }
@@ -231,37 +226,32 @@ void backward_dense(
     const Tensor& grad_bias) {
   const int64_t n = up.dense.size(), v = weight.size(0), d = weight.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
-  const ScalarType product = product_dtype(hidden.scalar_type());
-  const Tensor h = gather_rows(hidden, up.dense, product);
+  const Tensor h = gather_rows(hidden, up.dense);
   std::vector<A> row_lse(n);
   for (int64_t i = 0; i < n; ++i) row_lse[i] = data<A>(lse)[up.dense[i]];
 
   const int64_t kept = std::lower_bound(up.place.begin(), up.place.end(), logits.size(0)) - up.place.begin();
-  const Tiling tiling(n, v, d, sizeof(A));
-  const Tile tile(tiling, acc, product, hidden);
-  WeightBlocks blocks(weight, product, tiling.width);
-  WeightGradient dw(grad_weight, product, acc, tiling.width, tiling.rows >= n && (kept == 0 || kept == n));
-  Tensor scratch;
-
-  BackwardRows<A> b{data<A>(tile.buffer), nullptr, up.place.data(), v, 0, 0, 0, up.picks, nullptr, scale, softcap,
-                    row_lse.data(), up.grad_lse.data(), up.pick.data(), up.grad_pick.data()};
-  for (b.v0 = 0; b.v0 < v; b.v0 += tiling.width) {
-    b.width = std::min(tiling.width, v - b.v0);
-    b.bias = bias.numel() ? data<A>(bias) + b.v0 : nullptr;
-    const Tensor block = blocks.rows(b.v0, b.width);
-    each_row_tile(n, kept, tiling.rows, [&](int64_t row0, int64_t count) {
-      const Tensor rows = rows_of(h, row0, count), z = tile.gradients(count, b.width);
-      b.row0 = row0;
-      b.kept = row0 < kept ? data<A>(logits) : nullptr;
-      if (!b.kept) mm_out(tile.products(count, b.width), rows, transposed(block));
-      torch::stable::parallel_for(0, count, grain(b.width), [&](int64_t lo, int64_t hi) {
-        run_rows(b, product == ScalarType::BFloat16, lo, hi);
-      });
-      if (grad_hidden.defined()) accumulate(rows_of(grad_hidden, row0, count), z, block, b.v0 == 0, scratch);
-      dw.add(z, rows, b.v0, row0 == 0);
-      if (grad_bias.defined()) add_columns(data<A>(grad_bias) + b.v0, z);
+  const Tiling tiling(n, v, sizeof(A));
+  const Tensor tile = empty({n * tiling.width}, acc, hidden);
+  const Matrix x(h), w(weight);
+  count_products((kept < n) + grad_hidden.defined() + grad_weight.defined());
+  for (int64_t v0 = 0, width; v0 < v; v0 += width) {
+    width = std::min(tiling.width, v - v0);
+    const Matrix z(tile.data_ptr(), acc, n, width, width), block = w.part(v0, 0, width, d);
+    tiling.each(width, kept, [&](int64_t row0, int64_t count, int64_t, int64_t col, int64_t cols) {
+      const Matrix cell = z.part(row0, col, count, cols);
+      if (row0 >= kept) multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
+      const BackwardRows<A> b{
+          static_cast<A*>(cell.data), width, row0 < kept ? data<A>(logits) : nullptr, up.place.data(), v, row0,
+          v0 + col, cols, up.picks, bias.numel() ? data<A>(bias) + v0 + col : nullptr, scale, softcap, row_lse.data(),
+          up.grad_lse.data(), up.pick.data(), up.grad_pick.data()};
+      SUKHOPS_BEST(backward_rows<A>)(b, 0, count);
     });
-    dw.finish(b.v0, b.width);
+    std::vector<Product> products;
+    if (grad_weight.defined()) products.push_back({Matrix(grad_weight).part(v0, 0, width, d), z.transposed(), x});
+    if (grad_hidden.defined()) products.push_back({Matrix(grad_hidden), z, block, v0 > 0});
+    multiply_all(products);
+    if (grad_bias.defined()) add_columns(data<A>(grad_bias) + v0, matrix(tile, n, width));
   }
 }
 

@@ -1,6 +1,5 @@
 // The row passes of vocab_head over one tile of raw products hidden @ weight.T. Included by isa.h once per instruction
-// set. A is the type of products (float or double), T that of their gradients (A, or bfloat16 bits), which are written
-// over them. A row is read once into `x`, which is padded to whole vectors.
+// set. A is the type of products (float or double). A row is read once into `x`, which is padded to whole vectors.
 #include "rows.h"
 
 // logit = softcap * tanh(raw / softcap), raw = scale * (product + bias); -inf in the padding
@@ -36,7 +35,7 @@ static inline void load_logits(
 
 // rows [lo, hi) of a tile: updates the running maximum and sum, picks targets and the top k, and with
 // `mean` leaves in the tile exp(logit - maximum) * dlogit/draw and scales the row of `mean` to the new maximum
-template <class T, class A>
+template <class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], cap[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
@@ -66,7 +65,7 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
     if (f.softcap != 0) {
       for (int64_t j = 0; j < f.width; ++j) x[j] *= cap[j];
     }
-    store_row((T*)z, x, f.width);
+    store_row(z, x, f.width);
     if (f.v0 != 0 && decay != 1) {
       A* mean = f.mean + n * f.depth;
       for (int64_t d = 0; d < f.depth; ++d) mean[d] *= decay;
@@ -75,12 +74,12 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
 }
 
 // rows [lo, hi) of a tile: writes dloss/dproduct of each product, of the tile or of the rows that were kept
-template <class T, class A>
+template <class A>
 static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], g[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
     const int64_t n = b.row0 + i;
-    A* z = b.tile + i * b.width;
+    A* z = b.tile + i * b.stride;
     load_logits(b.kept ? b.kept + b.kept_row[n] * b.vocab + b.v0 : z, x, b.width, b.bias, b.scale, b.softcap);
     const int64_t whole = (b.width + kLanes - 1) / kLanes * kLanes;
     for (int64_t j = 0; j < whole; ++j) g[j] = x[j];
@@ -97,6 +96,6 @@ static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
         g[j] *= 1 - y * y;
       }
     }
-    store_row((T*)z, g, b.width);
+    store_row(z, g, b.width);
   }
 }

@@ -1,0 +1,355 @@
+// The loops of product.cpp for one thread. Included by isa.h once per instruction set; with kPairs = true where the target
+// multiplies pairs of bfloat16. A unit is what one lane of a product takes: a number, or two neighbours of the depth in
+// bfloat16, whose products are summed in float32. A is the type of sums; S and T are those of a and of b in memory.
+
+constexpr int64_t kPer = kPairs ? 2 : 1;  // elements of the depth in a unit
+
+// ---------------------------------------------------------------- units
+
+template <class A>
+using Reg = typename Register<A>::type;
+
+template <class A>
+constexpr int64_t kLane = Register<A>::lanes;
+
+template <class V>
+SUKHOPS_INLINE V multiply_add(V sum, V x, V y) {
+#ifdef SUKHOPS_X86
+  if constexpr (kPairs) return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#endif
+  return sum + x * y;
+}
+
+// a register of bfloat16 as their bits; float32 is rounded where the CPU multiplies pairs, and never taken elsewhere
+template <class S>
+SUKHOPS_INLINE Register<float>::ints bits_of(const S* p) {
+  typedef Register<float>::halves H;
+  if constexpr (sizeof(S) == 2) {
+    return __builtin_convertvector(get<H>(p), Register<float>::ints);
+  } else {
+#ifdef SUKHOPS_X86
+    return __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)get(p)), Register<float>::ints);
+#endif
+  }
+}
+
+// a register of units that follow each other in the depth
+template <class A, class S>
+SUKHOPS_INLINE Reg<A> units_along(const S* p) {
+  if constexpr (!kPairs) {
+    return widened(p);
+  } else if constexpr (sizeof(S) == 2) {
+    return get((const float*)p);
+  } else {
+#ifdef SUKHOPS_X86
+    return (Reg<A>)_mm512_cvtne2ps_pbh((__m512)get(p + kLane<A>), (__m512)get(p));
+#endif
+  }
+}
+
+// a register of units beside each other, `next` elements to the next of the depth
+template <class A, class S>
+SUKHOPS_INLINE Reg<A> units_across(const S* p, int64_t next) {
+  if constexpr (kPairs)
+    return (Reg<A>)(bits_of(p) | bits_of(p + next) << 16);
+  else
+    return widened(p);
+}
+
+// one unit, whose last elements may not exist
+template <class A, class S>
+SUKHOPS_INLINE A unit(const S* p, int64_t next, int64_t elements) {
+  if constexpr (kPairs) {
+    uint16_t two[2] = {};
+    for (int64_t i = 0; i < 2 && i < elements; ++i) {
+      if constexpr (sizeof(S) == 2) two[i] = p[i * next];
+      else put(&two[i], p[i * next]);
+    }
+    float x;
+    __builtin_memcpy(&x, two, sizeof x);
+    return x;
+  } else {
+    return to_float(*p);
+  }
+}
+
+template <int s, class F, int... l>
+SUKHOPS_INLINE void trade(F& x, F& y, std::integer_sequence<int, l...>) {
+  constexpr int n = sizeof...(l);
+  const F first = shuffle<((l & s) ? n + l - s : l)...>(x, y);
+  y = shuffle<((l & s) ? n + l : l + s)...>(x, y);
+  x = first;
+}
+
+// of a square of registers, halving the blocks that trade places
+template <class A, int s = kLane<A> / 2>
+SUKHOPS_INLINE void transpose(Reg<A>* r) {
+  if constexpr (s > 0) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLane<A>; ++i)
+      if (!(i & s)) trade<s>(r[i], r[i + s], std::make_integer_sequence<int, kLane<A>>());
+    transpose<A, s / 2>(r);
+  }
+}
+
+// `width` rows of a matrix as [units][width]: zeros where it has only `count`. Where width is no multiple of a register,
+// `out` has one register more.
+template <int64_t width, class A, class S>
+static void pack(const S* from, int64_t row, int64_t col, int64_t count, int64_t depth, A* out) {
+  constexpr int64_t L = kLane<A>;
+  const int64_t units = (depth + kPer - 1) / kPer, n = count < width ? count : width;
+  int64_t p = 0;
+  for (; col == 1 && (p + L) * kPer <= depth; p += L) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < width; i += L) {
+      Reg<A> block[L];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r)
+        block[r] = i + r < n ? units_along<A>(from + (i + r) * row + p * kPer) : Reg<A>{};
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < L; ++q) {
+        A* const to = out + (p + q) * width + i;
+        if (i + L <= width || width < L) set(to, block[q]);
+        else __builtin_memcpy(to, &block[q], width % L * sizeof(A));
+      }
+    }
+  }
+  for (; p < units; ++p) {
+    const S* at = from + p * kPer * col;
+    A* const to = out + p * width;
+    const int64_t left = depth - p * kPer;
+    int64_t i = 0;
+    if (row == 1 && left >= kPer)
+      for (; i < width && i + L <= count; i += L) set(to + i, units_across<A>(at + i, col));
+    for (; i < n; ++i) to[i] = unit<A>(at + i * row, col, left);
+    for (; i < width; ++i) to[i] = 0;
+  }
+}
+
+// all `count` rows, `width` after `width`; rows that are columns of the matrix in memory some at a time, as they lie there
+template <int64_t width, class A, class S>
+static void pack_all(const S* from, int64_t row, int64_t col, int64_t count, int64_t depth, A* out) {
+  const int64_t units = (depth + kPer - 1) / kPer, most = row == 1 ? 32 : units;
+  for (int64_t p = 0; p < units; p += most)
+    for (int64_t i = 0; i < count; i += width) {
+      const int64_t left = depth - p * kPer;
+      pack<width>(from + i * row + p * kPer * col, row, col, count - i, left < most * kPer ? left : most * kPer,
+                  out + i * units + p * width);
+    }
+}
+
+// ---------------------------------------------------------------- many rows: blocks of packed a and b
+
+// of the sums in registers
+template <class A>
+constexpr int64_t kCols = 2 * kLane<A>;
+constexpr int64_t kRows = kRegisters == 32 ? 14 : 6;
+
+// c [R, kCols] (+)= a @ b: a packed [units, kRows], of which the first R count; b packed [units, kCols], or kCols columns
+// of rows in memory that are `next` elements apart
+template <int R, class A, class T>
+static void multiply_rows(const A* a, const T* b, int64_t next, int64_t units, A* c, int64_t stride, bool add) {
+  typedef Reg<A> F;
+  constexpr int64_t L = kLane<A>;
+  for (; units > 0; units -= kRun, add = true) {
+    F sum[R][2];
+    for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = F{};
+    for (int64_t p = units < kRun ? units : kRun; p > 0; --p) {
+      F b0, b1;
+      if constexpr (std::is_same_v<A, T>) {
+        b0 = get(b), b1 = get(b + L);
+        b += next;
+      } else {
+        b0 = units_across<A>(b, next), b1 = units_across<A>(b + L, next);
+        b += kPer * next;
+      }
+#pragma GCC unroll 14
+      for (int i = 0; i < R; ++i) {
+        const F x = a[i] - F{};  // in all lanes: nothing is computed
+        sum[i][0] = multiply_add(sum[i][0], x, b0);
+        sum[i][1] = multiply_add(sum[i][1], x, b1);
+      }
+      a += kRows;
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < R; ++i) {
+      A* row = c + i * stride;
+      if (add) {
+        sum[i][0] += get(row);
+        sum[i][1] += get(row + L);
+      }
+      set(row, sum[i][0]);
+      set(row + L, sum[i][1]);
+    }
+  }
+}
+
+// h rows and w columns of the same
+template <class A, class T, int R = kRows>
+static void multiply_part(int64_t h, int64_t w, const A* a, const T* b, int64_t next, int64_t units, A* c,
+                          int64_t stride, bool add) {
+  if constexpr (R > 2) {
+    if (h <= R - 2) return multiply_part<A, T, R - 2>(h, w, a, b, next, units, c, stride, add);
+  }
+  if (h == R && w == kCols<A>) return multiply_rows<R>(a, b, next, units, c, stride, add);
+  A edge[R * kCols<A>];
+  for (int64_t r = 0; add && r < h; ++r)
+    for (int64_t s = 0; s < w; ++s) edge[r * kCols<A> + s] = c[r * stride + s];
+  multiply_rows<R>(a, b, next, units, edge, kCols<A>, add);
+  for (int64_t r = 0; r < h; ++r)
+    for (int64_t s = 0; s < w; ++s) c[r * stride + s] = edge[r * kCols<A> + s];
+}
+
+template <class A, class S, class T>
+static void blocked(const Factors& f) {
+  A* const bs = (A*)f.scratch;
+  const int64_t wide = (f.n + kCols<A> - 1) / kCols<A> * kCols<A>;
+  const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kRun * kRun;  // whole runs: sums do not depend on n
+  const bool thin = f.thin && f.b_col == 1;
+  const int64_t deep = (thin ? kThin : fits < kRun ? kRun : fits > kDepth ? kDepth : fits) * kPer;
+  A* const as = bs + wide * ((deep < f.k ? deep : f.k + 1) / kPer);
+  const S* a = (const S*)f.a;
+  const T* b = (const T*)f.b;
+  A* const out = (A*)f.out;
+  const int64_t times = (f.m + kRows - 1) / kRows, high = (f.m + times - 1) / times;  // rows of a at once
+  for (int64_t i = 0; i < f.m && f.k == 0 && !f.add; ++i)
+    for (int64_t j = 0; j < f.n; ++j) out[i * f.stride + j] = 0;
+  for (int64_t p = 0; p < f.k; p += deep) {
+    const int64_t depth = f.k - p < deep ? f.k - p : deep, units = (depth + kPer - 1) / kPer;
+    // where b is read once it is left where it is, but for columns and a row that fill no register and no unit
+    const int64_t first = thin && depth % kPer == 0 ? f.n / kCols<A> * kCols<A> : 0;
+    const T* const bp = b + p * f.b_row;
+    pack_all<kCols<A>>(bp + first * f.b_col, f.b_col, f.b_row, f.n - first, depth, bs);
+    for (int64_t i = 0; i < f.m; i += high) {
+      const int64_t h = f.m - i < high ? f.m - i : high;
+      pack<kRows>(a + i * f.a_row + p * f.a_col, f.a_row, f.a_col, f.m - i, depth, as);
+      A* const c = out + i * f.stride;
+      const bool add = f.add || p > 0;
+      for (int64_t j = 0; j < first; j += kCols<A>)
+        multiply_part(h, kCols<A>, (const A*)as, bp + j, f.b_row, units, c + j, f.stride, add);
+      for (int64_t j = first; j < f.n; j += kCols<A>)
+        multiply_part(h, f.n - j < kCols<A> ? f.n - j : kCols<A>, (const A*)as, (const A*)bs + (j - first) * units,
+                      kCols<A>, units, c + j, f.stride, add);
+    }
+  }
+}
+
+// sums, rounded
+template <class N>
+static void round_rows(const float* from, int64_t m, int64_t n, N* to, int64_t stride) {
+  for (int64_t i = 0; i < m; ++i, from += n, to += stride) {
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) store(to + j, load(from + j));
+    for (; j < n; ++j) put(to + j, from[j]);
+  }
+}
+
+// ---------------------------------------------------------------- few rows of a: b, a weight transposed, is streamed
+
+// the weight's rows that come next, into the second cache: no prefetcher of the CPU's own follows to a new page
+SUKHOPS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// out[i * os] = the sum of the lanes of x[i]
+template <int N>
+SUKHOPS_INLINE void reduce_each(const Reg<float>* x, float* out, int64_t os) {
+  if constexpr (kRegisterBytes == 64 && N == 8) {
+    Reg<float> a[4], b[2];
+    for (int i = 0; i < 4; ++i)
+      a[i] = shuffle<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(x[2 * i], x[2 * i + 1]) +
+             shuffle<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 2; ++i)
+      b[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a[2 * i], a[2 * i + 1]) +
+             shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a[2 * i], a[2 * i + 1]);
+    Reg<float> c = shuffle<0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29>(b[0], b[1]) +
+                   shuffle<2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31>(b[0], b[1]);
+    c += shuffle<1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14>(c, c);
+    for (int i = 0; i < 8; ++i) out[i * os] = c[2 * i];
+  } else {
+    for (int i = 0; i < N; ++i) out[i * os] = reduce_add(x[i]);
+  }
+}
+
+// bfloat16 that is not multiplied in pairs is taken two numbers to a lane, the even ones first: a shift or a mask apart
+template <class T>
+constexpr int64_t kTurns = !kPairs && std::is_same_v<T, uint16_t> ? 2 : 1;
+
+template <class T>
+SUKHOPS_INLINE Reg<float> units_in_turn(const T* p, int turn) {
+  if constexpr (kTurns<T> == 1) return units_along<float>(p);
+  const auto two = get<Register<float>::ints>(p);
+  return (Reg<float>)(turn == 0 ? two << 16 : two & -65536);
+}
+
+// lanes along the depth: out[n][r] = w[r] . h[n] for R rows of the weight and N of h [steps][turns][N][lanes]
+template <int R, int N, class T>
+static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os) {
+  constexpr int64_t L = kLane<float>, turns = kTurns<T>, step = L * kPer * turns;
+  Reg<float> acc[R][N] = {};
+  int64_t j = 0;
+  for (; j + step <= d; j += step) {
+    for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
+#pragma GCC unroll 2
+    for (int turn = 0; turn < turns; ++turn, h += N * L) {
+      Reg<float> x[R];
+      for (int r = 0; r < R; ++r) x[r] = units_in_turn(w + r * ws + j, turn);
+      for (int n = 0; n < N; ++n) {
+        Reg<float> y = get(h + n * L);
+        hold(y);
+        for (int r = 0; r < R; ++r) acc[r][n] = multiply_add(acc[r][n], x[r], y);
+      }
+    }
+  }
+  for (int r = 0; r < R && j < d; ++r) {
+    T last[step] = {};
+    for (int64_t i = j; i < d; ++i) last[i - j] = w[r * ws + i];
+    for (int turn = 0; turn < turns; ++turn)
+      for (int n = 0; n < N; ++n)
+        acc[r][n] = multiply_add(acc[r][n], units_in_turn((const T*)last, turn), get(h + (turn * N + n) * L));
+  }
+  for (int r = 0; r < R; ++r) reduce_each<N>(acc[r], out + r, os);
+}
+
+constexpr int64_t kAcc = kRegisters == 32 ? 24 : 12;  // registers of sums
+
+template <int N, class T>
+static inline void few_rows(const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os) {
+  constexpr int most = kRegisters == 32 ? 8 : 6, R = kAcc / N < most ? kAcc / N : most;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os);
+  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os);
+}
+
+constexpr int64_t kFew = kRegisters == 32 ? 8 : 4;  // rows of h at once
+
+template <class T, int N = kFew>
+static inline void few_any(int64_t count, const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out,
+                           int64_t os) {
+  if constexpr (N > 1) {
+    if (count < N) return few_any<T, N - 1>(count, w, ws, rows, h, d, out, os);
+  }
+  few_rows<N>(w, ws, rows, h, d, out, os);
+}
+
+// The weight's rows go by in groups that stay in the second cache, for as many rows of a at a time as registers hold.
+template <class S, class T>
+static void streamed(const Factors& f) {
+  constexpr int64_t L = kLane<float>, turns = kTurns<T>, step = L * kPer * turns, group = 24;
+  const int64_t whole = (f.k + step - 1) / step * L * turns;  // units, zeros at the end
+  const S* a = (const S*)f.a;
+  const T* w = (const T*)f.b;
+  float *const h = (float*)f.scratch, *out = (float*)f.out;
+  for (int64_t i = 0; i < f.m; i += kFew) {
+    const int64_t n = f.m - i < kFew ? f.m - i : kFew;
+    for (int64_t u = 0; u < whole; ++u) {
+      const int64_t at = u / (L * turns) * turns + u % turns, lane = u / turns % L, left = f.k - u * kPer;
+      for (int64_t r = 0; r < n; ++r)
+        h[i * whole + (at * n + r) * L + lane] =
+            left > 0 ? unit<float>(a + (i + r) * f.a_row + u * kPer * f.a_col, f.a_col, left) : 0.0f;
+    }
+  }
+  for (int64_t r = 0; r < f.n; r += group, w += group * f.b_col, out += group)
+    for (int64_t i = 0; i < f.m; i += kFew)
+      few_any(f.m - i < kFew ? f.m - i : kFew, w, f.b_col, f.n - r < group ? f.n - r : group, h + i * whole, f.k,
+              out + i * f.stride, f.stride);
+}
