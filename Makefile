@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: setup bench test test-all gpu lint docs clean
+.PHONY: setup bench bench-all test test-all gpu lint docs clean
 .DEFAULT_GOAL := test
 
 setup: .venv/built
@@ -22,12 +22,16 @@ setup: .venv/built
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-bench: setup  ## checks and times every op; rows in bench/results, tables in the README
-	set -e; for f in bench/bench_*.py; do $(PY) $$f; done
-	$(PY) bench/train_step.py
-	$(PY) bench/pairs.py
-	$(PY) bench/lexicon.py
-	$(PY) bench/report.py
+BENCHES := $(wildcard bench/bench_*.py)
+LONGER := bench/neighbour.py bench/train_step.py bench/pairs.py bench/lexicon.py
+
+bench: setup .venv/peers  ## checks every op and times its main case beside its peers; rows and plots in bench/own
+	set -e; for f in $(BENCHES); do $(PY) $$f; done
+	$(PY) bench/report.py --own
+
+bench-all: setup .venv/peers  ## every case, an hour; RECORD=--record writes bench/results instead, for make docs
+	set -e; for f in $(BENCHES); do $(PY) $$f --all $(RECORD); done
+	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 
 test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
 	$(PY) -m pytest -q -m "not full"

@@ -4,7 +4,6 @@ Ratios are over PyTorch's causal attention of the same tensors, which has no spa
 bench/bench_adaptive_span.py` writes bench/results/adaptive_span.jsonl; `--sweep` adds the slow peers.
 """
 
-import argparse
 import math
 
 import harness
@@ -111,7 +110,7 @@ def case(
     )  # fmt: skip
 
 
-def cases(sweep: bool = False) -> list[Case]:
+def cases() -> list[Case]:
     scores = 4.0 * 8 * 4096 * 4096  # bytes of all heads' scores
     published = {"published scheme": Provider(attention(published_scheme), 2 * scores, "torch")}
     slow = {
@@ -120,8 +119,9 @@ def cases(sweep: bool = False) -> list[Case]:
     }
     flex = {"FlexAttention": Provider(flex_attention, scores, "torch", compiles=True)}
     return [
-        case("learned spans", "fwd_nograd", published | (slow | flex if sweep else {})),
-        case("learned spans", "fwd_bwd", published | (slow | flex if sweep else {})),
+        case("learned spans", "fwd_nograd", published | slow | flex),
+        case("learned spans", "fwd_bwd", published)._replace(main=True),
+        case("learned spans, slow peers", "fwd_bwd", slow | flex),
         case("full spans", "fwd_bwd", {}, full=True),
         case("one decoding step", "fwd_nograd", {}, t=1, keys=8192),
         *(case("growth with T", "fwd_bwd", published if t <= 8192 else {}, t=t, floor=None)
@@ -130,6 +130,4 @@ def cases(sweep: bool = False) -> list[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="the slow peers too: some minutes")
-    harness.run(cases(parser.parse_args().sweep), harness.RESULTS / "adaptive_span.jsonl")
+    harness.main("adaptive_span", cases())

@@ -130,7 +130,7 @@ def cases() -> list[Case]:
             "preference", "CRINGE, k = 5", shape, torch.float32,
             lambda: make_cringe(ROWS, D, V, K), lambda: make_cringe(*SMALL, 1), eager_cringe,
             {"sukhops": Provider(cringe, ours=True), "eager": Provider(eager_cringe, 5 * logits, "torch")},
-            cringe_products,
+            cringe_products, main=True,
         ),
         Case(
             "preference", "KTO with its mismatched batch", shape, torch.float32,
@@ -147,4 +147,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    harness.run(cases(), harness.RESULTS / "preference.jsonl")
+    harness.main("preference", cases())

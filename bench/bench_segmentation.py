@@ -4,7 +4,6 @@
 bench/results/segmentation_grid.jsonl; `pytest bench` runs the first under pytest-benchmark.
 """
 
-import argparse
 import itertools
 
 import harness
@@ -118,7 +117,7 @@ def first_segments(scores: torch.Tensor) -> torch.Tensor:
 
 def cases() -> list[Case]:
     return [
-        gradient_case("log-partition and gradient", 16, 1024, 16, 15),
+        gradient_case("log-partition and gradient", 16, 1024, 16, 15)._replace(main=True),
         gradient_case("the same, in turns with the floor alone", 16, 1024, 16, 41, compared=False),
         gradient_case("the same, scores 20 times as large", 16, 1024, 16, 15, compared=False, size=20.0),
         *(
@@ -152,9 +151,4 @@ def grid() -> list[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="the grid of T, K and B instead, some minutes")
-    if parser.parse_args().sweep:
-        harness.run(grid(), harness.RESULTS / "segmentation_grid.jsonl", measure_memory=False)
-    else:
-        harness.run(cases(), harness.RESULTS / "segmentation.jsonl")
+    harness.main("segmentation", cases(), grid())

@@ -1,10 +1,8 @@
 """vocab_head: DPO with a reference model, log-probs in four modes and by rows, a frozen head, growth with V.
 
-`python bench/bench_vocab_head.py` writes bench/results/vocab_head.jsonl; `--sweep` takes longer sweeps;
-`pytest bench` runs the same cases under pytest-benchmark.
+`python bench/bench_vocab_head.py` runs the main cases, with `--all` all of them; `pytest bench` runs them under
+pytest-benchmark.
 """
-
-import argparse
 
 import harness
 import torch
@@ -128,11 +126,14 @@ def sukhops_dpo(i: Inputs):
     )
 
 
-def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768) -> Case:
+def dpo_case(
+    dtype: torch.dtype, rows: int = 4096, name: str = "DPO with a reference model", d: int = 512,
+    v: int = 32768,
+) -> Case:  # fmt: skip
     logits = 4.0 * rows * v
     chunked = {"F.linear_cross_entropy": Provider(dpo(linear_cross_entropy), logits, "torch")}
     return Case(
-        "vocab_head", "DPO with a reference model", {"rows": rows, "D": d, "V": v}, dtype,
+        "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
         lambda: make(rows, d, v, dtype, pairs=True),
         lambda: make(256, d, v // 4, dtype, pairs=True),
         dpo(reference.linear_logp),
@@ -141,6 +142,7 @@ def dpo_case(dtype: torch.dtype, rows: int = 4096, d: int = 512, v: int = 32768)
             "eager": Provider(dpo(reference.linear_logp), 5 * logits, "torch"),
             "torch.compile": harness.compiled(dpo(reference.linear_logp), 3 * logits),
             "Liger": Provider(liger_dpo, logits, "liger-kernel"),
+            "TRL": Provider(dpo(trl_logp), 8.0 * rows * 8192, "trl"),
         }
         | (chunked if dtype == torch.float32 else {}),
         lambda i: products(i, 5),
@@ -169,7 +171,7 @@ def logp_case(
 def by_rows(dtype: torch.dtype, d: int, v: int = 32768) -> list[Case]:
     """Forward and backward of log-probs, no row ignored, over the three products that eager takes."""
     name = f"by rows D {d} {str(dtype).removeprefix('torch.')}"
-    return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (16, 64, 256, 1024, 4096)]
+    return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (1, 4, 16, 64, 256, 1024, 4096)]
 
 
 def by_budget(rows: int = 1024, d: int = 512, v: int = 32768) -> list[Case]:
@@ -223,28 +225,32 @@ def frozen_case(rows: int = 4096, d: int = 512, v: int = 32768) -> Case:
     )  # fmt: skip
 
 
-def cases(sweep: bool = False) -> list[Case]:
-    listed = [
-        dpo_case(torch.float32),
-        dpo_case(torch.bfloat16),
+def cases() -> list[Case]:
+    both = (torch.float32, torch.bfloat16)
+    return [
+        *(dpo_case(dtype) for dtype in both),
+        *(
+            dpo_case(dtype, rows, f"DPO, {rows:,} rows")._replace(
+                main=dtype == torch.float32 and rows == 1024
+            )
+            for dtype in both
+            for rows in (256, 1024)
+        ),
         frozen_case(),
-        logp_case("log-probs in four modes", torch.float32, 512, 512, 32768, harness.MODES),
+        logp_case("log-probs in four modes", torch.float32, 512, 512, 32768, harness.MODES)._replace(
+            main=True
+        ),
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
-        *by_rows(torch.float32, 512),
-        *by_rows(torch.bfloat16, 512),
+        *(c for d in (512, 2048) for dtype in both for c in by_rows(dtype, d)),
         *by_budget(),
     ]
-    if sweep:
-        listed += [c for dtype in (torch.float32, torch.bfloat16) for c in by_rows(dtype, 2048)]
-        listed += [
-            logp_case("growth with V", dtype, 2048, 1024, v)
-            for dtype in (torch.float32, torch.bfloat16)
-            for v in (32768, 65536, 131072, 262144)
-        ]
-    return listed
+
+
+def grid() -> list[Case]:
+    """Growth with V at the size of a small model."""
+    shapes = [(dtype, v) for dtype in (torch.float32, torch.bfloat16) for v in (32768, 65536, 131072, 262144)]
+    return [logp_case("growth with V, D = 1,024", dtype, 2048, 1024, v) for dtype, v in shapes]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="longer sweeps over the vocabulary")
-    harness.run(cases(parser.parse_args().sweep), harness.RESULTS / "vocab_head.jsonl")
+    harness.main("vocab_head", cases(), grid())

@@ -6,6 +6,7 @@ memory is what a fresh process that has made a small call adds to its resident s
 gradients it leaves.
 """
 
+import argparse
 import ctypes
 import datetime
 import json
@@ -22,9 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # recorded, per class of CPU
+OWN = Path(__file__).parent / "own"  # of whoever runs the benchmarks; not in the repository
 MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes and seconds: a provider predicted above is not run
 PEER_SECONDS = 8.0  # after which a peer is timed no more
+SHORT_ROUNDS, SHORT_SECONDS = 5, 2.0  # the same where only the main cases are run
 EMULATED = "this CPU has no bfloat16 products: some take minutes"
 MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
 
@@ -61,10 +64,43 @@ class Case(NamedTuple):
     rounds: int = 7
     modes: tuple[str, ...] = ("fwd_bwd",)
     device: str = "cpu"
+    main: bool = False  # what `make bench` shows
 
 
-def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict]:
-    """Runs the cases in order, prints a table of each, and writes the rows to `path`.
+def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
+    """The command line of a benchmark: its main cases, or all of them and its grid."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument(
+        "--all", action="store_true", help="every case, not the main ones alone: many minutes"
+    )
+    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
+    args = parser.parse_args()
+    if args.all:
+        save(name, run(cases), args.record)
+        if grid:
+            save(f"{name}_grid", run(grid, measure_memory=False), args.record)
+        return
+    short = [c._replace(rounds=min(c.rounds, SHORT_ROUNDS)) for c in cases if c.main]
+    save(name, run(short, peer_seconds=SHORT_SECONDS), args.record)
+
+
+def save(name: str, rows: list[dict], record: bool = False) -> None:
+    """Writes rows in place of earlier ones of the same case, dtype and class of CPU; the others stay."""
+    path = (RESULTS if record else OWN) / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+
+    def key(row: dict) -> tuple:
+        return row.get("isa"), row.get("case"), row.get("dtype")
+
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {key(row) for row in rows}
+    kept = [row for row in old if key(row) not in new]
+    with path.open("w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in sorted(kept + rows, key=lambda r: str(r.get("isa"))))
+
+
+def run(cases: list[Case], measure_memory: bool = True, peer_seconds: float = PEER_SECONDS) -> list[dict]:
+    """Runs the cases in order and prints a table of each; returns the rows.
 
     Memory comes first: its processes are forks, and OpenMP does not survive a fork once it has run.
     """
@@ -76,21 +112,22 @@ def run(cases: list[Case], path: Path, measure_memory: bool = True) -> list[dict
                 measured[name] = peak_memory(case, p)
     rows = []
     for case, measured in zip(cases, memory, strict=True):
-        rows += run_case(case, measured, EMULATED if emulated(case) else None)
-    RESULTS.mkdir(exist_ok=True)
-    with path.open("w") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
+        rows += run_case(case, measured, EMULATED if emulated(case) else None, peer_seconds)
     return rows
 
 
 def emulated(case: Case) -> bool:
     """Whether the case is products of bfloat16 matrices on a CPU without instructions for them."""
     trains = case.dtype == torch.bfloat16 and "fwd_bwd" in case.modes
-    return trains and "bfloat16" not in torch.ops.sukhops.cpu_capability()
+    return trains and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def run_case(case: Case, memory: dict[str, float | None], skipped: str | None = None) -> list[dict]:
+def run_case(
+    case: Case,
+    memory: dict[str, float | None],
+    skipped: str | None = None,
+    peer_seconds: float = PEER_SECONDS,
+) -> list[dict]:
     dtype = str(case.dtype).removeprefix("torch.")
     print(f"\n{case.op} · {case.name} · {dtype} · " + " ".join(f"{k}={v}" for k, v in case.shape.items()))
     base = {"op": case.op, "case": case.name, "dtype": dtype, "shape": case.shape, **machine()}
@@ -114,7 +151,7 @@ def run_case(case: Case, memory: dict[str, float | None], skipped: str | None = 
     rows = []
     for mode in case.modes:
         ready = {n: p for n, p in case.providers.items() if gates[n].get("gate")}
-        timed = time_providers(case, mode, ready) if ready else {}
+        timed = time_providers(case, mode, ready, peer_seconds) if ready else {}
         for name, p in case.providers.items():
             row = base | {"provider": name, "version": version(p.package), "mode": mode}
             row |= gates[name] | timed.get(name, {})
@@ -151,7 +188,9 @@ def check(case: Case, provider: Provider) -> dict:
     }
 
 
-def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, dict]:
+def time_providers(
+    case: Case, mode: str, providers: dict[str, Provider], peer_seconds: float = PEER_SECONDS
+) -> dict[str, dict]:
     inputs, timer = case.make(), clock if case.device == "cpu" else device_clock
     calls = {n: step(p.make(inputs), parameters(inputs), mode, timer) for n, p in providers.items()}
     bare = case.products(inputs) if case.products and mode == case.modes[-1] else None
@@ -163,7 +202,7 @@ def time_providers(case: Case, mode: str, providers: dict[str, Provider]) -> dic
     for _ in range(case.rounds):
         reference = timer(bare) if bare else None
         for name, call in calls.items():
-            if not providers[name].ours and sum(times[name]) > PEER_SECONDS:
+            if not providers[name].ours and sum(times[name]) > peer_seconds:
                 continue
             times[name].append(call())
             if reference:

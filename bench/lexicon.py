@@ -1,10 +1,11 @@
 """Counting units in a text and mapping it to them, beside the same in plain Python.
 
 The text is the source of the standard library; plain Python is timed on a share of it, in the same rounds,
-and told per second. Results are compared before they are timed. Writes bench/results/lexicon.jsonl.
+and told per second. Results are compared before they are timed. `--record` writes bench/results, else
+bench/own.
 """
 
-import json
+import sys
 import sysconfig
 import time
 from collections import Counter
@@ -99,8 +100,7 @@ def main() -> None:
             }  # fmt: skip
             rows.append(row)
             print(f"{name:>12}: {row['per_second']:,.0f} characters a second")
-    with (harness.RESULTS / "lexicon.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    harness.save("lexicon", rows, "--record" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Bradley-Terry scores of many small sets of battles, and length-controlled pairs of many prompts.
 
 Beside choix (PyPI), whose solver takes one set at a time, and a plain loop over prompts; both are timed on a
-share of the problems, in the same rounds, and told per second. Writes bench/results/pairs.jsonl.
+share of the problems, in the same rounds, and told per second. `--record` writes bench/results,
+else bench/own.
 """
 
-import json
+import sys
 import time
 from importlib.util import find_spec
 
@@ -99,8 +100,7 @@ def main() -> None:
                 row["gradient_norm"] = gradient_norm(given[name][0], results[name])
             rows.append(row)
             print(f"{name:>9}: {row['seconds']:.3g} s for all, {row['per_second']:,.0f} a second")
-    with (harness.RESULTS / "pairs.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    harness.save("pairs", rows, "--record" in sys.argv)
 
 
 if __name__ == "__main__":

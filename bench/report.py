@@ -2,7 +2,8 @@
 
 A block `<!-- table NAME -->` ... `<!-- end -->` is made from bench/results/NAME.jsonl; the tables "headline"
 and "machine" are made from several files. A case that was measured over several shapes is a plot,
-NAME_CASE.svg, and not in the table. `--check` fails if a table differs from the results, and writes nothing.
+NAME_CASE_CPU.svg for each class of CPU, and not in the table. `--check` fails if a table differs from the
+results, and writes nothing; `--own` only plots what `make bench` left in bench/own.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS, OWN = ROOT / "bench" / "results", ROOT / "bench" / "own"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -75,7 +76,7 @@ def headline() -> str:
     for h in HEADLINES:
         found = [r for r in rows(h.name) if (r["case"], r["mode"]) == (h.case, h.mode) and "p50_ms" in r]
         for ours in (r for r in found if r["provider"] == "sukhops"):
-            same = [r for r in found if all(r[key] == ours[key] for key in ("dtype", "shape"))]
+            same = [r for r in found if all(r[key] == ours[key] for key in ("dtype", "shape", "isa"))]
             best = min((r for r in same if r is not ours), key=lambda r: r["p50_ms"], default=None)
             ignored = "no targets" if h.ignored is None else f"{h.ignored}%"
             line = [h.title, sizes(ours), ignored, ours["dtype"], f"{ours['isa']}, {ours['threads']} threads"]
@@ -102,7 +103,7 @@ def measured(found: list[dict]) -> str:
         if r["case"] in swept:
             continue
         case = r["case"] + {"fwd_bwd": "", "fwd_nograd": ", no gradient"}.get(r["mode"], f", {r['mode']}")
-        line = [case, r["dtype"], r["provider"]]
+        line = [case, r["dtype"], r["isa"], r["provider"]]
         if r.get("skipped"):
             body.append([*line, r["skipped"], "", "", ""])
             continue
@@ -114,7 +115,7 @@ def measured(found: list[dict]) -> str:
         )
         memory, error = number(r.get("memory_mib")), number(r.get("error"), ".1e")
         body.append([*line, milliseconds(r), ratio, memory, error])
-    return markdown(["case", "dtype", "provider", "ms", "× floor", "MiB", "error"], body)
+    return markdown(["case", "dtype", "CPU", "provider", "ms", "× floor", "MiB", "error"], body)
 
 
 def grid(found: list[dict]) -> str:
@@ -230,9 +231,10 @@ def pyplot():
     return plt
 
 
-def plot(name: str, found: list[dict], case: str, axis: str) -> None:
+def plot(name: str, found: list[dict], case: str, axis: str, folder: Path = RESULTS) -> None:
     """Time, and memory where it was measured, of each provider over the axis of the shape that varies."""
     plt = pyplot()
+    isa = found[0]["isa"].replace(" + bfloat16 products", "_bf16")
     found = [r for r in found if r["case"] == case and not r.get("skipped")]
     fields = [("p50_ms", "milliseconds")]
     if any(r.get("memory_mib") for r in found):
@@ -252,8 +254,30 @@ def plot(name: str, found: list[dict], case: str, axis: str) -> None:
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(f"{name}: {case}")
-    figure.savefig(RESULTS / f"{name}_{case.replace(' ', '_')}.svg", metadata={"Date": None})
+    figure.suptitle(f"{name}: {case} ({isa})")
+    stem = re.sub(r"\W+", "_", f"{name} {case} {isa}")
+    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def bars(folder: Path) -> None:
+    """Milliseconds of every provider of every case in a folder, one panel a case."""
+    plt = pyplot()
+    found = [json.loads(line) for p in sorted(folder.glob("*.jsonl")) for line in p.read_text().splitlines()]
+    found = [r for r in found if r.get("p50_ms")]
+    cases = list(dict.fromkeys((r["op"], r["case"], r["dtype"], r["mode"]) for r in found))
+    figure, panels = plt.subplots(
+        len(cases), figsize=(7, 1.5 * len(cases)), layout="constrained", squeeze=False
+    )
+    for panel, key in zip(panels[:, 0], cases, strict=True):
+        times = {
+            r["provider"]: r["p50_ms"] for r in found if (r["op"], r["case"], r["dtype"], r["mode"]) == key
+        }
+        panel.barh(list(times), list(times.values()))
+        panel.invert_yaxis()
+        panel.set_title(", ".join(key), fontsize="small")
+        panel.set_xlabel("milliseconds", fontsize="small")
+    figure.savefig(folder / "bench.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -298,7 +322,12 @@ def spans(name: str, found: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say which documents are not up to date")
-    check = parser.parse_args().check
+    parser.add_argument("--own", action="store_true", help="plot bench/own, write nothing else")
+    args = parser.parse_args()
+    check = args.check
+    if args.own:
+        bars(OWN)
+        return print("rows and a plot of this run: bench/own")
     stale = {path: text for path in DOCUMENTS if (text := filled(path.read_text())) != path.read_text()}
     if check:
         raise SystemExit(f"not up to date: {', '.join(p.name for p in stale)}" if stale else 0)
@@ -310,8 +339,10 @@ def main() -> None:
         if any("spans" in r for r in rows(path.stem)):
             spans(path.stem, rows(path.stem))
         found = [r for r in rows(path.stem) if "shape" in r and not path.stem.endswith("_grid")]
-        for case, axis in sweeps(found).items():
-            plot(path.stem, found, case, axis)
+        for isa in dict.fromkeys(r["isa"] for r in found if "isa" in r):
+            of_class = [r for r in found if r.get("isa") == isa]
+            for case, axis in sweeps(of_class).items():
+                plot(path.stem, of_class, case, axis)
     print("the tables of README.md and docs and the plots are made from bench/results")
 
 

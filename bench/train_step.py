@@ -2,11 +2,11 @@
 
 A small byte-level transformer reads the source of the Python standard library (found through sysconfig, so
 every machine has it) and predicts the next two bytes at once: a vocabulary of 65,536 on an input of 256.
-Writes bench/results/train_step.jsonl.
+`--record` writes bench/results, else bench/own.
 """
 
-import json
 import multiprocessing
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -108,8 +108,7 @@ def main() -> None:
     print(f"largest relative difference: loss {worst:.1e}, gradient norms {gap:.1e}")
     if worst > 1e-4 or gap > 1e-3:
         raise SystemExit("the two heads disagree")
-    with (harness.RESULTS / "train_step.jsonl").open("w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    harness.save("train_step", rows, "--record" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Every operator beside eager PyTorch while another program computes on all cores.
+
+Times each provider alone and then beside as many busy processes as there are threads, call by call in turns;
+rows say how many times slower it became. `--record` writes bench/results, else bench/own.
+"""
+
+import itertools
+import multiprocessing
+import sys
+import time
+from contextlib import contextmanager
+
+import bench_adaptive_span
+import bench_director
+import bench_preference
+import bench_segmentation
+import bench_vocab_head
+import harness
+import torch
+
+SECONDS = 6.0  # of each case alone, and with the neighbour
+
+
+def busy() -> None:
+    for _ in itertools.count():
+        pass
+
+
+@contextmanager
+def neighbour():
+    """As many busy processes as threads."""
+    processes = [multiprocessing.Process(target=busy, daemon=True) for _ in range(torch.get_num_threads())]
+    for p in processes:
+        p.start()
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        for p in processes:
+            p.kill()
+            p.join()
+
+
+def chosen() -> list[harness.Case]:
+    """A case of each operator, with its eager peer or its floor beside it."""
+    modules = (bench_vocab_head, bench_preference, bench_director, bench_adaptive_span, bench_segmentation)
+    wanted = {
+        "by rows D 512 float32": {256},
+        "CRINGE, k = 5": {4096},
+        "decoding": {8},
+        "training": {2048},
+        "learned spans": {None},
+        "log-partition and gradient": {None},
+    }
+    cases = [c for module in modules for c in module.cases()]
+    cases = [c for c in cases if c.shape.get("rows") in wanted.get(c.name, ()) and c.dtype == torch.float32]
+    return [c for c in cases if c.modes[-1] == "fwd_bwd" or c.name == "decoding"]
+
+
+def calls(case: harness.Case) -> dict:
+    inputs = case.make()
+    mode, params = case.modes[-1], harness.parameters(inputs)
+    beside = {n: case.providers[n] for n in ("sukhops", "eager", "a loop") if n in case.providers}
+    found = {n: harness.step(p.make(inputs), params, mode) for n, p in beside.items()}
+    if case.products:
+        bare = case.products(inputs)
+        found["floor"] = lambda: harness.clock(bare)
+    return found
+
+
+def median_times(timed: dict) -> dict[str, float]:
+    """Of at least 5 rounds."""
+    times: dict[str, list[float]] = {n: [] for n in timed}
+    start = time.perf_counter()
+    while len(times["sukhops"]) < 5 or time.perf_counter() - start < SECONDS:
+        for name, call in timed.items():
+            times[name].append(call())
+    return {n: harness.quantile(t, 50) for n, t in times.items()}
+
+
+def main() -> None:
+    multiprocessing.set_start_method("spawn")  # OpenMP does not survive a fork
+    rows = []
+    for case in chosen():
+        timed = calls(case)
+        median_times(timed)
+        alone = median_times(timed)
+        with neighbour():
+            beside = median_times(timed)
+        base = {
+            "op": case.op,
+            "case": case.name,
+            "dtype": "float32",
+            "shape": case.shape,
+            **harness.machine(),
+        }
+        for name in timed:
+            slower = beside[name] / alone[name]
+            times = {"alone_ms": 1e3 * alone[name], "beside_ms": 1e3 * beside[name], "slowdown": slower}
+            rows.append(base | {"provider": name} | {k: round(v, 3) for k, v in times.items()})
+            print(f"{case.op} · {case.name:<28} {name:<10}", end="")
+            print(
+                f"{1e3 * alone[name]:9.1f} ms alone {1e3 * beside[name]:9.1f} ms beside: {slower:.2f}x",
+                flush=True,
+            )
+    harness.save("neighbour", rows, "--record" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()
