@@ -1,7 +1,7 @@
 """vocab_head: DPO with a reference model, log-probs in four modes and by rows, a frozen head, growth with V.
 
-`python bench/bench_vocab_head.py` runs the main cases, with `--all` all of them; `pytest bench` runs them under
-pytest-benchmark.
+`python bench/bench_vocab_head.py` runs the main cases, with `--all` all of them; `pytest bench` runs them
+under pytest-benchmark.
 """
 
 import harness

@@ -21,16 +21,14 @@
 #include <utility>
 #include <vector>
 
+#include "plain.h"
+
 namespace sukhops {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct HalfBits {  // of a float16, for kernels that keep it as its bits
-  uint16_t bits;
-};
 
 // isa.cpp: the instruction set that kernels use, the best one this CPU has unless a test chose another
 enum class Isa { base, avx2, avx512, avx512_bf16 };

@@ -9,26 +9,6 @@
 // summed in the same order whatever part of it a thread computes.
 #include "product.h"
 
-namespace sukhops {
-
-constexpr int64_t kBlockBytes = 512 << 10;  // of a packed block of b, which stays in the second cache
-constexpr int64_t kRun = 256;               // units of the depth that a register sums before they join the result
-constexpr int64_t kDepth = 512;             // units of it, at most: a few rows of a stay in the first cache
-constexpr int64_t kThin = 32;               // units at a time, where b is left in its rows
-
-struct Factors {
-  const void* a;
-  int64_t a_row, a_col;
-  const void* b;
-  int64_t b_row, b_col, m, n, k;
-  void* out;
-  int64_t stride;  // of its rows
-  bool add, thin;  // thin: a has so few rows that an element of b is read once
-  void* scratch;
-};
-
-}  // namespace sukhops
-
 #define SUKHOPS_BODY "product_kernels.h"
 #define SUKHOPS_PAIRS
 #include "isa.h"
@@ -43,8 +23,6 @@ int64_t product_count() { return products.load(std::memory_order_relaxed); }
 
 namespace {
 
-constexpr int64_t kStreamRows = 32;  // rows of a up to which a weight is streamed, half as many with 16 registers
-constexpr int64_t kThinRows = 14;    // rows of a up to which b is not packed
 constexpr int64_t kCellRows = 504, kCellCols = 512;  // of a result that a thread computes at a time, at most
 
 using Kernel = void (*)(const Factors&);
@@ -149,7 +127,7 @@ struct Cells {
     cols = even(p.b.cols, columns(p));
     const auto more = [&](int64_t cells, int64_t least) { return count(p) < cells && rows * cols > least; };
     while (more(4 * threads, 256 * 256) || more(2 * threads, 128 * 128) || more(threads, 16 * 64)) {
-      if (rows > cols || (p.a.cols < kRun && rows > kRun)) rows = (rows + 1) / 2;
+      if (rows > cols || (p.a.cols < kProductRun && rows > kProductRun)) rows = (rows + 1) / 2;
       else cols = (cols / 2 + 31) / 32 * 32;
     }
   }

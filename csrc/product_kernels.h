@@ -152,10 +152,10 @@ template <int R, class A, class T>
 static void multiply_rows(const A* a, const T* b, int64_t next, int64_t units, A* c, int64_t stride, bool add) {
   typedef Reg<A> F;
   constexpr int64_t L = kLane<A>;
-  for (; units > 0; units -= kRun, add = true) {
+  for (; units > 0; units -= kProductRun, add = true) {
     F sum[R][2];
     for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = F{};
-    for (int64_t p = units < kRun ? units : kRun; p > 0; --p) {
+    for (int64_t p = units < kProductRun ? units : kProductRun; p > 0; --p) {
       F b0, b1;
       if constexpr (std::is_same_v<A, T>) {
         b0 = get(b), b1 = get(b + L);
@@ -205,9 +205,9 @@ template <class A, class S, class T>
 static void blocked(const Factors& f) {
   A* const bs = (A*)f.scratch;
   const int64_t wide = (f.n + kCols<A> - 1) / kCols<A> * kCols<A>;
-  const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kRun * kRun;  // whole runs: sums do not depend on n
+  const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kProductRun * kProductRun;  // whole runs: sums do not depend on n
   const bool thin = f.thin && f.b_col == 1;
-  const int64_t deep = (thin ? kThin : fits < kRun ? kRun : fits > kDepth ? kDepth : fits) * kPer;
+  const int64_t deep = (thin ? kThin : fits < kProductRun ? kProductRun : fits > kDepth ? kDepth : fits) * kPer;
   A* const as = bs + wide * ((deep < f.k ? deep : f.k + 1) / kPer);
   const S* a = (const S*)f.a;
   const T* b = (const T*)f.b;

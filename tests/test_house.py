@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -97,10 +98,14 @@ def test_wheel_holds_only_the_package(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("isa", ["avx2", "base"])
-def test_other_instruction_sets(tmp_path, isa):
-    """The kernels as a CPU without AVX-512 runs them, within the same budgets."""
-    environment = os.environ | {"CFLAGS": f"-DSUKHOPS_ISA={isa}", "PYTHONPATH": str(tmp_path / "lib")}
+@pytest.mark.parametrize("variant", ["avx2", "base", "clang"])
+def test_other_builds(tmp_path, variant):
+    """The kernels as a CPU without AVX-512 runs them, or as clang compiles them, within the same budgets."""
+    clang = variant == "clang"
+    if clang and not shutil.which("clang++"):
+        pytest.skip("clang++ is not installed")
+    flags = {"CC": "clang", "CXX": "clang++"} if clang else {"CFLAGS": f"-DSUKHOPS_ISA={variant}"}
+    environment = os.environ | flags | {"PYTHONPATH": str(tmp_path / "lib")}
     build = [
         sys.executable,
         "setup.py",
@@ -115,7 +120,8 @@ def test_other_instruction_sets(tmp_path, isa):
     check = "import sukhops, torch; print(torch.ops.sukhops.cpu_capability(), sukhops.__file__)"
     elsewhere = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     run = subprocess.run([sys.executable, "-c", check], **elsewhere)
-    assert {"avx2": "avx2", "base": "portable"}[isa] in run.stdout and str(tmp_path) in run.stdout
+    expected = {"avx2": "avx2", "base": "portable", "clang": ""}[variant]
+    assert expected in run.stdout and str(tmp_path) in run.stdout
     suite = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
     run = subprocess.run([*suite, "-k", "not house", "-m", "not full"], **elsewhere)
     assert run.returncode == 0, run.stdout[-3000:]
