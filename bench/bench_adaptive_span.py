@@ -1,7 +1,7 @@
 """adaptive_span_attention: spans as the paper's model learns them, full spans, growth, a decoding step.
 
 Ratios are over PyTorch's causal attention of the same tensors, which has no span at all. `python
-bench/bench_adaptive_span.py` writes bench/results/adaptive_span.jsonl; `--sweep` adds the slow peers.
+bench/bench_adaptive_span.py` runs the main case, with `--all` every case and the slow peers.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Director: decoding against a read of both weights, training against the products of the LM rows.
 
-`python bench/bench_director.py` writes bench/results/director.jsonl; `pytest bench` runs the same cases under
+`python bench/bench_director.py` runs the main cases, with `--all` all of them; `pytest bench` runs them under
 pytest-benchmark.
 """
 

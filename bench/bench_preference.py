@@ -1,6 +1,6 @@
 """KTO and CRINGE through the head, and what the epilogues of all losses cost beside it.
 
-`python bench/bench_preference.py` writes bench/results/preference.jsonl.
+`python bench/bench_preference.py` runs the main case, with `--all` all of them.
 """
 
 import bench_vocab_head

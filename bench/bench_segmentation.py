@@ -1,7 +1,7 @@
 """Segmentations: log-partition and gradient against a loop, pytorch-struct and the least work there is.
 
-`python bench/bench_segmentation.py` writes bench/results/segmentation.jsonl, `--sweep` the grid of shapes in
-bench/results/segmentation_grid.jsonl; `pytest bench` runs the first under pytest-benchmark.
+`python bench/bench_segmentation.py` runs the main case, with `--all` all of them and a grid of shapes;
+`pytest bench` runs the first ones under pytest-benchmark.
 """
 
 import itertools

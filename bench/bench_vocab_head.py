@@ -21,6 +21,7 @@ def make(
 ) -> Inputs:  # fmt: skip
     """`rows` in sequences whose first part, the prompt, is ignored."""
     g = torch.Generator(device).manual_seed(0)
+    sequences = min(sequences, rows)
     t = rows // sequences
     shape = (sequences, t)
     target = torch.randint(0, v, shape, generator=g, device=device)

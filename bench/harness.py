@@ -75,28 +75,35 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
     )
     parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
     args = parser.parse_args()
+    if args.record and not args.all:
+        parser.error("--record: only whole runs are recorded, add --all")
     if args.all:
         save(name, run(cases), args.record)
         if grid:
             save(f"{name}_grid", run(grid, measure_memory=False), args.record)
         return
     short = [c._replace(rounds=min(c.rounds, SHORT_ROUNDS)) for c in cases if c.main]
-    save(name, run(short, peer_seconds=SHORT_SECONDS), args.record)
+    save(name, run(short, peer_seconds=SHORT_SECONDS))
 
 
 def save(name: str, rows: list[dict], record: bool = False) -> None:
-    """Writes rows in place of earlier ones of the same case, dtype and class of CPU; the others stay."""
+    """Writes rows in place of earlier ones of the same case, dtype, mode and class of CPU; others stay."""
     path = (RESULTS if record else OWN) / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
 
     def key(row: dict) -> tuple:
-        return row.get("isa"), row.get("case"), row.get("dtype")
+        return row.get("isa"), row.get("case"), row.get("dtype"), row.get("mode")
 
+    found: dict[tuple, list[dict]] = {}
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    new = {key(row) for row in rows}
-    kept = [row for row in old if key(row) not in new]
+    for row in old:
+        found.setdefault(key(row), []).append(row)
+    found |= {key(row): [] for row in rows}  # in the place of the old ones
+    for row in rows:
+        found[key(row)].append(row)
+    ordered = sorted(found.items(), key=lambda item: str(item[0][0]))
     with path.open("w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in sorted(kept + rows, key=lambda r: str(r.get("isa"))))
+        f.writelines(json.dumps(row) + "\n" for _, group in ordered for row in group)
 
 
 def run(cases: list[Case], measure_memory: bool = True, peer_seconds: float = PEER_SECONDS) -> list[dict]:

@@ -4,8 +4,7 @@ Times each provider alone and then beside as many busy processes as there are th
 rows say how many times slower it became. `--record` writes bench/results, else bench/own.
 """
 
-import itertools
-import multiprocessing
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -21,24 +20,18 @@ import torch
 SECONDS = 6.0  # of each case alone, and with the neighbour
 
 
-def busy() -> None:
-    for _ in itertools.count():
-        pass
-
-
 @contextmanager
 def neighbour():
     """As many busy processes as threads."""
-    processes = [multiprocessing.Process(target=busy, daemon=True) for _ in range(torch.get_num_threads())]
-    for p in processes:
-        p.start()
-    time.sleep(0.5)
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(torch.get_num_threads())]
+    time.sleep(0.5)  # they start in a few milliseconds
     try:
         yield
     finally:
         for p in processes:
             p.kill()
-            p.join()
+            p.wait()
 
 
 def chosen() -> list[harness.Case]:
@@ -79,7 +72,6 @@ def median_times(timed: dict) -> dict[str, float]:
 
 
 def main() -> None:
-    multiprocessing.set_start_method("spawn")  # OpenMP does not survive a fork
     rows = []
     for case in chosen():
         timed = calls(case)

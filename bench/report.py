@@ -121,12 +121,12 @@ def measured(found: list[dict]) -> str:
 def grid(found: list[dict]) -> str:
     """One line per shape: milliseconds of every provider, and how many times ours the peers take."""
     body = []
-    for shape in [
-        s for i, s in enumerate(r["shape"] for r in found) if s not in [r["shape"] for r in found[:i]]
-    ]:
-        line = [str(v) for v in shape.values()]
-        ours = None
-        for r in (r for r in found if r["shape"] == shape):
+    groups: dict[tuple, list[dict]] = {}
+    for r in found:
+        groups.setdefault((*map(str, r["shape"].values()), r["dtype"], r["isa"]), []).append(r)
+    for key, group in groups.items():
+        line, ours = list(key), None
+        for r in group:
             if r.get("skipped"):
                 line.append(r["skipped"])
                 continue
@@ -134,15 +134,22 @@ def grid(found: list[dict]) -> str:
             times = "" if r["p50_ms"] is ours else f" ({r['p50_ms'] / ours:,.0f} ×)"
             line.append(milliseconds(r) + times)
         body.append(line)
-    return markdown([*found[0]["shape"], *dict.fromkeys(r["provider"] for r in found)], body)
+    header = [*found[0]["shape"], "dtype", "CPU", *dict.fromkeys(r["provider"] for r in found)]
+    return markdown(header, body)
 
 
 def train_step(found: list[dict]) -> str:
     body = [
-        [r["provider"], f"{r['tokens_per_second']:,}", number(r["memory_mib"]), f"{r['losses'][-1]:.4f}"]
+        [
+            r["provider"],
+            r["isa"],
+            f"{r['tokens_per_second']:,}",
+            number(r["memory_mib"]),
+            f"{r['losses'][-1]:.4f}",
+        ]
         for r in found
     ]
-    return markdown(["head", "tokens/s", "peak MiB", "loss after 3 steps"], body)
+    return markdown(["head", "CPU", "tokens/s", "peak MiB", "loss after 3 steps"], body)
 
 
 def pairs(found: list[dict]) -> str:
@@ -150,13 +157,29 @@ def pairs(found: list[dict]) -> str:
     for r in found:
         seconds = number(r["seconds"], ",.0f" if r["seconds"] >= 10 else ".2g")
         gradient = number(r.get("gradient_norm"), ".0e")
-        body.append([r["case"], r["provider"], seconds, number(r["per_second"]), gradient])
-    return markdown(["", "provider", "seconds", "per second", "gradient norm"], body)
+        body.append([r["case"], r["isa"], r["provider"], seconds, number(r["per_second"]), gradient])
+    return markdown(["", "CPU", "provider", "seconds", "per second", "gradient norm"], body)
 
 
 def lexicon(found: list[dict]) -> str:
-    body = [[r["case"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
-    return markdown(["", "provider", "million characters per second"], body)
+    body = [[r["case"], r["isa"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
+    return markdown(["", "CPU", "provider", "million characters per second"], body)
+
+
+def neighbour(found: list[dict]) -> str:
+    """Times alone and beside a busy program, and how many times the one is the other."""
+    body = [
+        [
+            f"{r['op']}, {r['case']}",
+            r["isa"],
+            r["provider"],
+            f"{r['alone_ms']:,.3g}",
+            f"{r['beside_ms']:,.3g}",
+            f"{r['slowdown']:.2f}",
+        ]
+        for r in found
+    ]
+    return markdown(["case", "CPU", "provider", "ms alone", "ms beside", "slower"], body)
 
 
 def roofline(found: list[dict]) -> str:
@@ -203,8 +226,9 @@ def block(name: str) -> str:
         return ""
     if name == "train_step":
         return train_step(found)
-    if name in ("pairs", "roofline", "lexicon"):
-        return {"pairs": pairs, "roofline": roofline, "lexicon": lexicon}[name](found)
+    if name in ("pairs", "roofline", "lexicon", "neighbour"):
+        tables = {"pairs": pairs, "roofline": roofline, "lexicon": lexicon, "neighbour": neighbour}
+        return tables[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)
@@ -265,17 +289,19 @@ def bars(folder: Path) -> None:
     plt = pyplot()
     found = [json.loads(line) for p in sorted(folder.glob("*.jsonl")) for line in p.read_text().splitlines()]
     found = [r for r in found if r.get("p50_ms")]
-    cases = list(dict.fromkeys((r["op"], r["case"], r["dtype"], r["mode"]) for r in found))
+
+    def key(r: dict) -> tuple:
+        return r["op"], r["case"], r["dtype"], r["mode"], sizes(r)
+
+    cases = list(dict.fromkeys(map(key, found)))
     figure, panels = plt.subplots(
         len(cases), figsize=(7, 1.5 * len(cases)), layout="constrained", squeeze=False
     )
-    for panel, key in zip(panels[:, 0], cases, strict=True):
-        times = {
-            r["provider"]: r["p50_ms"] for r in found if (r["op"], r["case"], r["dtype"], r["mode"]) == key
-        }
+    for panel, case in zip(panels[:, 0], cases, strict=True):
+        times = {r["provider"]: r["p50_ms"] for r in found if key(r) == case}
         panel.barh(list(times), list(times.values()))
         panel.invert_yaxis()
-        panel.set_title(", ".join(key), fontsize="small")
+        panel.set_title(", ".join(case), fontsize="small")
         panel.set_xlabel("milliseconds", fontsize="small")
     figure.savefig(folder / "bench.svg", metadata={"Date": None})
     plt.close(figure)

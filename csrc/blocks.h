@@ -9,7 +9,7 @@ namespace sukhops {
 constexpr int64_t kMaxWidth = 1024;                // columns of a tile that a thread computes at a time
 constexpr int64_t kPartBytes = 512 << 10;          // bytes of it, which stay in the second cache
 constexpr int64_t kPartRows = 252;                 // rows of it
-constexpr int64_t kTileBytes = 8ll << 20;          // bytes of a tile that all threads share
+constexpr int64_t kTileBytes = 8ll << 20;          // bytes of a tile that all threads share, if it has 64 columns then
 
 // rows of a parallel loop worth one thread's while
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
@@ -69,12 +69,12 @@ struct Tiling {
   }
 };
 
-// a thread's tile of `count` heads
+struct PartTile {};
+
+// a thread's tile
 template <class A>
 A* part_tile(int64_t elements) {
-  static thread_local std::vector<A> memory;
-  if (memory.size() < size_t(elements)) memory.resize(elements);
-  return memory.data();
+  return thread_memory<A, PartTile>(elements);
 }
 
 // What the parts of the vocabulary found of each row: the log-sum-exp, and the k largest, descending, the lower index first

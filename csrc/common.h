@@ -110,6 +110,15 @@ void parallel_rows(int64_t n, int64_t grain, const F& f) {
   });
 }
 
+// memory that a thread keeps for a purpose, from a cache line on
+template <class T, class Purpose>
+T* thread_memory(int64_t size) {
+  static thread_local std::vector<T> memory;
+  const size_t more = 64 / sizeof(T);
+  if (memory.size() < size + more) memory.resize(size + more);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
 // f(i) for i in [0, n) in one parallel region: a thread that is ready takes the next i
 template <class F>
 void each_cell(int64_t n, const F& f) {

@@ -5,8 +5,6 @@
 // it while it is in cache. The parts' sums are joined in their order, so a result does not depend on who did what.
 #include "blocks.h"
 
-#include <cstring>
-
 namespace sukhops {
 
 template <class A>
@@ -224,6 +222,8 @@ Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hi
     }
     multiply_all(products);
   }
+  const int64_t given = heads.affine ? count : count - 1;  // heads whose logits are computed again
+  count_products(n > 0 ? given + count * need_hidden + need_lm + (count - 1) * need_cls : 0);
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < gates; ++i) grad_gamma[i] += grad_gamma[part * gates + i];
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };

@@ -11,7 +11,7 @@ struct NormRows {
   const A *bias, *affine;
   const int64_t* target;
   const A* grad;        // [rows], or null in the forward
-  double* sum;          // [rows], of this part of the vocabulary
+  double* sum;          // [rows], of this part of the vocabulary, or null in the backward
   double* grad_affine;  // [rows, 2], the same
 };
 
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   const Tensor tile = empty({n * tiling.width}, g.acc, hidden);
   const Tensor dw = zeros({need_weight ? v : 0, d}, dtype, hidden), dh = zeros({need_hidden ? n : 0, d}, g.acc, hidden);
   const Tensor db = zeros({need_bias ? v : 0}, g.acc, hidden);
-  std::vector<double> unused(n * tiling.parts()), grad_affine(2 * n * tiling.parts());
+  std::vector<double> grad_affine(2 * n * tiling.parts());
   const Matrix x(g.h), w(weight);
   count_products(n > 0 ? 1 + need_hidden + need_weight : 0);
   for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     tiling.each(width, 0, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
       const Matrix cell = z.part(row0, col, count, cols);
       multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
-      SUKHOPS_BEST(norm_rows<A>)(g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols, &unused[part * n],
+      SUKHOPS_BEST(norm_rows<A>)(g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols, nullptr,
                                         &grad_affine[2 * part * n]), 0, count);
     });
     std::vector<Product> products;

@@ -21,8 +21,8 @@ Isa last() {
   return Isa::base;
 }
 
-// AMD's cores multiply pairs of bfloat16 at twice the rate of float32, Intel's at half of it (Emerald Rapids: 85 and 171
-// GFLOP/s a core)
+// AMD's cores multiply pairs of bfloat16 at twice the rate of float32, Intel's vector units at half of it (Emerald Rapids:
+// 85 and 171 GFLOP/s a core)
 Isa best() {
 #ifdef __x86_64__
   if (last() == Isa::avx512_bf16 && !__builtin_cpu_is("amd")) return Isa::avx512;

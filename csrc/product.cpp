@@ -1,12 +1,12 @@
-// Matrix products: here the kernel is chosen, from the shape of the whole product. A thread computes a part of a result
-// by itself, so that a parallel region holds as many products as there are, and what comes before or after them.
+// Matrix products: here the kernel is chosen, from the product's shape. A thread computes a part of a result by itself,
+// so that a parallel region holds as many products as there are, and what comes before or after them.
 //
 // float32 and float64 go to the library, except on AMD: there MKL leaves a part of AVX2 and half of AVX-512 unused. What
 // the library does not have is ours: half precisions with float32 results, and weights that few rows are multiplied with.
 //
 // The usual scheme: a block of b and a few rows of a are packed, and the kernel keeps their sums in registers. A weight
-// that few rows are multiplied with is not packed but streamed, as fast as memory gives it. An element of the result is
-// summed in the same order whatever part of it a thread computes.
+// that few rows are multiplied with is not packed but streamed, as fast as memory gives it. Within a product of ours an
+// element is summed in the same order whatever part of it a thread computes.
 #include "product.h"
 
 #define SUKHOPS_BODY "product_kernels.h"
@@ -55,9 +55,9 @@ bool amd() {
 #endif
 }
 
-// null: the library's. Two factors have the same dtype, or one is in a half precision and one in float32.
+// null: the library's. The factors have the same dtype, or a is float32 and b in a half precision.
 Kernel pick(const Product& p) {
-  const ScalarType s = p.a.dtype, t = p.b.dtype, narrow = s == ScalarType::Float ? t : s;
+  const ScalarType s = p.a.dtype, narrow = p.b.dtype;
   const bool pairs = narrow == ScalarType::BFloat16 && fast_bfloat16(), few = streams(p);
   if (narrow == p.out.dtype && item_size(narrow) >= 4 && !few && !amd()) return nullptr;
   if (narrow == ScalarType::Double) return SUKHOPS_BEST(blocked<double, double, double>);
@@ -65,9 +65,7 @@ Kernel pick(const Product& p) {
   with_type(narrow, [&](auto x) {
     using N = bits_t<decltype(x)>;
     if constexpr (!std::is_same_v<N, double>)
-      kernel = s != narrow   ? pick<float, N>(pairs, few)
-               : t != narrow ? pick<N, float>(pairs, few)
-                             : pick<N, N>(pairs, few);
+      kernel = s == narrow ? pick<N, N>(pairs, few) : pick<float, N>(pairs, few);
   });
   return kernel;
 }
@@ -87,12 +85,7 @@ void library(const Product& p) {
   }
 }
 
-// memory that a thread keeps for its packed factors, on a cache line
-float* scratch(int64_t floats) {
-  static thread_local std::vector<float> memory;
-  if (memory.size() < size_t(floats + 16)) memory.resize(floats + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-}
+struct Packed {};
 
 // rows [i, i + m) and columns [j, j + n) of a product's result
 void run(Kernel kernel, const Product& p, int64_t i, int64_t j, int64_t m, int64_t n) {
@@ -103,7 +96,7 @@ void run(Kernel kernel, const Product& p, int64_t i, int64_t j, int64_t m, int64
   const int64_t sums = narrow ? m * n : 0;
   const int64_t streamed = kStreamRows * (k + 32);
   const int64_t blocked = (2 * kBlockBytes + 2 * 8 * kDepth * 16) / 4;
-  float* const memory = scratch(sums + (streams(p) ? streamed : blocked));
+  float* const memory = thread_memory<float, Packed>(sums + (streams(p) ? streamed : blocked));
   const Factors f{a.data, a.row, a.col, b.data, b.row, b.col, m, n, k, narrow ? memory : out.data,
                   narrow ? n : out.row, p.add, p.a.rows <= kThinRows, memory + sums};
   kernel(f);
@@ -121,7 +114,8 @@ int64_t columns(const Product& p) { return std::max(kCellCols, kBlockBytes / 4 /
 // Parts of a result: enough of them for all threads, and large enough to pay for packing. Wide ones where the depth is
 // small: two threads that write new memory close to each other wait for its pages.
 struct Cells {
-  int64_t rows, cols;
+  int64_t rows = 0, cols = 0;
+  Cells() = default;
   Cells(const Product& p, int64_t threads) {
     rows = even(p.a.rows, kCellRows);
     cols = even(p.b.cols, columns(p));
@@ -151,10 +145,10 @@ void multiply_all(const std::vector<Product>& products) {
   std::vector<Cells> cells;
   std::vector<int64_t> first{0};
   for (const Product& p : products) {
-    const bool ours = pick(p);
-    if (!ours) library(p);
-    cells.emplace_back(p, threads);
-    first.push_back(first.back() + (ours ? cells.back().count(p) : 0));
+    const bool empty = p.out.rows == 0 || p.out.cols == 0, ours = pick(p);
+    if (!ours && !empty) library(p);
+    cells.push_back(ours && !empty ? Cells(p, threads) : Cells{});
+    first.push_back(first.back() + (ours && !empty ? cells.back().count(p) : 0));
   }
   each_cell(first.back(), [&](int64_t cell) {
     size_t at = 0;

@@ -24,20 +24,21 @@ struct Matrix {
 };
 
 // out (+)= a @ b. Sums are float32, or float64 for float64 factors. `out` has contiguous rows; where it is bfloat16 or
-// float16 the sums are rounded to it at the end, and nothing can be added. A float32 factor beside a bfloat16 one is
-// rounded to bfloat16 where the CPU multiplies pairs of those.
+// float16 the sums are rounded to it at the end, and nothing can be added. The factors have the same dtype, or a is
+// float32 and b a half precision: then a is rounded to bfloat16 where the CPU multiplies pairs of those.
 struct Product {
   Matrix out, a, b;
   bool add = false;
 };
 
-// by the calling thread; the same bits whatever parts of `out` are computed together
+// by the calling thread inside a parallel region
 void multiply(const Product& p);
 
-// by all threads, ours in one parallel region; no two products may write the same element
+// by all threads: those of our kernels in one parallel region, each of the library's in one of its own. No two products
+// may write the same element.
 void multiply_all(const std::vector<Product>& products);
 
-// adds to the count of products of all rows of hidden with a weight, which tests read
+// adds to the count of products of all rows of hidden with a weight, which tests of what a pass costs read
 void count_products(int64_t count);
 
 }  // namespace sukhops

@@ -217,7 +217,7 @@ static void blocked(const Factors& f) {
     for (int64_t j = 0; j < f.n; ++j) out[i * f.stride + j] = 0;
   for (int64_t p = 0; p < f.k; p += deep) {
     const int64_t depth = f.k - p < deep ? f.k - p : deep, units = (depth + kPer - 1) / kPer;
-    // where b is read once it is left where it is, but for columns and a row that fill no register and no unit
+    // all of b stays where it is but for columns that fill no register, or a depth that is no whole number of units
     const int64_t first = thin && depth % kPer == 0 ? f.n / kCols<A> * kCols<A> : 0;
     const T* const bp = b + p * f.b_row;
     pack_all<kCols<A>>(bp + first * f.b_col, f.b_col, f.b_row, f.n - first, depth, bs);

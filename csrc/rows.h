@@ -33,13 +33,13 @@ static inline double exp_row(double* x, int64_t width, double shift) {
   return s;
 }
 
-template <class T, class A>
-static inline void store_row(T* z, const A* x, int64_t width) {
+template <class A>
+static inline void store_row(A* z, const A* x, int64_t width) {
   int64_t j = 0;
   if constexpr (sizeof(A) == 4) {
     for (; j + kLanes <= width; j += kLanes) store(z + j, load(x + j));
   }
-  for (; j < width; ++j) put(z + j, x[j]);
+  for (; j < width; ++j) z[j] = x[j];
 }
 
 // keeps the k largest logits of a row, descending, the lower index first among equals
@@ -63,12 +63,11 @@ static inline void keep_top(
 }
 
 // x = z + bias; the padding of the last vector is 0 or a product's
-template <class T>
-static inline void load_row(const T* z, float* x, int64_t width, const float* bias) {
+static inline void load_row(const float* z, float* x, int64_t width, const float* bias) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) store(x + j, bias ? load(z + j) + load(bias + j) : load(z + j));
   if (j < width) store(x + j, vf{});
-  for (; j < width; ++j) x[j] = to_float(z[j]) + (bias ? bias[j] : 0.0f);
+  for (; j < width; ++j) x[j] = z[j] + (bias ? bias[j] : 0.0f);
 }
 
 static inline void load_row(const double* z, double* x, int64_t width, const double* bias) {

@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(sukhops, m) {
   m.def("cpu_capability() -> str");
-  m.def("cpu_isas() -> str[]");  // the instruction sets of this CPU that kernels are compiled for, the best one last
+  m.def("cpu_isas() -> str[]");  // the instruction sets of this CPU that kernels are compiled for, by age
   m.def("use_cpu_isa(str name) -> ()");  // one of them, for the whole process, for tests
   m.def("product_count() -> int");  // matrix products that CPU kernels have taken so far, for tests
 

@@ -5,7 +5,6 @@
 
 constexpr int64_t kLanes = 16;
 typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 
@@ -22,29 +21,12 @@ SUKHOPS_INLINE vf splat(float a) {
 }
 
 // bfloat16 is kept as its bits
-SUKHOPS_INLINE vf load(const uint16_t* p) {
-  vh h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-
 SUKHOPS_INLINE void store(uint16_t* p, vf x) {
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const vu kept = x == x ? rounded : (bits >> 16) | 0x40u;          // a NaN stays one
   const vh h = __builtin_convertvector(kept, vh);
   __builtin_memcpy(p, &h, sizeof h);
-}
-
-// float16 keeps its bits in a type of its own
-SUKHOPS_INLINE vf load(const HalfBits* p) {
-  vh h;
-  __builtin_memcpy(&h, p, sizeof h);
-  const vu bits = __builtin_convertvector(h, vu);
-  vf x = (vf)((bits & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
-  const vu special = (vu)x | 0x7f800000u;
-  x = (bits & 0x7c00u) == 0x7c00u ? (vf)special : x;
-  return (vf)((vu)x | ((bits & 0x8000u) << 16));
 }
 
 SUKHOPS_INLINE float to_float(float x) { return x; }

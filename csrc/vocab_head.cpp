@@ -1,9 +1,10 @@
 // vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)),
 // and their exact gradients, from tiles of logits that are never kept.
 //
-// The forward is one parallel region: a thread takes some rows and a part of the vocabulary, and passes over each tile of
-// products while it is in cache. The backward takes two regions a tile of all rows: one recomputes it and turns it into
-// the gradient in place, the other takes the products with it. Every output has one owner, so nothing depends on timing.
+// The forward walks the vocabulary in one parallel region: a thread takes some rows and a part of the vocabulary, and
+// passes over each tile of products while it is in cache. The backward goes by tiles of all rows: one region recomputes a
+// tile and turns it into the gradient in place, then come the products with it. Every output has one owner, so nothing
+// depends on timing.
 // The products of the first rows, as many as a budget holds, go to memory that the backward reads in place of the
 // recomputation.
 #include "blocks.h"

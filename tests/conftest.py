@@ -9,7 +9,8 @@ import torch
 
 import sukhops  # noqa: F401  (loads torch.ops.sukhops)
 
-ISAS = torch.ops.sukhops.cpu_isas()  # the best one last
+ISAS = torch.ops.sukhops.cpu_isas()
+OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_bf16")  # what users get
 
 
 def pytest_generate_tests(metafunc):
@@ -23,7 +24,7 @@ def pytest_generate_tests(metafunc):
 def isa(request):
     torch.ops.sukhops.use_cpu_isa(request.param)
     yield
-    torch.ops.sukhops.use_cpu_isa(ISAS[-1])
+    torch.ops.sukhops.use_cpu_isa(OWN_ISA)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from director_inputs import LOW, labelled, make
 
-from sukhops import director_logp, director_topk
+from sukhops import director_logp, director_topk, linear_logp
 from sukhops.ops.director import classifier_logit, classifier_norm
 
 pytestmark = pytest.mark.every_isa
@@ -170,3 +170,15 @@ def test_vmap_and_second_derivatives_say_no():
         torch.vmap(lambda h: director_logp(h, given["lm_weight"], given["cls_weight"]))(
             torch.randn(2, 3, 19).double()
         )
+
+
+def test_without_width_every_entry_is_as_likely():
+    """Hidden states and weights of width 0: products are 0, and gradients have no entries."""
+    hidden, lm, cls = (torch.zeros(n, 0, requires_grad=True) for n in (40, 70, 70))
+    logp = director_logp(hidden, lm, cls)
+    torch.testing.assert_close(logp, torch.full((40, 70), 1 / 70).log())
+    grads = torch.autograd.grad(logp.square().sum(), (hidden, lm, cls))
+    assert [g.shape for g in grads] == [(40, 0), (70, 0), (70, 0)]
+    logp = linear_logp(hidden, lm, torch.arange(40))
+    torch.testing.assert_close(logp, torch.full((40,), 1 / 70).log())
+    assert [g.shape for g in torch.autograd.grad(logp.sum(), (hidden, lm))] == [(40, 0), (70, 0)]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sukhops import _checks
-from sukhops.losses._output import LossOutput
+from sukhops.losses._output import LossOutput, average
 from sukhops.losses._sequences import IGNORE, as_scores, check_labels, check_sequences, sequence_sum
 
 
@@ -52,7 +52,13 @@ def sample_rival(
 
 
 def cringe_loss(
-    logp: Tensor, gap: Tensor, target: Tensor, label: Tensor, *, alpha: float = 1.0
+    logp: Tensor,
+    gap: Tensor,
+    target: Tensor,
+    label: Tensor,
+    *,
+    alpha: float = 1.0,
+    num_items: int | Tensor | None = None,
 ) -> LossOutput:
     """Cross entropy of positive and unlabelled tokens plus a contrast of the negative ones.
 
@@ -65,6 +71,8 @@ def cringe_loss(
         target: [...], integers; -100 where a token does not count.
         label: [B], or as target: 1 positive, 0 negative, -1 unlabelled.
         alpha: factor of the contrast, >= 0.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the counted tokens of the whole
+            batch, where this call has a part of it. None: what this call counts.
 
     Returns:
         LossOutput(loss [], metrics), detached scalars: ce and ct, means in nats over the tokens of each kind;
@@ -84,7 +92,7 @@ def cringe_loss(
     positive, negative = counted & (label != 0), counted & (label == 0)
     ce = (-logp).where(positive, 0.0).masked_fill((label < -1) | (label > 1), torch.nan).sum()
     ct = F.softplus(gap.where(negative, -torch.inf)).sum()
-    loss = (ce + alpha * ct) / counted.sum().clamp(min=1)
+    loss = average(ce + alpha * ct, counted.sum(), num_items)
     with torch.no_grad():
         ce_tokens, ct_tokens = positive.sum(), negative.sum()
         metrics = {
@@ -107,6 +115,7 @@ def pairwise_cringe_loss(
     margin: float = 0.0,
     temperature: float = 1.0,
     detach_gate: bool = False,
+    num_items: int | Tensor | None = None,
 ) -> LossOutput:
     """CRINGE of B pairs, each under a gate that closes when the chosen completion is likelier by a margin.
 
@@ -124,6 +133,8 @@ def pairwise_cringe_loss(
         margin: of the log-probs, in nats.
         temperature: of the gate, > 0.
         detach_gate: whether the gate is a constant to the gradient.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the pairs of the whole
+            batch, where this call has a part of it. None: what this call counts.
 
     Returns:
         LossOutput(loss [], metrics), detached scalars, means over pairs: gate, ce, ct, logp_chosen,
@@ -156,7 +167,7 @@ def pairwise_cringe_loss(
     ce, ct = -chosen / n_w, contrast.chunk(2)[1] / n_l
     gate = torch.sigmoid((margin - (chosen - rejected)) / temperature)
     pairs = max(sequences // 2, 1)
-    loss = ((gate.detach() if detach_gate else gate) * (ce + alpha * ct)).sum() / pairs
+    loss = average(((gate.detach() if detach_gate else gate) * (ce + alpha * ct)).sum(), pairs, num_items)
     named = {
         "gate": gate, "ce": ce, "ct": ct, "logp_chosen": chosen, "logp_rejected": rejected,
         "accuracy": (chosen > rejected).to(chosen.dtype),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops.losses._output import LossOutput
+from sukhops.losses._output import LossOutput, average
 
 IGNORE = -100
 REDUCTIONS = ("mean", "sum_of_means")
@@ -36,6 +36,7 @@ def director_loss(
     class_weight: tuple[float, float] = (1.0, 1.0),
     reduction: str = "mean",
     train_lm_on_positive: bool = False,
+    num_items: int | Tensor | None = None,
 ) -> LossOutput:
     """Cross entropy of plain examples plus gamma times the classifier's loss of labelled ones.
 
@@ -57,6 +58,9 @@ def director_loss(
         class_weight: (negative, positive) factors of the binary cross entropy.
         reduction: "mean" or "sum_of_means".
         train_lm_on_positive: as in `lm_target`.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the counted tokens of the whole
+            batch, where this call has a part of it. None: what this call counts.
+            With "mean" only.
 
     Returns:
         LossOutput. Metrics, detached scalars: lm_loss, cls_loss and (with norm_weight) norm, token means in
@@ -65,7 +69,7 @@ def director_loss(
 
     Raises:
         ValueError: an unknown reduction, "sum_of_means" without [B, T], norm and norm_weight that
-            contradict each other.
+            contradict each other; num_items with "sum_of_means".
 
     Source: Arora et al. 2022 (Director); norm and sum_of_means are its public training code's.
     """
@@ -73,6 +77,8 @@ def director_loss(
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     if reduction == "sum_of_means" and target.dim() != 2:
         raise ValueError(f"reduction: sum_of_means needs target [B, T], got {list(target.shape)}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items: reduction {reduction!r} divides per example, expected None")
     if (norm is None) != (norm_weight == 0):
         raise ValueError(f"norm: expected exactly when norm_weight is not 0, got norm_weight = {norm_weight}")
     trains_lm = lm_target(target, label, train_lm_on_positive) != IGNORE  # [...]
@@ -90,8 +96,8 @@ def director_loss(
     def total(t: Tensor) -> Tensor:
         return t.sum(dims) if dims else t.sum()
 
-    counted = (total(trains_lm) + total(trains_cls)).clamp(min=1)  # [] or [B]
-    loss = ((total(nll) + gamma * total(weighted)) / counted).sum()
+    counted = total(trains_lm) + total(trains_cls)  # [] or [B]
+    loss = average(total(nll) + gamma * total(weighted), counted, num_items).sum()
     with torch.no_grad():
         metrics = _metrics(nll, bce, norm, cls_logit, positive, trains_lm, trains_cls)
     return LossOutput(loss, metrics)

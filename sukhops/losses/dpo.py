@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops.losses._output import LossOutput
+from sukhops.losses._output import LossOutput, average
 from sukhops.losses._preference import (
     LOSSES,
     OF_MARGIN,
@@ -139,6 +139,7 @@ def dpo_loss(
     *,
     cu_seqlens: Tensor | None = None,
     log_sum_squares: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     **options,
 ) -> LossOutput:
     """Preference loss of B pairs: the mean over pairs of a formula on log-ratios of policy and reference.
@@ -157,6 +158,9 @@ def dpo_loss(
             unless reference_free is set or no listed type has a reference.
         cu_seqlens: [2B + 1], integers, 0 first and N last: ends of the packed sequences.
         log_sum_squares: as logp, log sum_v p_v**2 of each token's distribution; with use_weighting.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the pairs of the whole
+            batch, where this call has a part of it. None: what this call counts.
+            Not with sft, orpo and nll_weight, which divide by tokens too.
         beta: strength of the tie to the reference, > 0.
         loss_type: one or several of the names above.
         loss_weights: one per loss_type; None: 1 each.
@@ -251,7 +255,14 @@ def dpo_loss(
         losses = losses * torch.exp(sum(likely.chunk(2)))
     elif log_sum_squares is not None:
         raise ValueError("log_sum_squares: used with use_weighting only, expected None")
-    loss = losses.sum() / max(losses.shape[0], 1) + (o.nll_weight * nll if o.nll_weight else 0.0)
+    if num_items is not None and (o.nll_weight or not {"sft", "orpo"}.isdisjoint(o.types)):
+        raise ValueError(
+            f"num_items: loss_type {o.types} with nll_weight={o.nll_weight} divides by pairs and by tokens, "
+            "expected None"
+        )
+    loss = average(losses.sum(), losses.shape[0], num_items)
+    if o.nll_weight:
+        loss = loss + o.nll_weight * nll
     return LossOutput(loss, _metrics(pairs, o))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sukhops import _checks
-from sukhops.losses._output import LossOutput
+from sukhops.losses._output import LossOutput, average
 from sukhops.losses._sequences import IGNORE, as_scores, check_labels, check_sequences, sequence_sum, sums
 from sukhops.losses._steps import step_sums
 
@@ -50,6 +50,7 @@ def kto_loss(
     *,
     kl: float | Tensor | Mismatched,
     cu_seqlens: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     **options,
 ) -> LossOutput:
     """Value of unpaired completions against a reference point z that has no gradient.
@@ -68,6 +69,8 @@ def kto_loss(
         kl: z: a number or a scalar tensor, or the `Mismatched` batch whose mean log-ratio is its estimate,
             averaged over the ranks of torch.distributed where that runs. Cut at 0 below, detached.
         cu_seqlens: [B + 1], integers, 0 first and N last: ends of the packed sequences.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the labelled completions of the whole
+            batch, where this call has a part of it. None: what this call counts.
         beta: strength of the tie to the reference, > 0.
         desirable_weight, undesirable_weight: factors of the two classes, >= 0.
 
@@ -88,7 +91,7 @@ def kto_loss(
     z = reference_point(kl, ratio)
     losses = value_loss(ratio, label, z, o)
     counted = label != -1
-    loss = losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    loss = average(losses.where(counted, 0.0).sum(), counted.sum(), num_items)
     return LossOutput(loss, _metrics(ratio, policy, label, z, o.beta))
 
 
@@ -163,12 +166,14 @@ def step_kto_loss(
     kl: float | Tensor | Mismatched,
     step_kl: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     **options,
 ) -> LossOutput:
     """KTO on whole completions plus step_weight times KTO on their labelled steps.
 
     Args:
         logp, target, kl, cu_seqlens: as in `kto_loss`.
+        num_items: as in `kto_loss`, where step_weight is 0: steps have a count of their own.
         desirable: [B], as in `kto_loss`; -1 leaves a completion with its step terms alone.
         step_ids: as target, integers: which step of its sequence a token belongs to, -1 for none.
         step_labels: [B, S], 1 right, 0 wrong, -1 not judged. Steps without tokens or label do not count.
@@ -193,7 +198,12 @@ def step_kto_loss(
     the defaults are this library's.
     """
     o = StepKTOOptions(**options).check()
-    outcome = kto_loss(logp, target, desirable, ref_logp, kl=kl, cu_seqlens=cu_seqlens, **o.outcome._asdict())
+    if num_items is not None and o.step_weight:
+        raise ValueError("num_items: completions and steps are counted apart, expected None")
+    outcome = kto_loss(
+        logp, target, desirable, ref_logp, kl=kl, cu_seqlens=cu_seqlens, num_items=num_items,
+        **o.outcome._asdict(),
+    )  # fmt: skip
     logp, ref_logp = as_scores(target, logp=logp, ref_logp=ref_logp)
     sequences = check_sequences(target, cu_seqlens)
     if step_labels.dim() != 2 or step_labels.shape[0] != sequences:

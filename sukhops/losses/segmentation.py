@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sukhops import _checks
-from sukhops.losses._output import LossOutput
+from sukhops.losses._output import LossOutput, average
 from sukhops.losses._sequences import IGNORE
 from sukhops.ops.segmentation import segmentation_logz
 
@@ -49,7 +49,12 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: in
 
 
 def segmentation_loss(
-    logp: Tensor, unit_ids: Tensor, *, lengths: Tensor | None = None, flat: bool = False
+    logp: Tensor,
+    unit_ids: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    flat: bool = False,
+    num_items: int | Tensor | None = None,
 ) -> LossOutput:
     """Negative log-likelihood per symbol of sequences, each the sum over all its segmentations into units.
 
@@ -70,6 +75,8 @@ def segmentation_loss(
             sequence count as none.
         lengths: [B], integers in [0, T]; None: T each.
         flat: the warm-up loss.
+        num_items: a number > 0 or a 0-dim tensor to divide by: the symbols of the whole
+            batch, where this call has a part of it. None: what this call counts.
 
     Returns:
         LossOutput(loss [], metrics), detached scalars under either loss: bits_per_symbol, the likelihood in
@@ -98,11 +105,11 @@ def segmentation_loss(
     logz = segmentation_logz(scores.detach() if flat else scores, lengths)  # [B]
     reached = logz != -torch.inf
     symbols = lengths.where(reached, 0).sum()
-    nats = -logz.where(reached, 0.0).sum() / symbols.clamp(min=1)
-    loss = nats
+    total = -logz.where(reached, 0.0).sum()
+    nats, loss = total / symbols.clamp(min=1), average(total, symbols, num_items)
     if flat:
         outside = ((lengths < 0) | (lengths > t)).any()  # not on the CPU: logz has raised
-        places = (k * lengths.sum()).clamp(min=1).to(logp.dtype).masked_fill(outside, torch.nan)
-        loss = -logp.masked_fill(none, 0.0).sum() / places
+        total = -logp.masked_fill(none, 0.0).sum().masked_fill(outside, torch.nan)
+        loss = average(total / max(k, 1), lengths.sum(), num_items)
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)

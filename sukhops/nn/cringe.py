@@ -51,6 +51,7 @@ class CringeLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -61,6 +62,7 @@ class CringeLoss(nn.Module):
             bias: [V], or None.
             generator: source of the samples, on hidden's device; None: torch's own. The same state gives the
                 same rivals. Not used for k = 1.
+            num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.cringe_loss`.
@@ -74,7 +76,7 @@ class CringeLoss(nn.Module):
         logp, gap = _logp_and_gap(
             hidden, weight, target, bias, self.k, generator, detach_rival=self.detach_positive
         )
-        return cringe_loss(logp, gap, target, label, alpha=self.alpha)
+        return cringe_loss(logp, gap, target, label, alpha=self.alpha, num_items=num_items)
 
 
 class PairwiseCringeLoss(nn.Module):
@@ -123,6 +125,7 @@ class PairwiseCringeLoss(nn.Module):
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
         cu_seqlens: Tensor | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -133,6 +136,7 @@ class PairwiseCringeLoss(nn.Module):
             bias: [V], or None.
             generator: as in `CringeLoss`.
             cu_seqlens: [2B + 1], integers, 0 first and N last.
+            num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.pairwise_cringe_loss`.
@@ -156,6 +160,7 @@ class PairwiseCringeLoss(nn.Module):
             margin=self.margin,
             temperature=self.temperature,
             detach_gate=self.detach_gate,
+            num_items=num_items,
         )
 
 

@@ -81,6 +81,7 @@ class DirectorLoss(nn.Module):
         lm_bias: Tensor | None = None,
         cls_bias: Tensor | None = None,
         cls_affine: tuple | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -91,6 +92,7 @@ class DirectorLoss(nn.Module):
             label: [B], or as target: 1 or 0 for a classifier example, -1 for a plain one.
             lm_bias, cls_bias: [V], or None.
             cls_affine: (a, b) of a shared head, whose classifier logit is a * lm + b, or None.
+            num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.director_loss`.
@@ -141,6 +143,7 @@ class DirectorLoss(nn.Module):
             class_weight=self.class_weight,
             reduction=self.reduction,
             train_lm_on_positive=self.train_lm_on_positive,
+            num_items=num_items,
         )
 
 

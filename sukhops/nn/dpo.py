@@ -91,6 +91,7 @@ class DPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -103,6 +104,7 @@ class DPOLoss(nn.Module):
             ref_hidden, ref_weight, ref_bias: as hidden, weight and bias, of the reference, whose width may
                 differ. Exactly one of the two forms where the loss has a reference; never differentiated.
             cu_seqlens: [2B + 1], integers, 0 first and N last.
+            num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.dpo_loss`.
@@ -132,5 +134,6 @@ class DPOLoss(nn.Module):
             reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias),
             cu_seqlens=cu_seqlens,
             log_sum_squares=squares,
+            num_items=num_items,
             **o._asdict(),
         )

@@ -48,6 +48,7 @@ class KTOLoss(nn.Module):
         kl_ref_logp: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -65,6 +66,8 @@ class KTOLoss(nn.Module):
                 builds it), with kl_ref_logp, or kl_ref_hidden for the same reference head. Exactly one of
                 the two forms; never differentiated.
             cu_seqlens: [B + 1], integers, 0 first and N last; kl_cu_seqlens the mismatched batch's.
+            num_items: the labelled completions of the whole batch, where this call has a part of it; None:
+                its own.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.kto_loss`.
@@ -84,6 +87,7 @@ class KTOLoss(nn.Module):
                 weight, bias, ref_weight, ref_bias,
             ),
             cu_seqlens=cu_seqlens,
+            num_items=num_items,
             **self.options._asdict(),
         )  # fmt: skip
 
@@ -145,11 +149,13 @@ class StepKTOLoss(nn.Module):
         kl_step_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
             hidden, weight, target, desirable, bias, ref_..., kl, kl_..., cu_seqlens: as in `KTOLoss`;
                 log-probs of the reference per token.
+            num_items: as in `KTOLoss`, where step_weight is 0.
             step_ids: as target: which step a token belongs to, -1 for none (`sukhops.losses.step_ids`
                 builds them from spans).
             step_labels: [B, S], 1 right, 0 wrong, -1 not judged.
@@ -176,6 +182,7 @@ class StepKTOLoss(nn.Module):
             ),
             step_kl=step_kl,
             cu_seqlens=cu_seqlens,
+            num_items=num_items,
             **self.options._asdict(),
         )  # fmt: skip
 

@@ -38,6 +38,7 @@ class SegmentationLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         lengths: Tensor | None = None,
+        num_items: int | Tensor | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -51,6 +52,7 @@ class SegmentationLoss(nn.Module):
                 there is none. Units that end after their sequence count as none.
             bias: [V], or None.
             lengths: [B], integers in [0, T]; None: T each. Rows of hidden from there on do not count.
+            num_items: the symbols of the whole batch, where this call has a part of it; None: its own.
 
         Returns:
             LossOutput(loss, metrics): nats per symbol; bits_per_symbol and unreachable, see
@@ -71,4 +73,4 @@ class SegmentationLoss(nn.Module):
                 f"got {list(unit_ids.shape)}"
             )
         logp = linear_logp(hidden, weight, targets, bias)
-        return segmentation_loss(logp, unit_ids, lengths=lengths, flat=self.flat)
+        return segmentation_loss(logp, unit_ids, lengths=lengths, flat=self.flat, num_items=num_items)

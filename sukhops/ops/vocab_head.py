@@ -175,7 +175,7 @@ def vocab_head(
     """
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     budget = min(get_logits_budget(), sys.maxsize)
     *outputs, _, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, budget, *need)
     return Head(*outputs)
