@@ -109,7 +109,7 @@ def segmentation_loss(
     nats, loss = total / symbols.clamp(min=1), average(total, symbols, num_items)
     if flat:
         outside = ((lengths < 0) | (lengths > t)).any()  # not on the CPU: logz has raised
-        total = -logp.masked_fill(none, 0.0).sum().masked_fill(outside, torch.nan)
-        loss = average(total / max(k, 1), lengths.sum(), num_items)
+        width = logp.new_full((), max(k, 1)).masked_fill(outside, torch.nan)  # NaN in the gradient too
+        loss = average(-logp.masked_fill(none, 0.0).sum() / width, lengths.sum(), num_items)
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)
