@@ -29,7 +29,7 @@ bench: setup .venv/peers  ## checks every op and times its main case beside its 
 	set -e; for f in $(BENCHES); do $(PY) $$f; done
 	$(PY) bench/report.py --own
 
-bench-all: setup .venv/peers  ## every case, an hour; RECORD=--record writes bench/results instead, for make docs
+bench-all: setup .venv/peers  ## every case, which takes long; RECORD=--record writes bench/results instead, for make docs
 	set -e; for f in $(BENCHES); do $(PY) $$f --all $(RECORD); done
 	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 

@@ -244,14 +244,13 @@ def cases() -> list[Case]:
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
         *(c for d in (512, 2048) for dtype in both for c in by_rows(dtype, d)),
         *by_budget(),
+        *(
+            logp_case("growth with V, D = 1,024", dtype, 2048, 1024, v)
+            for dtype in both
+            for v in (32768, 65536, 131072, 262144)
+        ),
     ]
 
 
-def grid() -> list[Case]:
-    """Growth with V at the size of a small model."""
-    shapes = [(dtype, v) for dtype in (torch.float32, torch.bfloat16) for v in (32768, 65536, 131072, 262144)]
-    return [logp_case("growth with V, D = 1,024", dtype, 2048, 1024, v) for dtype, v in shapes]
-
-
 if __name__ == "__main__":
-    harness.main("vocab_head", cases(), grid())
+    harness.main("vocab_head", cases())

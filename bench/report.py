@@ -166,22 +166,6 @@ def lexicon(found: list[dict]) -> str:
     return markdown(["", "CPU", "provider", "million characters per second"], body)
 
 
-def neighbour(found: list[dict]) -> str:
-    """Times alone and beside a busy program, and how many times the one is the other."""
-    body = [
-        [
-            f"{r['op']}, {r['case']}",
-            r["isa"],
-            r["provider"],
-            f"{r['alone_ms']:,.3g}",
-            f"{r['beside_ms']:,.3g}",
-            f"{r['slowdown']:.2f}",
-        ]
-        for r in found
-    ]
-    return markdown(["case", "CPU", "provider", "ms alone", "ms beside", "slower"], body)
-
-
 def roofline(found: list[dict]) -> str:
     """Times that bench/roofline.py predicts for a GPU."""
     body = []
@@ -226,9 +210,8 @@ def block(name: str) -> str:
         return ""
     if name == "train_step":
         return train_step(found)
-    if name in ("pairs", "roofline", "lexicon", "neighbour"):
-        tables = {"pairs": pairs, "roofline": roofline, "lexicon": lexicon, "neighbour": neighbour}
-        return tables[name](found)
+    if name in ("pairs", "roofline", "lexicon"):
+        return {"pairs": pairs, "roofline": roofline, "lexicon": lexicon}[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)

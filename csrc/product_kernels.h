@@ -205,7 +205,8 @@ template <class A, class S, class T>
 static void blocked(const Factors& f) {
   A* const bs = (A*)f.scratch;
   const int64_t wide = (f.n + kCols<A> - 1) / kCols<A> * kCols<A>;
-  const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kProductRun * kProductRun;  // whole runs: sums do not depend on n
+  // whole runs: sums do not depend on n
+  const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kProductRun * kProductRun;
   const bool thin = f.thin && f.b_col == 1;
   const int64_t deep = (thin ? kThin : fits < kProductRun ? kProductRun : fits > kDepth ? kDepth : fits) * kPer;
   A* const as = bs + wide * ((deep < f.k ? deep : f.k + 1) / kPer);
