@@ -79,9 +79,11 @@ def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Te
     some = 0.02 * (wins + losses)
     start = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: never met anyone
     maximum = _newton(won, lost, prior, ridge, start)
-    scores = maximum.T
+    # a common shift costs no more than the ridge, so rounding over the ridge is in the mean
     if ridge == 0:
-        scores = scores - (means @ scores.unsqueeze(2)).squeeze(2)  # what rounding has put there
+        scores = maximum.T - (means @ maximum.T.unsqueeze(2)).squeeze(2)
+    else:
+        scores = (maximum - maximum.mean(0)).T
     errors = torch.zeros_like(scores)
     if want_errors:
         _, hessian, _ = _derivatives(won, lost, prior, ridge, maximum)
