@@ -109,6 +109,103 @@ def trl_logp(hidden, weight, target):
     return logp.reshape(target.shape).masked_fill(target == -100, 0.0)
 
 
+FIVE = ("logp", "entropy", "log_sum_sq", "mean_logit", "top1")
+
+
+def statistics(stats):
+    """Five numbers per token, as in FIVE, the first two under random upstream gradients."""
+
+    def provider(i: Inputs):
+        g = torch.Generator().manual_seed(1)
+        upstream, of_entropy = (torch.randn(i["target"].shape, generator=g) for _ in range(2))
+
+        def call():
+            logp, entropy, *others = stats(i["hidden"], i["weight"], i["target"])
+            return (logp * upstream + entropy * of_entropy).sum() + sum(t.double().mean() for t in others)
+
+        return call
+
+    return provider
+
+
+def ours(stats):
+    def call(hidden, weight, target):
+        found = stats(hidden, weight, target, outputs=FIVE)
+        return [getattr(found, name) for name in FIVE]
+
+    return call
+
+
+def trl_stats(hidden, weight, target):
+    from trl.kernels import ChunkedLogProbFunction
+
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    rows = hidden.flatten(0, 1), weight, None, target.flatten()
+    return [t.reshape(target.shape) for t in ChunkedLogProbFunction.apply(*rows, 1.0, 8192, None, 1.0, names)]
+
+
+def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
+    """Five numbers per token over log-probs alone."""
+    dtype = torch.float32
+
+    def logp_alone(i: Inputs):
+        call = weighted(sukhops.linear_logp)(i)
+        return lambda: torch.autograd.grad(call(), (i["hidden"], i["weight"]))
+
+    return Case(
+        "vocab_head", "five numbers per token, over log-probs alone", {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make(rows, d, v, dtype, prompt=0.0), lambda: make(256, d, v // 16, dtype, prompt=0.0),
+        statistics(ours(reference.linear_token_stats)),
+        {
+            "sukhops": Provider(statistics(ours(sukhops.linear_token_stats)), ours=True),
+            "eager": Provider(statistics(ours(reference.linear_token_stats)), 40.0 * rows * v, "torch"),
+            "TRL": Provider(statistics(trl_stats), 8.0 * rows * 8192, "trl"),
+        },
+        logp_alone, rounds=5, main=True,
+    )  # fmt: skip
+
+
+def weighting_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
+    """DPO whose pairs are weighted by the policy's own likelihood (WPO), over DPO."""
+    dtype = torch.float32
+
+    def with_weighting(i: Inputs):
+        loss = sukhops.nn.DPOLoss(beta=BETA, use_weighting=True)
+        head = [i[n] for n in ("hidden", "weight", "target")]
+        return lambda: loss(*head, ref_hidden=i["ref_hidden"], ref_weight=i["ref_weight"]).loss
+
+    def eager(i: Inputs):
+        loss = sukhops.losses.dpo_loss
+
+        def call():
+            stats = reference.linear_token_stats(
+                i["hidden"], i["weight"], i["target"], outputs=("logp", "log_sum_sq")
+            )
+            with torch.no_grad():
+                ref = reference.linear_logp(i["ref_hidden"], i["ref_weight"], i["target"])
+            squares = stats.log_sum_sq
+            return loss(
+                stats.logp, i["target"], ref, beta=BETA, use_weighting=True, log_sum_squares=squares
+            ).loss
+
+        return call
+
+    def without(i: Inputs):
+        call = sukhops_dpo(i)
+        return lambda: torch.autograd.grad(call(), (i["hidden"], i["weight"]))
+
+    return Case(
+        "vocab_head", "DPO with use_weighting, over DPO", {"rows": rows, "D": d, "V": v}, dtype,
+        lambda: make(rows, d, v, dtype, pairs=True, prompt=0.0),
+        lambda: make(256, d, v // 16, dtype, pairs=True, prompt=0.0), eager,
+        {
+            "sukhops": Provider(with_weighting, ours=True),
+            "eager": Provider(eager, 40.0 * rows * v, "torch"),
+        },
+        without, rounds=5,
+    )  # fmt: skip
+
+
 def liger_dpo(i: Inputs):
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -244,6 +341,8 @@ def cases() -> list[Case]:
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
         *(c for d in (512, 2048) for dtype in both for c in by_rows(dtype, d)),
         *by_budget(),
+        statistics_case(),
+        weighting_case(),
         *(
             logp_case("growth with V, D = 1,024", dtype, 2048, 1024, v)
             for dtype in both

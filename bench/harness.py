@@ -15,8 +15,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,17 +74,20 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
     parser.add_argument(
         "--all", action="store_true", help="every case, not the main ones alone: many minutes"
     )
+    parser.add_argument("--case", default="", help="with --all: those whose name contains this")
     parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
     args = parser.parse_args()
-    if args.record and not args.all:
-        parser.error("--record: only whole runs are recorded, add --all")
+    if (args.record or args.case) and not args.all:
+        parser.error("--record and --case choose among all cases: add --all")
     if args.all:
-        save(name, run(cases), args.record)
-        if grid:
-            save(f"{name}_grid", run(grid, measure_memory=False), args.record)
+        for rows in run([c for c in cases if args.case in c.name]):
+            save(name, rows, args.record)
+        for rows in run([c for c in grid or [] if args.case in c.name], measure_memory=False):
+            save(f"{name}_grid", rows, args.record)
         return
     short = [c._replace(rounds=min(c.rounds, SHORT_ROUNDS)) for c in cases if c.main]
-    save(name, run(short, peer_seconds=SHORT_SECONDS))
+    for rows in run(short, peer_seconds=SHORT_SECONDS):
+        save(name, rows)
 
 
 def save(name: str, rows: list[dict], record: bool = False) -> None:
@@ -106,8 +110,10 @@ def save(name: str, rows: list[dict], record: bool = False) -> None:
         f.writelines(json.dumps(row) + "\n" for _, group in ordered for row in group)
 
 
-def run(cases: list[Case], measure_memory: bool = True, peer_seconds: float = PEER_SECONDS) -> list[dict]:
-    """Runs the cases in order and prints a table of each; returns the rows.
+def run(
+    cases: list[Case], measure_memory: bool = True, peer_seconds: float = PEER_SECONDS
+) -> Iterator[list[dict]]:
+    """Runs the cases in order and prints a table of each; yields the rows of each name and dtype together.
 
     Memory comes first: its processes are forks, and OpenMP does not survive a fork once it has run.
     """
@@ -117,10 +123,12 @@ def run(cases: list[Case], measure_memory: bool = True, peer_seconds: float = PE
         for name, p in case.providers.items() if measurable else ():
             if p.memory <= MEMORY_LIMIT and p.seconds <= TIME_LIMIT:
                 measured[name] = peak_memory(case, p)
-    rows = []
-    for case, measured in zip(cases, memory, strict=True):
-        rows += run_case(case, measured, EMULATED if emulated(case) else None, peer_seconds)
-    return rows
+    together = groupby(zip(cases, memory, strict=True), lambda pair: (pair[0].name, pair[0].dtype))
+    for _, group in together:
+        rows = []
+        for case, measured in group:
+            rows += run_case(case, measured, EMULATED if emulated(case) else None, peer_seconds)
+        yield rows
 
 
 def emulated(case: Case) -> bool:

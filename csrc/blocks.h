@@ -69,6 +69,16 @@ struct Tiling {
   }
 };
 
+constexpr float kFar = -800;  // exp is 0 below it; the product of that 0 with a number that is not below it is 0 too
+
+// The sums over a row of e * t, e * e and x, where t = x - shift and e = exp(t), and `sum` that of e: from one shift to
+// another, which is not below it.
+static inline void move_moments(double* moments, double sum, double from, double to) {
+  const double decay = std::exp(from - to);
+  moments[0] = decay * (moments[0] + std::max<double>(from - to, kFar) * sum);
+  moments[1] *= decay * decay;
+}
+
 struct PartTile {};
 
 // a thread's tile
@@ -77,25 +87,29 @@ A* part_tile(int64_t elements) {
   return thread_memory<A, PartTile>(elements);
 }
 
-// What the parts of the vocabulary found of each row: the log-sum-exp, and the k largest, descending, the lower index first
-// among equals. A part's first row is at part * n.
+// What the parts of the vocabulary found of each row: the maximum, the sums of exp(x - maximum) and, if wanted, of
+// move_moments, and the k largest, descending, the lower index first among equals. A part's first row is at part * n.
 template <class A>
 struct Found {
   int64_t n, k, parts;
   std::vector<A> maximum;
-  std::vector<double> sum;
+  std::vector<double> sum, moments;
   std::vector<A> value;
   std::vector<int64_t> index;
 
-  Found(int64_t n, int64_t k, int64_t parts)
-      : n(n), k(k), parts(parts), maximum(n * parts, -INFINITY), sum(n * parts), value(n * parts * k, -INFINITY),
-        index(n * parts * k, -1) {}
+  Found(int64_t n, int64_t k, int64_t parts, bool with_moments = false)
+      : n(n), k(k), parts(parts), maximum(n * parts, -INFINITY), sum(n * parts), moments(with_moments ? 3 * n * parts : 0),
+        value(n * parts * k, -INFINITY), index(n * parts * k, -1) {}
 
-  // joins the parts of a row, in their order, in the first of them; returns its log-sum-exp
+  // joins the parts of a row, in their order, in the first of them; returns the log of its sum
   A join(int64_t i) {
     for (int64_t part = 1; part < parts; ++part) {
       const int64_t from = part * n + i;
       const A top = maximum[from] > maximum[i] ? maximum[from] : maximum[i], shift = top == -INFINITY ? A(0) : top;
+      if (!moments.empty()) {
+        for (const int64_t at : {i, from}) move_moments(&moments[3 * at], sum[at], maximum[at], shift);
+        for (int64_t j = 0; j < 3; ++j) moments[3 * i + j] += moments[3 * from + j];
+      }
       sum[i] = sum[i] * std::exp(maximum[i] - shift) + sum[from] * std::exp(maximum[from] - shift);
       maximum[i] = top;
       for (int64_t j = from * k; j < (from + 1) * k && index[j] >= 0; ++j) {
@@ -110,7 +124,7 @@ struct Found {
         index[p] = index[j];
       }
     }
-    return static_cast<A>(maximum[i] + std::log(sum[i]));
+    return static_cast<A>(std::log(sum[i]));
   }
 };
 

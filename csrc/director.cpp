@@ -110,13 +110,13 @@ template <class A>
 Tensor logp(const Tensor& hidden, const Heads<A>& heads) {
   const Tensor out = empty({heads.n, heads.v}, acc_dtype(hidden.scalar_type()), hidden);
   Found<A> found = pass<A>(hidden, heads, 0, data<A>(out));
-  std::vector<A> lse(heads.n);
-  for (int64_t i = 0; i < heads.n; ++i) lse[i] = found.join(i);
-  const auto normalise = SUKHOPS_BEST(subtract<A>);
+  std::vector<A> log_sum(heads.n);
+  for (int64_t i = 0; i < heads.n; ++i) log_sum[i] = found.join(i);
+  const auto to_logp = SUKHOPS_BEST(normalise<A>);
   const int64_t width = 16384, per_row = (heads.v + width - 1) / width;
   parallel_rows(heads.n * per_row, 1, [&](int64_t i) {
     const int64_t row = i / per_row, v0 = i % per_row * width;
-    normalise(data<A>(out) + row * heads.v + v0, std::min(width, heads.v - v0), lse[row]);
+    to_logp(data<A>(out) + row * heads.v + v0, std::min(width, heads.v - v0), found.maximum[row], log_sum[row]);
   });
   return out;
 }
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int
       const A* row = data<A>(all) + i * v;
       std::vector<int64_t> order(v);
       for (int64_t j = 0; j < v; ++j) order[j] = j;
-      const bool nan = row[0] != row[0];  // the log-sum-exp is in every entry
+      const bool nan = row[0] != row[0];  // the log of the sum is in every entry
       if (!nan)
         std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t a, int64_t b) {
           return row[a] > row[b] || (row[a] == row[b] && a < b);
@@ -148,10 +148,10 @@ std::tuple<Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int
   }
   Found<A> found = pass<A>(hidden, heads, k, nullptr);
   parallel_rows(n, 64, [&](int64_t i) {
-    const A lse = found.join(i);
-    finish_top(&found.value[i * k], &found.index[i * k], k, lse != lse);
+    const A log_sum = found.join(i);
+    finish_top(&found.value[i * k], &found.index[i * k], k, log_sum != log_sum);
     for (int64_t j = 0; j < k; ++j) {
-      value[i * k + j] = found.value[i * k + j] - lse;
+      value[i * k + j] = (found.value[i * k + j] - found.maximum[i]) - log_sum;
       index[i * k + j] = found.index[i * k + j];
     }
   });

@@ -82,10 +82,10 @@ static void gate_rows(const GateRows<A>& g, int64_t lo, int64_t hi) {
   }
 }
 
-// x[0 .. width) -= by
+// scores to log-probabilities
 template <class A>
-static void subtract(A* x, int64_t width, A by) {
-  for (int64_t j = 0; j < width; ++j) x[j] -= by;
+static void normalise(A* x, int64_t width, A maximum, A log_sum) {
+  for (int64_t j = 0; j < width; ++j) x[j] = (x[j] - maximum) - log_sum;
 }
 
 // ---------------------------------------------------------------- gradients

@@ -8,20 +8,23 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
   m.def("use_cpu_isa(str name) -> ()");  // one of them, for the whole process, for tests
   m.def("product_count() -> int");  // matrix products that CPU kernels have taken so far, for tests
 
-  // lse [N], target_logit [N, K], topk_value [N, k], topk_index [N, k]; when only `hidden` needs a gradient,
-  // mean_weight [N, D] = sum_v p_v dlogit_v/draw_v weight_v (else [0]); when the weight or the bias does, logits [R, V],
-  // the products of the first R rows that are not dropped, as many of N as logits_budget bytes hold (else [0, V])
+  // of logits = softcap * tanh(scale * (hidden . weight + bias) / softcap) / temperature: maximum [N], log_sum [N] =
+  // log sum_v exp(logit_v - maximum), target_logit [N, K], topk_value [N, k], topk_index [N, k]; with statistics entropy,
+  // log_sum_sq and mean_logit [N] (else [0]); when only `hidden` needs a gradient, mean_weight [N, D] = sum_v p_v
+  // dlogit_v/draw_v weight_v over the slope (else [0]); when the weight or the bias does, logits [R, V], the products of
+  // the first R rows that are not dropped, as many of N as logits_budget bytes hold (else [0, V])
   m.def(
-      "vocab_head(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int k, float? softcap, "
-      "float scale, int ignore_index, int logits_budget, bool need_hidden, bool need_weight, bool need_bias) "
-      "-> (Tensor lse, Tensor target_logit, Tensor topk_value, Tensor topk_index, Tensor mean_weight, "
-      "Tensor logits)");
+      "vocab_head(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int k, bool statistics, float? softcap, "
+      "float scale, float temperature, int ignore_index, int logits_budget, bool need_hidden, bool need_weight, "
+      "bool need_bias) "
+      "-> (Tensor maximum, Tensor log_sum, Tensor target_logit, Tensor topk_value, Tensor topk_index, "
+      "Tensor entropy, Tensor log_sum_sq, Tensor mean_logit, Tensor mean_weight, Tensor logits)");
   // a gradient that is not needed comes back as [0]; an upstream gradient that is None is zero
   m.def(
       "vocab_head_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
-      "Tensor topk_index, Tensor lse, Tensor mean_weight, Tensor logits, Tensor? grad_lse, Tensor? grad_target, "
-      "Tensor? grad_topk, float? softcap, float scale, int ignore_index, bool need_hidden, "
-      "bool need_weight, bool need_bias) "
+      "Tensor topk_index, Tensor maximum, Tensor log_sum, Tensor entropy, Tensor mean_weight, Tensor logits, "
+      "Tensor? grad_log_sum, Tensor? grad_target, Tensor? grad_topk, Tensor? grad_entropy, float? softcap, "
+      "float scale, float temperature, int ignore_index, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 
   // log-softmax(lm + sum_a gamma_a * logsigmoid(cls_a)) [N, V]: gamma [A, N] in the accumulation dtype, a

@@ -1,4 +1,4 @@
-// vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)),
+// vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)) / temperature,
 // and their exact gradients, from tiles of logits that are never kept.
 //
 // The forward walks the vocabulary in one parallel region: a thread takes some rows and a part of the vocabulary, and
@@ -11,19 +11,30 @@
 
 namespace sukhops {
 
+// logit = scale * raw, or bound * tanh(scale * raw) where bound is not 0; slope is its derivative at raw = 0
+template <class A>
+struct Curve {
+  A scale, bound, slope;
+
+  Curve(std::optional<double> softcap, double by, double temperature)
+      : scale(softcap ? by / *softcap : by / temperature), bound(softcap ? *softcap / temperature : 0),
+        slope(by / temperature) {}
+};
+
 template <class A>
 struct ForwardRows {
   A* tile;         // [rows, width]
   int64_t stride;  // of its rows
   int64_t row0, v0, width, targets, k, depth;
   const A* bias;  // of this block, or null
-  A scale, softcap;
+  Curve<A> curve;
   const int64_t* target;  // [N, targets]
   A* target_logit;        // [N, targets]
   A* top_value;           // [N, k], of this part of the vocabulary, like all that follow
   int64_t* top_index;     // [N, k]
   A* maximum;             // [N]
   double* sum;            // [N]
+  double* moments;        // [N, 3] or null
   A* mean;                // [N, depth] or null
 };
 
@@ -35,9 +46,8 @@ struct BackwardRows {
   const int64_t* kept_row;  // [N], which of them
   int64_t vocab, row0, v0, width, picks;
   const A* bias;
-  A scale, softcap;
-  const A* lse;         // [N]
-  const A* grad_lse;    // [N]
+  Curve<A> curve;
+  const A *maximum, *log_sum, *entropy, *grad_log_sum, *grad_entropy;  // [N]
   const int64_t* pick;  // [N, picks]: targets, then top k
   const A* grad_pick;   // [N, picks]
 };
@@ -90,10 +100,12 @@ void mean_of(const Matrix& hidden, const Matrix& weight, const F& pass, A* mean,
   }
 }
 
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    int64_t k, A softcap, A scale, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
+Outputs forward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias, int64_t k,
+    bool statistics, Curve<A> curve, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
   const int64_t v = weight.size(0), d = weight.size(1), targets = target.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
   const std::vector<int64_t> rows = kept_rows(target, v, ignore_index);
@@ -107,14 +119,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
   const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
   const int64_t kept = std::min(n, logits.size(0));
-  const Walk walk(n, v, sizeof(A), 1, k);
-  Found<A> found(n, k, keep_mean ? 1 : walk.parts);
+  const Walk walk(n, v, sizeof(A), 1, k + 3 * statistics);
+  Found<A> found(n, k, keep_mean ? 1 : walk.parts, statistics);
   const Matrix x(h), w(weight);
   const auto pass = [&](int64_t part, int64_t v0, int64_t width, A* tile, int64_t stride, int64_t row0) {
     const int64_t from = part * n;
-    return ForwardRows<A>{tile, stride, row0, v0, width, targets, k, d, bias ? data<A>(b) + v0 : nullptr, scale, softcap,
+    return ForwardRows<A>{tile, stride, row0, v0, width, targets, k, d, bias ? data<A>(b) + v0 : nullptr, curve,
                           picked.data(), logit.data(), found.value.data() + from * k, found.index.data() + from * k,
-                          found.maximum.data() + from, found.sum.data() + from, keep_mean ? data<A>(mean) : nullptr};
+                          found.maximum.data() + from, found.sum.data() + from,
+                          statistics ? found.moments.data() + 3 * from : nullptr, keep_mean ? data<A>(mean) : nullptr};
   };
   count_products(n == 0 ? 0 : 1 + keep_mean);
   if (keep_mean) {
@@ -137,50 +150,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     });
   }
 
-  const Tensor lse = zeros({all}, acc, hidden), target_logit = zeros({all, targets}, acc, hidden);
+  const Tensor maximum = zeros({all}, acc, hidden), log_sum = zeros({all}, acc, hidden);
+  const Tensor target_logit = zeros({all, targets}, acc, hidden);
   const Tensor top_value = zeros({all, k}, acc, hidden);
   const Tensor top_index = zeros({all, k}, ScalarType::Long, hidden);
-  const Tensor mean_weight = keep_mean ? zeros({all, d}, acc, hidden) : zeros({0}, acc, hidden);
+  const auto wanted = [&] { return statistics ? zeros({all}, acc, hidden) : empty({0}, acc, hidden); };
+  const Tensor entropy = wanted(), log_sum_sq = wanted(), mean_logit = wanted();
+  const Tensor mean_weight = keep_mean ? zeros({all, d}, acc, hidden) : empty({0}, acc, hidden);
   parallel_rows(n, grain(d), [&](int64_t i) {
     const int64_t r = rows[i];
-    const A z = data<A>(lse)[r] = found.join(i);
+    const A log = data<A>(log_sum)[r] = found.join(i);
+    data<A>(maximum)[r] = found.maximum[i];
     std::copy_n(&logit[i * targets], targets, data<A>(target_logit) + r * targets);
-    finish_top(&found.value[i * k], &found.index[i * k], k, z != z);
+    finish_top(&found.value[i * k], &found.index[i * k], k, log != log);
     std::copy_n(&found.value[i * k], k, data<A>(top_value) + r * k);
     std::copy_n(&found.index[i * k], k, data<int64_t>(top_index) + r * k);
     for (int64_t j = 0; keep_mean && j < d; ++j)
       data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / found.sum[i]);
+    if (!statistics) return;
+    const double* m = &found.moments[3 * i];
+    const double whole = std::log(found.sum[i]);
+    data<A>(entropy)[r] = static_cast<A>(whole - m[0] / found.sum[i]);
+    data<A>(log_sum_sq)[r] = static_cast<A>(std::log(m[1]) - 2 * whole);
+    data<A>(mean_logit)[r] = static_cast<A>(m[2] / v);
   });
-  return {lse, target_logit, top_value, top_index, mean_weight, logits};
+  return {maximum, log_sum, target_logit, top_value, top_index, entropy, log_sum_sq, mean_logit, mean_weight, logits};
 }
 
 // ---------------------------------------------------------------- backward
 
-// The upstream gradients, sorted by what they cost. A row whose lse has a gradient needs its whole
+// The upstream gradients, sorted by what they cost. A row whose log-sum-exp or entropy has a gradient needs its whole
 // softmax (dense); any other row only the few weight rows it picked (sparse).
 template <class A>
 struct Upstream {
   int64_t picks;               // targets, then top k, of a row
   std::vector<int64_t> dense;  // rows of hidden
   std::vector<int64_t> place;  // [dense], among the rows that count
-  std::vector<A> grad_lse;     // [dense]
-  std::vector<int64_t> pick;   // [dense, picks]
-  std::vector<A> grad_pick;    // [dense, picks]
+  std::vector<A> grad_log_sum, grad_entropy;  // [dense]
+  std::vector<int64_t> pick;                  // [dense, picks]
+  std::vector<A> grad_pick;                   // [dense, picks]
   std::vector<Pick<A>> sparse;
 
   Upstream(const std::vector<int64_t>& rows, const Tensor& target, const Tensor& top_index,
-           const std::optional<Tensor>& g_lse, const std::optional<Tensor>& g_target,
-           const std::optional<Tensor>& g_top, int64_t ignore_index, bool all_sparse) {
+           const std::optional<Tensor>& g_log_sum, const std::optional<Tensor>& g_target,
+           const std::optional<Tensor>& g_top, const std::optional<Tensor>& g_entropy, int64_t ignore_index,
+           bool all_sparse) {
     const int64_t targets = target.size(1), k = top_index.size(1);
     picks = targets + k;
     for (size_t i = 0; i < rows.size(); ++i) {
       const int64_t r = rows[i];
-      const A g = g_lse ? data<A>(*g_lse)[r] : A(0);
-      const bool whole = g != 0;  // true for NaN
+      const A of_sum = g_log_sum ? data<A>(*g_log_sum)[r] : A(0), of_entropy = g_entropy ? data<A>(*g_entropy)[r] : A(0);
+      const bool whole = of_sum != 0 || of_entropy != 0;  // true for NaN
       if (whole) {
         dense.push_back(r);
         place.push_back(i);
-        grad_lse.push_back(g);
+        grad_log_sum.push_back(of_sum);
+        grad_entropy.push_back(of_entropy);
       }
       for (int64_t p = 0; p < picks; ++p) {
         const bool is_target = p < targets;
@@ -202,18 +227,18 @@ struct Upstream {
 
 // turns the gradient of each picked logit into that of its product hidden . weight
 template <class A, class S>
-void through_cap(
-    std::vector<Pick<A>>& picks, const Tensor& hidden, const Tensor& weight, const A* bias, A softcap, A scale) {
+void through_curve(
+    std::vector<Pick<A>>& picks, const Tensor& hidden, const Tensor& weight, const A* bias, Curve<A> curve) {
   const int64_t d = weight.size(1), hs = hidden.stride(0), hc = hidden.stride(1);
   const int64_t ws = weight.stride(0), wc = weight.stride(1);
   parallel_rows(picks.size(), grain(d), [&](int64_t i) {
     Pick<A>& p = picks[i];
-    p.grad *= scale;
-    if (softcap == 0) return;
+    p.grad *= curve.slope;
+    if (curve.bound == 0) return;
     const S *h = data<S>(hidden) + p.row * hs, *w = data<S>(weight) + p.entry * ws;
     A raw = bias ? bias[p.entry] : A(0);
     for (int64_t j = 0; j < d; ++j) raw += static_cast<A>(h[j * hc]) * static_cast<A>(w[j * wc]);
-    const A y = std::tanh(scale * raw / softcap);
+    const A y = std::tanh(curve.scale * raw);
     p.grad *= 1 - y * y;
   });
 }
@@ -222,14 +247,18 @@ void through_cap(
 // grad_hidden [dense, D] and grad_bias [V] are in the accumulation dtype, grad_weight in the weight's.
 template <class A>
 void backward_dense(
-    const Upstream<A>& up, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& lse,
-    const Tensor& logits, A softcap, A scale, const Tensor& grad_hidden, const Tensor& grad_weight,
-    const Tensor& grad_bias) {
+    const Upstream<A>& up, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& maximum,
+    const Tensor& log_sum, const Tensor& entropy, const Tensor& logits, Curve<A> curve, const Tensor& grad_hidden,
+    const Tensor& grad_weight, const Tensor& grad_bias) {
   const int64_t n = up.dense.size(), v = weight.size(0), d = weight.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
   const Tensor h = gather_rows(hidden, up.dense);
-  std::vector<A> row_lse(n);
-  for (int64_t i = 0; i < n; ++i) row_lse[i] = data<A>(lse)[up.dense[i]];
+  std::vector<A> row_maximum(n), row_log_sum(n), row_entropy(n);
+  for (int64_t i = 0; i < n; ++i) {
+    row_maximum[i] = data<A>(maximum)[up.dense[i]];
+    row_log_sum[i] = data<A>(log_sum)[up.dense[i]];
+    if (entropy.numel()) row_entropy[i] = data<A>(entropy)[up.dense[i]];
+  }
 
   const int64_t kept = std::lower_bound(up.place.begin(), up.place.end(), logits.size(0)) - up.place.begin();
   const Tiling tiling(n, v, sizeof(A));
@@ -244,8 +273,9 @@ void backward_dense(
       if (row0 >= kept) multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
       const BackwardRows<A> b{
           static_cast<A*>(cell.data), width, row0 < kept ? data<A>(logits) : nullptr, up.place.data(), v, row0,
-          v0 + col, cols, up.picks, bias.numel() ? data<A>(bias) + v0 + col : nullptr, scale, softcap, row_lse.data(),
-          up.grad_lse.data(), up.pick.data(), up.grad_pick.data()};
+          v0 + col, cols, up.picks, bias.numel() ? data<A>(bias) + v0 + col : nullptr, curve, row_maximum.data(),
+          row_log_sum.data(), row_entropy.data(), up.grad_log_sum.data(), up.grad_entropy.data(), up.pick.data(),
+          up.grad_pick.data()};
       SUKHOPS_BEST(backward_rows<A>)(b, 0, count);
     });
     std::vector<Product> products;
@@ -259,14 +289,14 @@ void backward_dense(
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    const Tensor& top_index, const Tensor& lse, const Tensor& mean_weight, const Tensor& logits,
-    const std::optional<Tensor>& g_lse, const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top,
-    A softcap, A scale,
-    int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    const Tensor& top_index, const Tensor& maximum, const Tensor& log_sum, const Tensor& entropy,
+    const Tensor& mean_weight, const Tensor& logits, const std::optional<Tensor>& g_log_sum,
+    const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top, const std::optional<Tensor>& g_entropy,
+    Curve<A> curve, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
-  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias;
-  Upstream<A> up(kept_rows(target, v, ignore_index), target, top_index, g_lse, g_target, g_top,
+  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias && !g_entropy;
+  Upstream<A> up(kept_rows(target, v, ignore_index), target, top_index, g_log_sum, g_target, g_top, g_entropy,
                  ignore_index, use_mean);
   const int64_t n = up.dense.size();
   const Tensor b = as_acc(bias, acc, hidden);
@@ -280,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   }
   if (need_weight) dw = dense ? empty({v, d}, dtype, hidden) : zeros({v, d}, dtype, hidden);
   if (need_bias) db = zeros({v}, acc, hidden);
-  if (dense) backward_dense<A>(up, hidden, weight, b, lse, logits, softcap, scale, dh_dense, dw, db);
+  if (dense) backward_dense<A>(up, hidden, weight, b, maximum, log_sum, entropy, logits, curve, dh_dense, dw, db);
 
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
@@ -288,14 +318,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(
       parallel_rows(n, grain(d), [&](int64_t i) {
         const int64_t r = up.dense[i];
         const A* from = use_mean ? data<A>(mean_weight) + r * d : data<A>(dh_dense) + i * d;
-        const A by = use_mean ? up.grad_lse[i] * scale : A(1);
+        const A by = use_mean ? up.grad_log_sum[i] * curve.slope : A(1);
         for (int64_t j = 0; j < d; ++j) data<S>(dh)[r * d + j] = static_cast<S>(by * from[j]);
       });
     }
     if (up.sparse.empty()) return;
     const auto row = [](const Pick<A>& p) { return p.row; };
     const auto entry = [](const Pick<A>& p) { return p.entry; };
-    through_cap<A, S>(up.sparse, hidden, weight, bias ? data<A>(b) : nullptr, softcap, scale);
+    through_curve<A, S>(up.sparse, hidden, weight, bias ? data<A>(b) : nullptr, curve);
     if (need_hidden) add_runs<A, S>(up.sparse, weight, dh, row, entry);
     if (!need_weight && !need_bias) return;
     std::stable_sort(up.sparse.begin(), up.sparse.end(),
@@ -311,33 +341,36 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 // ---------------------------------------------------------------- registration
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vocab_head(
+Outputs vocab_head(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    int64_t k, std::optional<double> softcap, double scale, int64_t ignore_index, int64_t logits_budget,
-    bool need_hidden, bool need_weight, bool need_bias) {
+    int64_t k, bool statistics, std::optional<double> softcap, double scale, double temperature, int64_t ignore_index,
+    int64_t logits_budget, bool need_hidden, bool need_weight, bool need_bias) {
   const bool keep_mean = need_hidden && !need_weight && !need_bias;
   const auto run = [&](auto a) {
     using A = decltype(a);
-    return forward<A>(hidden, weight, torch::stable::contiguous(target), bias, k, softcap.value_or(0.0), scale,
-                      ignore_index, need_weight || need_bias ? logits_budget : 0, keep_mean);
+    return forward<A>(hidden, weight, torch::stable::contiguous(target), bias, k, statistics,
+                      Curve<A>(softcap, scale, temperature), ignore_index,
+                      need_weight || need_bias ? logits_budget : 0, keep_mean);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    const Tensor& topk_index, const Tensor& lse, const Tensor& mean_weight, const Tensor& logits,
-    const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_target,
-    const std::optional<Tensor>& grad_topk, std::optional<double> softcap, double scale,
+    const Tensor& topk_index, const Tensor& maximum, const Tensor& log_sum, const Tensor& entropy,
+    const Tensor& mean_weight, const Tensor& logits, const std::optional<Tensor>& grad_log_sum,
+    const std::optional<Tensor>& grad_target, const std::optional<Tensor>& grad_topk,
+    const std::optional<Tensor>& grad_entropy, std::optional<double> softcap, double scale, double temperature,
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t ? std::optional(torch::stable::contiguous(*t)) : t;
   };
   const auto run = [&](auto a) {
     using A = decltype(a);
-    return backward<A>(hidden, weight, torch::stable::contiguous(target), bias, topk_index, lse, mean_weight,
-                       logits, contiguous(grad_lse), contiguous(grad_target), contiguous(grad_topk),
-                       softcap.value_or(0.0), scale, ignore_index, need_hidden, need_weight, need_bias);
+    return backward<A>(hidden, weight, torch::stable::contiguous(target), bias, topk_index, maximum, log_sum, entropy,
+                       mean_weight, logits, contiguous(grad_log_sum), contiguous(grad_target), contiguous(grad_topk),
+                       contiguous(grad_entropy), Curve<A>(softcap, scale, temperature), ignore_index, need_hidden,
+                       need_weight, need_bias);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }

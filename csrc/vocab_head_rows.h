@@ -2,9 +2,8 @@
 // set. A is the type of products (float or double). A row is read once into `x`, which is padded to whole vectors.
 #include "rows.h"
 
-// logit = softcap * tanh(raw / softcap), raw = scale * (product + bias); -inf in the padding
-static inline void load_logits(
-    const float* z, float* x, int64_t width, const float* bias, float scale, float softcap) {
+// the curve of product + bias; -inf in the padding
+static inline void load_logits(const float* z, float* x, int64_t width, const float* bias, const Curve<float>& curve) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) store(x + j, load(z + j));
   if (j < width) {
@@ -15,32 +14,81 @@ static inline void load_logits(
   if (bias) {
     for (j = 0; j < width; ++j) x[j] += bias[j];
   }
-  if (scale != 1.0f) {
-    for (j = 0; j < width; ++j) x[j] *= scale;
+  if (curve.scale != 1.0f) {
+    for (j = 0; j < width; ++j) x[j] *= curve.scale;
   }
-  if (softcap != 0.0f) {
-    const float inverse = 1.0f / softcap;
-    for (j = 0; j < whole; j += kLanes) store(x + j, softcap * vtanh(load(x + j) * inverse));
+  if (curve.bound != 0.0f) {
+    for (j = 0; j < whole; j += kLanes) store(x + j, curve.bound * vtanh(load(x + j)));
     for (j = width; j < whole; ++j) x[j] = -__builtin_inff();
   }
 }
 
 static inline void load_logits(
-    const double* z, double* x, int64_t width, const double* bias, double scale, double softcap) {
+    const double* z, double* x, int64_t width, const double* bias, const Curve<double>& curve) {
   for (int64_t j = 0; j < width; ++j) {
-    const double raw = scale * (z[j] + (bias ? bias[j] : 0.0));
-    x[j] = softcap != 0.0 ? softcap * std::tanh(raw / softcap) : raw;
+    const double raw = curve.scale * (z[j] + (bias ? bias[j] : 0.0));
+    x[j] = curve.bound != 0.0 ? curve.bound * std::tanh(raw) : raw;
   }
 }
 
-// rows [lo, hi) of a tile: updates the running maximum and sum, picks targets and the top k, and with
-// `mean` leaves in the tile exp(logit - maximum) * dlogit/draw and scales the row of `mean` to the new maximum
+// what the derivative of the curve at a logit is of its slope
+template <class A>
+static inline A flattened(A logit, const Curve<A>& curve) {
+  if (curve.bound == 0) return 1;
+  const A y = logit / curve.bound;
+  return 1 - y * y;
+}
+
+// adds to sums those of e * t, e * e and x, where t = x - shift and e = exp(t)
+static inline void add_moments(const float* x, int64_t width, float shift, double* sums) {
+  vf first{}, second{}, total{};
+  int64_t j = 0;
+  for (; j < width; j += kLanes) {
+    const vf z = load(x + j), t = z - shift, e = vexp(t);
+    first += e * (t < kFar ? splat(kFar) : t);
+    second += e * e;
+    if (j + kLanes <= width) total += z;
+  }
+  sums[0] += reduce_add(first);
+  sums[1] += reduce_add(second);
+  sums[2] += reduce_add(total);
+  for (j = width / kLanes * kLanes; j < width; ++j) sums[2] += x[j];
+}
+
+static inline void add_moments(const double* x, int64_t width, double shift, double* sums) {
+  for (int64_t j = 0; j < width; ++j) {
+    const double t = x[j] - shift, e = std::exp(t);
+    sums[0] += e * (t < kFar ? kFar : t);
+    sums[1] += e * e;
+    sums[2] += x[j];
+  }
+}
+
+// x = p * (grad_log_sum - grad_entropy * (log p + entropy)) of a row of logits, p = exp(log p)
+static inline void softmax_gradient(
+    float* x, int64_t width, float maximum, float log_sum, float entropy, float grad_log_sum, float grad_entropy) {
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const vf t = (load(x + j) - maximum) - log_sum;
+    store(x + j, vexp(t) * (grad_log_sum - grad_entropy * ((t < kFar ? splat(kFar) : t) + entropy)));
+  }
+}
+
+static inline void softmax_gradient(
+    double* x, int64_t width, double maximum, double log_sum, double entropy, double grad_log_sum, double grad_entropy) {
+  for (int64_t j = 0; j < width; ++j) {
+    const double t = (x[j] - maximum) - log_sum;
+    x[j] = std::exp(t) * (grad_log_sum - grad_entropy * ((t < kFar ? kFar : t) + entropy));
+  }
+}
+
+// rows [lo, hi) of a tile: updates the running maximum and sums, picks targets and the top k, and with
+// `mean` leaves in the tile exp(logit - maximum) * dlogit/draw over the slope and scales the row of `mean` to the new maximum
 template <class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
-  alignas(64) A x[kMaxWidth], cap[kMaxWidth];
+  alignas(64) A x[kMaxWidth], flat[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
     A* z = f.tile + i * f.stride;
-    load_logits(z, x, f.width, f.bias, f.scale, f.softcap);
+    load_logits(z, x, f.width, f.bias, f.curve);
     const int64_t n = f.row0 + i;
     for (int64_t k = 0; k < f.targets; ++k) {
       const int64_t t = f.target[n * f.targets + k] - f.v0;
@@ -51,20 +99,20 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
       keep_top(x, f.width, f.v0, f.top_value + n * f.k, f.top_index + n * f.k, f.k);
     const A top = here > old ? here : old;
     const A shift = top == -__builtin_inf() ? A(0) : top;
-    if (f.mean && f.softcap != 0) {
-      for (int64_t j = 0; j < f.width; ++j) {
-        const A y = x[j] / f.softcap;
-        cap[j] = 1 - y * y;
-      }
+    const A decay = std::exp(old - shift);
+    if (f.moments) {
+      double* const m = f.moments + 3 * n;
+      move_moments(m, f.sum[n], old, shift);
+      add_moments(x, f.width, shift, m);
+    }
+    if (f.mean) {
+      for (int64_t j = 0; j < f.width; ++j) flat[j] = flattened(x[j], f.curve);
     }
     const A sum = exp_row(x, f.width, shift);
-    const A decay = std::exp(old - shift);
     f.maximum[n] = top;
     f.sum[n] = f.sum[n] * decay + sum;
     if (!f.mean) continue;
-    if (f.softcap != 0) {
-      for (int64_t j = 0; j < f.width; ++j) x[j] *= cap[j];
-    }
+    for (int64_t j = 0; j < f.width; ++j) x[j] *= flat[j];
     store_row(z, x, f.width);
     if (f.v0 != 0 && decay != 1) {
       A* mean = f.mean + n * f.depth;
@@ -80,22 +128,16 @@ static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
   for (int64_t i = lo; i < hi; ++i) {
     const int64_t n = b.row0 + i;
     A* z = b.tile + i * b.stride;
-    load_logits(b.kept ? b.kept + b.kept_row[n] * b.vocab + b.v0 : z, x, b.width, b.bias, b.scale, b.softcap);
+    load_logits(b.kept ? b.kept + b.kept_row[n] * b.vocab + b.v0 : z, x, b.width, b.bias, b.curve);
     const int64_t whole = (b.width + kLanes - 1) / kLanes * kLanes;
     for (int64_t j = 0; j < whole; ++j) g[j] = x[j];
-    exp_row(g, b.width, b.lse[n]);
-    const A upstream = b.grad_lse[n] * b.scale;
-    for (int64_t j = 0; j < b.width; ++j) g[j] *= upstream;
+    softmax_gradient(g, b.width, b.maximum[n], b.log_sum[n], b.entropy[n], b.grad_log_sum[n] * b.curve.slope,
+                     b.grad_entropy[n] * b.curve.slope);
     for (int64_t p = 0; p < b.picks; ++p) {
       const int64_t t = b.pick[n * b.picks + p] - b.v0;
-      if (t >= 0 && t < b.width) g[t] += b.grad_pick[n * b.picks + p] * b.scale;
+      if (t >= 0 && t < b.width) g[t] += b.grad_pick[n * b.picks + p] * b.curve.slope;
     }
-    if (b.softcap != 0) {
-      for (int64_t j = 0; j < b.width; ++j) {
-        const A y = x[j] / b.softcap;
-        g[j] *= 1 - y * y;
-      }
-    }
+    for (int64_t j = 0; j < b.width && b.curve.bound != 0; ++j) g[j] *= flattened(x[j], b.curve);
     store_row(z, g, b.width);
   }
 }

@@ -19,7 +19,7 @@ from sukhops.ops.segmentation import (
     segmentation_sample,
     segmentation_viterbi,
 )
-from sukhops.ops.vocab_head import linear_logp, linear_topk
+from sukhops.ops.vocab_head import linear_logp, linear_token_stats, linear_topk
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "director_topk",
     "get_logits_budget",
     "linear_logp",
+    "linear_token_stats",
     "linear_topk",
     "losses",
     "nn",

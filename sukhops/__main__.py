@@ -27,6 +27,11 @@ def vocab_head_inputs() -> dict:
     }
 
 
+def token_stats_inputs() -> dict:
+    outputs = ("logp", "lse", "entropy", "log_sum_sq", "mean_logit")
+    return vocab_head_inputs() | {"outputs": outputs, "softcap": 30.0, "temperature": 0.7}
+
+
 def director_inputs() -> dict:
     generator = torch.Generator().manual_seed(1)
 
@@ -164,6 +169,8 @@ def segmentation_loss_reference(hidden, weight, unit_ids, bias, lengths) -> torc
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
      vocab_head_inputs),
+    ("linear_token_stats", ["vocab_head", "vocab_head_backward"],
+     sukhops.linear_token_stats, reference.linear_token_stats, token_stats_inputs),
     ("linear_topk", ["vocab_head", "vocab_head_backward"], sukhops.linear_topk, reference.linear_topk,
      topk_inputs),
     ("DPOLoss", ["vocab_head", "vocab_head_backward"],

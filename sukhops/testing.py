@@ -64,7 +64,7 @@ def compare(
             given[name].requires_grad_()
         out = f(**given)
         named = out._asdict() if hasattr(out, "_asdict") else {"result": out}
-        named = {n: t for n, t in named.items() if t.is_floating_point()}
+        named = {n: t for n, t in named.items() if t is not None and t.is_floating_point()}
         generator = torch.Generator().manual_seed(seed)
         upstream = {
             n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for n, t in named.items()

@@ -11,6 +11,7 @@ import torch
 import sukhops
 from sukhops import reference
 from sukhops.__main__ import OPS
+from sukhops.ops.vocab_head import TokenStats
 
 GROUPS = ("vocab_head", "director", "adaptive_span", "segmentation")
 
@@ -40,6 +41,11 @@ def head_blocks() -> dict:
     target[1, 0] = -100
     return {"hidden": normal(700, 64), "weight": normal(100_003, 64, scale=0.2), "target": target,
             "bias": normal(100_003)}  # fmt: skip
+
+
+def stats_blocks() -> dict:
+    given = head_blocks()
+    return given | {"target": given["target"][:, 0]}
 
 
 def frozen_blocks() -> dict:
@@ -97,6 +103,8 @@ CONTRACT = [
     ("linear_logp", "vocab_head", "blocks",
      lambda f: lambda **g: f(**g, softcap=6.0, scale=1.3, return_lse=True), head_blocks, False),
     ("linear_logp", "vocab_head", "frozen blocks", lambda f: f, frozen_blocks, False),
+    ("linear_token_stats", "vocab_head", "every number",
+     lambda f: lambda **g: f(**g, temperature=1.7, outputs=TokenStats._fields), stats_blocks, False),
     ("director_logp", "director", "blocks", two_attributes, director_blocks, False),
     ("adaptive_span_attention", "adaptive_span", "rel_pos and padding", spans,
      attention(3, 3, 70, 24, rel_pos=lambda: normal(70, 24), key_start=lambda: torch.tensor([0, 9])), True),

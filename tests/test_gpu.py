@@ -47,7 +47,7 @@ def rounded(inputs, dtype):
 def outcome(call, inputs):
     """Results and gradients as a list of tensors."""
     out = call(**inputs)
-    found = list(out) if isinstance(out, tuple) else [out]
+    found = [t for t in out if t is not None] if isinstance(out, tuple) else [out]
     paths = [t for t in found if t.requires_grad]
     leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
     if paths and leaves:
@@ -93,7 +93,7 @@ def test_autocast(case, device):
     low = outcome(case.reference, given(case, device, torch.bfloat16))
     exact = outcome(case.reference, given(case, device, torch.float64))
     results = case.reference(**given(case, device, torch.bfloat16))
-    count = len(results) if isinstance(results, tuple) else 1
+    count = sum(t is not None for t in results) if isinstance(results, tuple) else 1
     for i, (a, rough, true) in enumerate(zip(ours, low, exact, strict=True)):
         if a.is_floating_point():
             assert a.dtype == (rough.dtype if i < count else torch.float32)

@@ -94,7 +94,7 @@ def test_only_what_is_needed_is_kept():
     for nbytes, rows in ((0, 0), (4 * V - 1, 0), (4 * V, 1), (40 * V + 5, 10), (1 << 60, N), (1 << 80, N)):
         with logits_budget(nbytes):
             assert kept(lambda: linear_logp(**given))[0] == 4 * V * rows
-    none = (None, 1.0, -100, 1 << 30, False, False, False)
+    none = (False, None, 1.0, 1.0, -100, 1 << 30, False, False, False)
     flat = [given[n].detach() for n in ("hidden", "weight", "target")]
     assert torch.ops.sukhops.vocab_head(*flat, None, 0, *none)[-1].shape == (0, V)
 

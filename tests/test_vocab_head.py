@@ -13,7 +13,7 @@ from sukhops.testing import assert_close
 pytestmark = pytest.mark.every_isa
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = [{}, {"softcap": 5.0, "scale": 1.7}]
+OPTIONS = [{}, {"softcap": 5.0, "scale": 1.7}, {"scale": 0.8, "temperature": 1.9}]
 
 
 def make(n=37, d=19, v=5003, k=None, bias=False, frozen=False, dtype=torch.float32):
@@ -104,7 +104,7 @@ def test_topk_gradcheck():
     given = separated(n=3, d=4, v=12, k=3)
 
     def f(hidden, weight, bias):
-        top = linear_topk(hidden, weight, 3, bias, softcap=60.0)
+        top = linear_topk(hidden, weight, 3, bias, softcap=60.0, temperature=1.6)
         return top.values, top.lse
 
     assert gradcheck(f, (given["hidden"], given["weight"], given["bias"]))
@@ -141,17 +141,19 @@ def test_more_than_two_to_the_31_logits():
 
 
 def test_slices_of_a_vocabulary_combine():
-    """lse and target logits are enough to join ranks that hold a part of the vocabulary each."""
+    """Maxima, sums and target logits are enough to join ranks that hold a part of the vocabulary each."""
     given = make(v=101, dtype=torch.float64)
     hidden, weight, target = given["hidden"], given["weight"], given["target"].clamp(min=0)
-    lse, logit = [], 0.0
+    maximum, log_sum, logit = [], [], 0.0
     for lo, hi in [(0, 40), (40, 101)]:
         inside = (target >= lo) & (target < hi)
         local = torch.where(inside, target - lo, 0)
         part = sukhops.ops.vocab_head.vocab_head(hidden, weight[lo:hi], local.unsqueeze(1))
-        lse.append(part.lse)
+        maximum.append(part.maximum)
+        log_sum.append(part.log_sum)
         logit = logit + torch.where(inside, part.target_logit.squeeze(1), 0.0)
-    joined = logit - torch.stack(lse).logsumexp(0)
+    top = torch.stack(maximum).amax(0)
+    joined = (logit - top) - (torch.stack(log_sum) + (torch.stack(maximum) - top)).logsumexp(0)
     whole = linear_logp(hidden, weight, target)
     torch.testing.assert_close(joined, whole)
     ours = torch.autograd.grad(joined.sum(), (hidden, weight))
@@ -351,20 +353,28 @@ def test_activation_checkpointing():
     torch.testing.assert_close(torch.autograd.grad(again.sum(), given["hidden"]), plain)
 
 
+@pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_opcheck(frozen):
+def test_opcheck(frozen, statistics):
     given = make(n=6, d=5, v=11, k=2, bias=True, frozen=frozen)
     need = (True, not frozen, not frozen)
     arguments = (
-        given["hidden"], given["weight"], given["target"], given["bias"], 3, 4.0, 0.5, -100, 132, *need,
+        given["hidden"], given["weight"], given["target"], given["bias"], 3, statistics, 4.0, 0.5, 0.7, -100,
+        132, *need,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.sukhops.vocab_head.default, arguments)
-    lse, _, value, index, mean, logits = torch.ops.sukhops.vocab_head(*arguments)
+    maximum, log_sum, _, value, index, entropy, _, _, mean, logits = torch.ops.sukhops.vocab_head(*arguments)
     detached = [t.detach() for t in arguments[:4]]
+    upstream = (
+        torch.ones_like(log_sum),
+        None,
+        torch.ones_like(value),
+        entropy.detach() if statistics else None,
+    )
     torch.library.opcheck(
         torch.ops.sukhops.vocab_head_backward.default,
-        (*detached, index, lse.detach(), mean, logits, torch.ones_like(lse), None, torch.ones_like(value),
-         4.0, 0.5, -100, *need),
+        (*detached, index, maximum, log_sum.detach(), entropy.detach(), mean, logits, *upstream, 4.0, 0.5,
+         0.7, -100, *need),
     )  # fmt: skip
 
 
@@ -406,6 +416,8 @@ BAD = {
     "softcap: expected a number > 0": dict(softcap=0.0),
     "softcap: expected a number > 0 or None, got nan": dict(softcap=float("nan")),
     "scale: expected a finite number": dict(scale=float("inf")),
+    "temperature: expected a finite number > 0, got 0.0": dict(temperature=0.0),
+    "temperature: expected a finite number > 0, got nan": dict(temperature=float("nan")),
 }
 
 

@@ -10,9 +10,9 @@ from sukhops.testing import budget, distance
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("bias, softcap, scale", [(False, None, 1.0), (True, 4.0, 1.3)])
-@pytest.mark.parametrize("kept", [0, 4, 12])
-def test_launchers_match_the_cpu(dtype, frozen, bias, softcap, scale, kept, monkeypatch):
+@pytest.mark.parametrize("bias, curve", [(False, (None, 1.0, 1.0)), (True, (4.0, 1.3, 0.7))])
+@pytest.mark.parametrize("kept, statistics", [(0, True), (4, True), (12, False)])
+def test_launchers_match_the_cpu(dtype, frozen, bias, curve, kept, statistics, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 9 * 16 * 3)  # ragged blocks of 48
     n, d, v, k = 12, 5, 107, 3
@@ -23,30 +23,29 @@ def test_launchers_match_the_cpu(dtype, frozen, bias, softcap, scale, kept, monk
     target = torch.randint(0, v, (n, 2))
     target[::4] = -100
     target[1, 0] = -100
-    options = (softcap, scale, -100)
+    options = (*curve, -100)
     need = (True, not frozen, bias and not frozen)
-    ours = kernels.forward(hidden, weight, target, b, k, *options, 4 * v * kept, *need)
-    exact = torch.ops.sukhops.vocab_head(
-        hidden.double(), weight.double(), target, None if b is None else b.double(), k, *options,
-        8 * v * kept, *need,
-    )  # fmt: skip
-    cpu = torch.ops.sukhops.vocab_head(hidden, weight, target, b, k, *options, 4 * v * kept, *need)
-    check(ours[:4], cpu[:4], exact[:4])  # mean_weight is rounded to the inputs' dtype before its product
-    assert ours[5].shape == cpu[5].shape == exact[5].shape == (0 if frozen else kept, v)
-    check(*([x[5][: min(kept, 9)]] for x in (ours, cpu, exact)))  # 9 rows are not dropped
+    given = (hidden, weight, target, b)
+    double = (hidden.double(), weight.double(), target, None if b is None else b.double())
+    forward = (k, statistics, *options)
+    ours = kernels.forward(*given, *forward, 4 * v * kept, *need)
+    exact = torch.ops.sukhops.vocab_head(*double, *forward, 8 * v * kept, *need)
+    cpu = torch.ops.sukhops.vocab_head(*given, *forward, 4 * v * kept, *need)
+    check(ours[:8], cpu[:8], exact[:8])  # mean_weight is rounded to the inputs' dtype before its product
+    assert ours[9].shape == cpu[9].shape == exact[9].shape == (0 if frozen else kept, v)
+    check(*([x[9][: min(kept, 9)]] for x in (ours, cpu, exact)))  # 9 rows are not dropped
 
-    g_lse, g_target, g_top = torch.randn(n), torch.randn(n, 2), torch.randn(n, k)
-    g_lse[5] = 0.0  # a row whose gradient is sparse
-    saved = [cpu[3], cpu[0], cpu[4], cpu[5]]
-    ours = kernels.backward(hidden, weight, target, b, *saved, g_lse, g_target, g_top, *options, *need)
-    cpu = torch.ops.sukhops.vocab_head_backward(
-        hidden, weight, target, b, *saved, g_lse, g_target, g_top, *options, *need
-    )
-    exact = torch.ops.sukhops.vocab_head_backward(
-        hidden.double(), weight.double(), target, None if b is None else b.double(),
-        exact[3], exact[0], exact[4], exact[5], g_lse.double(), g_target.double(), g_top.double(), *options,
-        *need,
-    )  # fmt: skip
+    def saved(outputs):
+        maximum, log_sum, _, _, index, entropy, _, _, mean, logits = outputs
+        return index, maximum, log_sum, entropy, mean, logits
+
+    upstream = [torch.randn(n), torch.randn(n, 2), torch.randn(n, k), torch.randn(n) if statistics else None]
+    upstream[0][5] = 0.0  # a row whose gradient is sparse without an entropy
+    backward = (*upstream, *options, *need)
+    ours = kernels.backward(*given, *saved(cpu), *backward)
+    upstream = [None if g is None else g.double() for g in upstream]
+    exact = torch.ops.sukhops.vocab_head_backward(*double, *saved(exact), *upstream, *options, *need)
+    cpu = torch.ops.sukhops.vocab_head_backward(*given, *saved(cpu), *backward)
     check(ours, cpu, exact)
 
 
@@ -64,7 +63,7 @@ def test_topk_of_several_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 6 * 16 * 3)
     given = torch.randn(6, 5), torch.randn(107, 5), torch.empty(6, 0, dtype=torch.int64), None, 4
-    options = (None, 1.0, -100, 0, False, False, False)
+    options = (False, None, 1.0, 1.0, -100, 0, False, False, False)
     ours, cpu = kernels.forward(*given, *options), torch.ops.sukhops.vocab_head(*given, *options)
     exact = torch.ops.sukhops.vocab_head(*(t.double() for t in given[:2]), *given[2:], *options)
     check(ours, cpu, exact)
@@ -73,7 +72,29 @@ def test_topk_of_several_blocks(monkeypatch):
 @pytest.mark.interpreter
 def test_target_out_of_range_is_nan():
     hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
-    lse, *_ = kernels.forward(
-        hidden, weight, torch.tensor([[1], [7], [-5]]), None, 0, None, 1.0, -100, 0, False, False, False
+    need = (False, False, False)
+    outputs = kernels.forward(
+        hidden, weight, torch.tensor([[1], [7], [-5]]), None, 1, True, None, 1.0, 1.0, -100, 0, *need
     )
-    assert lse.isnan().tolist() == [False, True, True]
+    for number in (outputs[i] for i in (1, 3, 5, 6, 7)):  # log_sum, topk_value, the statistics
+        assert number.flatten().isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e6, -1e30])
+def test_an_offset_of_all_logits_leaves_log_probs_alone(offset, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 16 * 3)
+    weight = torch.stack([torch.arange(107.0) % 5, torch.ones(107)], 1)
+    hidden, target = torch.tensor([[1.0, offset]]), torch.tensor([[4]])
+    options, need = (None, 1.0, 1.0, -100), (True, True, False)
+    outputs = kernels.forward(hidden, weight, target, None, 1, True, *options, 0, *need)
+    maximum, log_sum, logit, _, index, entropy, log_sum_sq, _, mean, logits = outputs
+    exact = (hidden @ weight.T).double().log_softmax(1)
+    assert ((logit - maximum) - log_sum - exact[0, 4]).abs() < 1e-6
+    assert (entropy + (exact.exp() * exact).sum()).abs() < 2e-6
+    assert (log_sum_sq - (2 * exact).logsumexp(1)).abs() < 2e-6
+    saved = (index, maximum, log_sum, entropy, mean, logits)
+    upstream = (torch.ones(1), None, None, None)
+    *_, dw, _ = kernels.backward(hidden, weight, target, None, *saved, *upstream, *options, *need)
+    torch.testing.assert_close(dw[:, :1], exact.exp().T.float(), rtol=1e-6, atol=0)

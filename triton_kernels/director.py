@@ -245,7 +245,8 @@ def _acc(t: Tensor) -> torch.dtype:
 
 
 def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, top: int, write: bool):
-    """Scores [N, V] or None, lse [N], and per split the ordered keys of its largest scores or None."""
+    """Scores [N, V] or None; their maximum and the log of their sum relative to it, [N, 1] each; and per
+    split the ordered keys of its largest scores or None."""
     (n, d), v, heads, acc = hidden.shape, lm_weight.shape[0], len(cls_weight), _acc(hidden)
     few = bool(top) or n <= FEW[0]
     bn, bv, bd, warps, stages = FEW if few else MANY
@@ -275,7 +276,9 @@ def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, to
         ACC=tl.float64 if acc == torch.float64 else tl.float32, BN=bn, BV=bv, BD=bd,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return scores if write else None, torch.logsumexp(maximum + total.log(), 1), keys
+    top_score = maximum.amax(1, keepdim=True)
+    log_sum = (total * (maximum - top_score).exp()).sum(1, keepdim=True).log()
+    return scores if write else None, top_score, log_sum, keys
 
 
 def logp(*arguments):
@@ -283,8 +286,8 @@ def logp(*arguments):
     hidden, lm_weight = arguments[:2]
     if hidden.shape[0] == 0:
         return hidden.new_empty(0, lm_weight.shape[0], dtype=_acc(hidden))
-    scores, lse, _ = _run(*arguments, top=0, write=True)
-    return scores.sub_(lse.unsqueeze(1))
+    scores, maximum, log_sum, _ = _run(*arguments, top=0, write=True)
+    return scores.sub_(maximum).sub_(log_sum)
 
 
 def topk(*arguments):
@@ -298,11 +301,11 @@ def topk(*arguments):
     if top > MAX_TOP or acc == torch.float64:  # the keys hold a float32
         values, indices = logp(*arguments).sort(dim=1, descending=True, stable=True)
         return values[:, :k].contiguous(), indices[:, :k].contiguous()
-    _, lse, keys = _run(*arguments, top=top, write=False)
+    _, maximum, log_sum, keys = _run(*arguments, top=top, write=False)
     keys = keys.flatten(1).topk(k, dim=1).values  # [N, k], descending
     bits = keys >> 32
     values = (bits ^ ((bits >> 63) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
-    return values - lse.unsqueeze(1), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    return (values - maximum) - log_sum, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
 def _blocks(n: int, v: int):

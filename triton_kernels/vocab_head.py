@@ -13,6 +13,7 @@ from torch import Tensor
 TILE_BYTES = 256 << 20  # of float32 logits
 CHUNK = 2048  # columns a program holds at once
 WARPS = 8
+FAR = tl.constexpr(-800.0)  # exp is 0 below it; the product of that 0 with a number not below it is 0 too
 
 
 @triton.jit
@@ -33,20 +34,20 @@ def _tanh(y):
 
 
 @triton.jit
-def _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """softcap * tanh(scale * (product + bias) / softcap) of one row's columns; -inf outside the mask."""
+def _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """The curve of product + bias of one row's columns, see `_curve`; -inf outside the mask."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
     z *= scale
     if HAS_CAP:
-        z = softcap * _tanh(z / softcap)
+        z = bound * _tanh(z)
     return tl.where(mask, z, float("-inf"))
 
 
 @triton.jit
 def forward_rows(
     tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
-    out_ptr,  # [rows, width] exp(logit - maximum) * dlogit/draw in the inputs' dtype, if MEAN
+    out_ptr,  # [rows, width] exp(logit - maximum) * dlogit/draw over the slope, in the inputs' dtype, if MEAN
     bias_ptr,  # [width], of this block
     target_ptr,  # [rows, K]
     target_logit_ptr,  # [rows, K]
@@ -54,15 +55,17 @@ def forward_rows(
     top_index_ptr,  # [rows, TOP]
     maximum_ptr,  # [rows]
     sum_ptr,  # [rows]
+    moments_ptr,  # [rows, 3] sums of e * t, e * e and logit, t = logit - maximum and e = exp(t), if MOMENTS
     decay_ptr,  # [rows] what this block's maximum scales older sums by
     stride,
     v0,
     width,
     targets,
-    softcap,
+    bound,
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
     MEAN: tl.constexpr,
     TOP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -75,32 +78,43 @@ def forward_rows(
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
         z = tl.load(tile + columns, mask=mask, other=0.0)
-        z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+        z = _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS, HAS_CAP)
         top = tl.maximum(top, tl.max(z, 0))
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros_like(shift)
+    first, second, plain = tl.zeros_like(shift), tl.zeros_like(shift), tl.zeros_like(shift)
     for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
         z = tl.load(tile + columns, mask=mask, other=0.0)
-        z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+        z = _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS, HAS_CAP)
         e = tl.exp(z - shift)
         total += tl.sum(e, 0)
+        if MOMENTS:
+            first += tl.sum(e * tl.maximum(z - shift, FAR), 0)
+            second += tl.sum(e * e, 0)
+            plain += tl.sum(tl.where(mask, z, 0.0), 0)
         if MEAN:
             if HAS_CAP:
-                y = z / softcap
+                y = z / bound
                 e *= tl.where(mask, 1.0 - y * y, 0.0)
             tl.store(out_ptr + row * width + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
     decay = tl.exp(old - shift)
+    before = tl.load(sum_ptr + row)
     tl.store(maximum_ptr + row, top)
-    tl.store(sum_ptr + row, tl.load(sum_ptr + row) * decay + total)
+    tl.store(sum_ptr + row, before * decay + total)
     tl.store(decay_ptr + row, decay)
+    if MOMENTS:
+        m = moments_ptr + 3 * row
+        tl.store(m, decay * (tl.load(m) + tl.maximum(old - shift, FAR) * before) + first)
+        tl.store(m + 1, decay * decay * tl.load(m + 1) + second)
+        tl.store(m + 2, tl.load(m + 2) + plain)
 
     for k in range(targets):
         t = tl.load(target_ptr + row * targets + k) - v0
         inside = (t >= 0) & (t < width)
         z = tl.load(tile + t, mask=inside, other=0.0)
-        z = _logit(z, bias_ptr, t, inside, softcap, scale, HAS_BIAS, HAS_CAP)
+        z = _logit(z, bias_ptr, t, inside, bound, scale, HAS_BIAS, HAS_CAP)
         tl.store(target_logit_ptr + row * targets + k, z, mask=inside)
 
     # the largest logit after the last one found, by value and then by the lower index, TOP times
@@ -113,7 +127,7 @@ def forward_rows(
             columns = start + tl.arange(0, CHUNK).to(tl.int64)
             mask = columns < width
             z = tl.load(tile + columns, mask=mask, other=0.0)
-            z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
+            z = _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS, HAS_CAP)
             after = mask & ((z < last) | ((z == last) & (columns > last_at)))
             here = tl.max(tl.where(after, z, float("-inf")), 0)
             here_at = tl.min(tl.where(after & (z == here), columns, width), 0)
@@ -132,19 +146,24 @@ def backward_rows(
     out_ptr,  # [rows, width] dloss/dproduct in the inputs' dtype
     place_ptr,  # [rows] where products of a row are, if KEPT; else at the row's own number
     bias_ptr,  # [width], of this block
-    lse_ptr,  # [rows]
-    grad_lse_ptr,  # [rows]
+    maximum_ptr,  # [rows], like the next four
+    log_sum_ptr,
+    entropy_ptr,
+    grad_log_sum_ptr,
+    grad_entropy_ptr,
     pick_ptr,  # [rows, picks]
     grad_pick_ptr,  # [rows, picks]
     stride,
     v0,
     width,
     picks,
-    softcap,
+    bound,
     scale,
+    slope,
     KEPT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -152,20 +171,24 @@ def backward_rows(
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = columns < width
     z = tl.load(tile_ptr + place * stride + columns, mask=mask, other=0.0)
-    z = _logit(z, bias_ptr, columns, mask, softcap, scale, HAS_BIAS, HAS_CAP)
-    g = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(grad_lse_ptr + row)
+    z = _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS, HAS_CAP)
+    t = (z - tl.load(maximum_ptr + row)) - tl.load(log_sum_ptr + row)  # log p
+    g = tl.load(grad_log_sum_ptr + row)
+    if ENTROPY:
+        g -= tl.load(grad_entropy_ptr + row) * (tl.maximum(t, FAR) + tl.load(entropy_ptr + row))
+    g *= tl.exp(t)
     for p in range(picks):
         at = tl.load(pick_ptr + row * picks + p) - v0
         g += tl.where(columns == at, tl.load(grad_pick_ptr + row * picks + p), 0.0)
-    g *= scale
+    g *= slope
     if HAS_CAP:
-        y = z / softcap
+        y = z / bound
         g *= tl.where(mask, 1.0 - y * y, 0.0)
     tl.store(out_ptr + row * width + columns, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, logits_budget, need_hidden,
-            need_weight, need_bias):  # fmt: skip
+def forward(hidden, weight, target, bias, k, statistics, softcap, scale, temperature, ignore_index,
+            logits_budget, need_hidden, need_weight, need_bias):  # fmt: skip
     """The CUDA kernel of sukhops::vocab_head."""
     n, (v, d), targets = hidden.shape[0], weight.shape, target.shape[1]
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -178,6 +201,8 @@ def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, logit
     b = None if bias is None else bias.to(acc)
     maximum = h.new_full((r,), float("-inf"), dtype=acc)
     total = h.new_zeros(r, dtype=acc)
+    moments = h.new_zeros(r if statistics else 0, 3, dtype=acc)
+    bound, scale, _ = _curve(softcap, scale, temperature)
     decay = h.new_empty(r, dtype=acc)
     logit = h.new_zeros(r, targets, dtype=acc)
     top_value, top_index = h.new_empty(r, 0, dtype=acc), t.new_empty(r, 0)
@@ -198,9 +223,10 @@ def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, logit
             tile = _mm(h[lo:hi], block.T, logits[:hi, v0 : v0 + w] if hi == kept else None)
             forward_rows[(hi - lo,)](
                 tile, out[lo:hi], tile if b is None else b[v0:], t[lo:hi], logit[lo:hi], value[lo:hi],
-                index[lo:hi], maximum[lo:hi], total[lo:hi], decay[lo:hi], tile.stride(0), v0, w, targets,
-                softcap or 0.0, scale, HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MEAN=keep_mean,
-                TOP=top, CHUNK=CHUNK, num_warps=WARPS,
+                index[lo:hi], maximum[lo:hi], total[lo:hi], moments[lo:hi] if statistics else decay,
+                decay[lo:hi], tile.stride(0), v0, w, targets, bound, scale, HAS_BIAS=b is not None,
+                HAS_CAP=softcap is not None, MOMENTS=statistics, MEAN=keep_mean, TOP=top, CHUNK=CHUNK,
+                num_warps=WARPS,
             )  # fmt: skip
             del tile  # the next one takes its memory
         if k:  # older entries come first, so a stable sort keeps the lower index first
@@ -210,48 +236,61 @@ def forward(hidden, weight, target, bias, k, softcap, scale, ignore_index, logit
         if keep_mean:
             mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out, block))
         del out
-    lse = maximum + total.log()
+    log_sum = total.log()
+    found = [maximum, log_sum]
+    if statistics:
+        first, second, plain = moments.unbind(1)
+        found += [log_sum - first / total, second.log() - 2 * log_sum, plain / v]
     if targets:  # no look at the values: a target out of range shows as NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
-        lse = lse.masked_fill(wrong.any(1), float("nan"))
+        found[1:] = [x.masked_fill(wrong.any(1), float("nan")) for x in found[1:]]
         if rows is None:
-            lse = lse.masked_fill(~counts.any(1), 0.0)
-    top_value = top_value.masked_fill(lse.isnan().unsqueeze(1), float("nan"))
-    mean = h.new_zeros(0, dtype=acc) if mean is None else mean / total.unsqueeze(1)
+            found = [x.masked_fill(~counts.any(1), 0.0) for x in found]
+    top_value = top_value.masked_fill(found[1].isnan().unsqueeze(1), float("nan"))
+    maximum, log_sum, *moments = (_spread(x, rows, n) for x in found)
+    mean = h.new_zeros(0, dtype=acc) if mean is None else _spread(mean / total.unsqueeze(1), rows, n)
     return (
-        _spread(lse, rows, n), _spread(logit, rows, n), _spread(top_value, rows, n),
-        _spread(top_index.contiguous(), rows, n), _spread(mean, rows, n) if keep_mean else mean, logits,
+        maximum, log_sum, _spread(logit, rows, n), _spread(top_value, rows, n),
+        _spread(top_index.contiguous(), rows, n),
+        *(moments or (maximum.new_empty(0) for _ in range(3))), mean, logits,
     )  # fmt: skip
 
 
-def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits, grad_lse, grad_target,
-             grad_topk, softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
+def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy, mean_weight, logits,
+             grad_log_sum, grad_target, grad_topk, grad_entropy, softcap, scale, temperature, ignore_index,
+             need_hidden, need_weight, need_bias):  # fmt: skip
     """The CUDA kernel of sukhops::vocab_head_backward."""
     v, d = weight.shape
-    acc = lse.dtype
+    acc = log_sum.dtype
+    of_entropy = grad_entropy is not None
+    curve = _curve(softcap, scale, temperature)
     dropped = (target == ignore_index).all(1) & (target.shape[1] > 0)  # [N]
     pick, grad_pick = _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc)  # [N, P]
     grad_pick = grad_pick.masked_fill(dropped.unsqueeze(1), 0.0)
-    grad_lse = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse.masked_fill(dropped, 0.0)
+    grad_log_sum, grad_entropy = (
+        log_sum.new_zeros(log_sum.shape) if g is None else g.masked_fill(dropped, 0.0)
+        for g in (grad_log_sum, grad_entropy)
+    )  # fmt: skip
     empty = hidden.new_empty(0)
     b = None if bias is None else bias.to(acc)
-    if mean_weight.dim() == 2 and not need_weight and not need_bias:
+    if mean_weight.dim() == 2 and not need_weight and not need_bias and not of_entropy:
         if not need_hidden:
             return empty, empty, empty
-        coefficient = _through_cap(hidden, weight, b, pick, grad_pick, softcap, scale)
-        dh = mean_weight * (grad_lse * scale).unsqueeze(1)
+        coefficient = _through_curve(hidden, weight, b, pick, grad_pick, curve)
+        dh = mean_weight * (grad_log_sum * curve[2]).unsqueeze(1)
         for p in range(pick.shape[1]):
             dh.addcmul_(coefficient[:, p, None], weight[pick[:, p].clamp(min=0)].to(acc))
         return dh.to(hidden.dtype), empty, empty
 
-    whole = grad_lse != 0  # True for NaN: these rows need their whole softmax
+    whole = (grad_log_sum != 0) | (grad_entropy != 0)  # True for NaN: these rows need their whole softmax
     rows = _kept(whole)
     h = _select(hidden, rows)  # [R, D]
     r = h.shape[0]
     place = _select((~dropped).cumsum(0) - 1 if rows is not None else torch.arange(r, device=h.device), rows)
     held = logits.shape[0]  # the forward kept the logits of the first rows that it did not drop
     kept = min(r, held) if rows is None or held in (0, len(hidden)) else int((place < held).sum())
-    row_lse, row_grad = _select(lse, rows), _select(grad_lse, rows)
+    entropy = entropy if of_entropy else log_sum  # not read
+    numbers = [_select(x, rows) for x in (maximum, log_sum, entropy, grad_log_sum, grad_entropy)]
     row_pick, row_grad_pick = _select(pick, rows).contiguous(), _select(grad_pick, rows).contiguous()
     dh = h.new_zeros(r, d, dtype=acc) if need_hidden else None
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
@@ -266,9 +305,9 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits,
                 continue
             tile = logits[:, v0 : v0 + w] if hi == kept else _mm(h[lo:hi], block.T)
             backward_rows[(hi - lo, triton.cdiv(w, CHUNK))](
-                tile, g[lo:hi], place[lo:hi], tile if b is None else b[v0:], row_lse[lo:hi], row_grad[lo:hi],
-                row_pick[lo:hi], row_grad_pick[lo:hi], tile.stride(0), v0, w, row_pick.shape[1],
-                softcap or 0.0, scale, KEPT=hi == kept, HAS_BIAS=b is not None, HAS_CAP=softcap is not None,
+                tile, g[lo:hi], place[lo:hi], tile if b is None else b[v0:], *(x[lo:hi] for x in numbers),
+                row_pick[lo:hi], row_grad_pick[lo:hi], tile.stride(0), v0, w, row_pick.shape[1], *curve,
+                KEPT=hi == kept, HAS_BIAS=b is not None, HAS_CAP=softcap is not None, ENTROPY=of_entropy,
                 CHUNK=CHUNK, num_warps=WARPS,
             )  # fmt: skip
             del tile  # the next one takes its memory
@@ -282,7 +321,7 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits,
     dh = _spread(dh, rows, hidden.shape[0]) if need_hidden else None
     if rows is not None and (others := _kept(~whole & (grad_pick != 0).any(1))).numel():
         h, pick, grad_pick = hidden[others], pick[others], grad_pick[others]
-        coefficient = _through_cap(h, weight, b, pick, grad_pick, softcap, scale)
+        coefficient = _through_curve(h, weight, b, pick, grad_pick, curve)
         entries = pick.clamp(min=0).flatten()
         if need_hidden:
             dh[others] += (coefficient.unsqueeze(-1) * weight[entries].view(*pick.shape, d)).sum(1)
@@ -292,6 +331,13 @@ def backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits,
         if need_bias:
             db.index_put_((entries,), coefficient.flatten(), accumulate=True)
     return dh.to(hidden.dtype) if need_hidden else empty, dw, db.to(weight.dtype) if need_bias else empty
+
+
+def _curve(softcap: float | None, scale: float, temperature: float) -> tuple[float, float, float]:
+    """bound, scale, slope: logit = scale * raw, or with softcap bound * tanh(scale * raw); slope at 0."""
+    if softcap is None:
+        return 0.0, scale / temperature, scale / temperature
+    return softcap / temperature, scale / softcap, scale / temperature
 
 
 def _kept(mask: Tensor) -> Tensor | None:
@@ -336,13 +382,14 @@ def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):
     return pick, torch.cat([grad_target.masked_fill(ignored, 0.0), grad_topk], 1)
 
 
-def _through_cap(h, weight, bias, pick, grad_pick, softcap, scale):
+def _through_curve(h, weight, bias, pick, grad_pick, curve):
     """The gradients of picked logits as gradients of the products h . weight[pick], [N, P]."""
-    if softcap is None:
-        return grad_pick * scale
+    bound, scale, slope = curve
+    if not bound:
+        return grad_pick * slope
     entries = pick.clamp(min=0)
     acc = grad_pick.dtype
     raw = torch.stack([(h.to(acc) * weight[entries[:, p]].to(acc)).sum(1) for p in range(pick.shape[1])], 1)
     if bias is not None:
         raw = raw + bias[entries]
-    return grad_pick * scale * (1 - torch.tanh(scale * raw / softcap).square())
+    return grad_pick * slope * (1 - torch.tanh(scale * raw).square())

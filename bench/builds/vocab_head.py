@@ -8,32 +8,41 @@ ROW = {
     "stride": "i32!",
     "v0": "i32!",
     "width": "i32!",
-    "softcap": "fp32",
+    "bound": "fp32",
     "scale": "fp32",
 }
 FORWARD = ROW | {
     "tile_ptr": "*fp32!", "target_ptr": "*i64!", "target_logit_ptr": "*fp32!", "top_value_ptr": "*fp32!",
-    "top_index_ptr": "*i64!", "maximum_ptr": "*fp32!", "sum_ptr": "*fp32!", "decay_ptr": "*fp32!",
-    "targets": "i32",
+    "top_index_ptr": "*i64!", "maximum_ptr": "*fp32!", "sum_ptr": "*fp32!", "moments_ptr": "*fp32!",
+    "decay_ptr": "*fp32!", "targets": "i32",
 }  # fmt: skip
 BACKWARD = ROW | {
-    "tile_ptr": "*fp32!", "lse_ptr": "*fp32!", "grad_lse_ptr": "*fp32!", "pick_ptr": "*i64!",
-    "grad_pick_ptr": "*fp32!", "place_ptr": "*i64!", "picks": "i32",
+    "tile_ptr": "*fp32!", "maximum_ptr": "*fp32!", "log_sum_ptr": "*fp32!", "entropy_ptr": "*fp32!",
+    "grad_log_sum_ptr": "*fp32!", "grad_entropy_ptr": "*fp32!", "pick_ptr": "*i64!",
+    "grad_pick_ptr": "*fp32!",
+    "place_ptr": "*i64!", "picks": "i32", "slope": "fp32",
 }  # fmt: skip
-# name, kernel, dtype of the gradient or mean tile, constants
+# name, kernel, dtype of the gradient or mean tile, constants that are not 0
 FORMS = [
-    ("logp", kernels.forward_rows, "float32", dict(HAS_BIAS=False, HAS_CAP=False, MEAN=False, TOP=0)),
-    ("frozen", kernels.forward_rows, "bfloat16", dict(HAS_BIAS=False, HAS_CAP=True, MEAN=True, TOP=0)),
-    ("top 5", kernels.forward_rows, "float32", dict(HAS_BIAS=True, HAS_CAP=False, MEAN=False, TOP=5)),
-    ("backward", kernels.backward_rows, "bfloat16", dict(KEPT=False, HAS_BIAS=False, HAS_CAP=False)),
-    ("backward kept", kernels.backward_rows, "bfloat16", dict(KEPT=True, HAS_BIAS=False, HAS_CAP=False)),
-    ("backward fp16", kernels.backward_rows, "float16", dict(KEPT=False, HAS_BIAS=True, HAS_CAP=True)),
+    ("logp", kernels.forward_rows, "float32", {}),
+    ("frozen", kernels.forward_rows, "bfloat16", dict(HAS_CAP=True, MEAN=True)),
+    ("top 5", kernels.forward_rows, "float32", dict(HAS_BIAS=True, TOP=5)),
+    ("statistics", kernels.forward_rows, "float32", dict(MOMENTS=True, TOP=1)),
+    ("backward", kernels.backward_rows, "bfloat16", {}),
+    ("backward kept", kernels.backward_rows, "bfloat16", dict(KEPT=True)),
+    ("backward fp16", kernels.backward_rows, "float16", dict(HAS_BIAS=True, HAS_CAP=True)),
+    ("backward entropy", kernels.backward_rows, "bfloat16", dict(ENTROPY=True)),
 ]
-KERNELS = [
-    Kernel(
-        name, kernel,
-        (FORWARD if kernel is kernels.forward_rows else BACKWARD) | {"out_ptr": POINTERS[dtype] + "!"},
-        constants | {"CHUNK": kernels.CHUNK}, kernels.WARPS, wide=True,
-    )
-    for name, kernel, dtype, constants in FORMS
-]  # fmt: skip
+FORWARD_ZERO = dict(HAS_BIAS=False, HAS_CAP=False, MOMENTS=False, MEAN=False, TOP=0)
+BACKWARD_ZERO = dict(KEPT=False, HAS_BIAS=False, HAS_CAP=False, ENTROPY=False)
+
+
+def form(name, kernel, dtype, constants) -> Kernel:
+    types, zero = (FORWARD, FORWARD_ZERO) if kernel is kernels.forward_rows else (BACKWARD, BACKWARD_ZERO)
+    return Kernel(
+        name, kernel, types | {"out_ptr": POINTERS[dtype] + "!"},
+        zero | constants | {"CHUNK": kernels.CHUNK}, kernels.WARPS, wide=True,
+    )  # fmt: skip
+
+
+KERNELS = [form(*given) for given in FORMS]

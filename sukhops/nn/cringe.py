@@ -173,12 +173,14 @@ def _logp_and_gap(
     One pass for both kinds of token: what the gradient of a row costs follows from what the loss used of it.
     """
     head = target_and_topk(hidden, weight, target, min(k + 1, weight.shape[0]), bias)
-    logp = head.target_logit - head.lse
+    logp = head.logp(head.target_logit).reshape(target.shape)
     if head.topk_value.shape[-1] < 2:
         return logp, torch.full_like(logp, -torch.inf)
-    place = sample_rival(head.topk_value, head.topk_index, target, generator=generator).unsqueeze(-1)
-    rival = head.topk_value.gather(-1, place).squeeze(-1)
-    return logp, head.target_logit - (rival.detach() if detach_rival else rival)
+    value, index = (t.reshape(*target.shape, -1) for t in (head.topk_value, head.topk_index))
+    place = sample_rival(value, index, target, generator=generator).unsqueeze(-1)
+    rival = value.gather(-1, place).squeeze(-1)
+    logit = head.target_logit.reshape(target.shape)
+    return logp, logit - (rival.detach() if detach_rival else rival)
 
 
 def _check_k(k: int) -> None:

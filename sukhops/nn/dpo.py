@@ -1,12 +1,11 @@
 """DPO and its family on a fused head."""
 
-import torch
 from torch import Tensor, nn
 
 from sukhops.losses._output import LossOutput
 from sukhops.losses.dpo import Options, dpo_loss
 from sukhops.nn._reference import reference_logp
-from sukhops.ops.vocab_head import linear_logp
+from sukhops.ops.vocab_head import linear_token_stats
 
 
 class DPOLoss(nn.Module):
@@ -26,7 +25,7 @@ class DPOLoss(nn.Module):
         ld_alpha: LD-DPO's weight of the tokens beyond the shorter completion; needs ref_logp per token.
         nll_weight: factor of the chosen completions' token-mean NLL.
         f_divergence: reverse_kl, forward_kl, js or alpha.
-        use_weighting: WPO: pairs weighted by how likely the policy finds them (one product more).
+        use_weighting: WPO: pairs weighted by how likely the policy finds them.
         margin: SimPO's gamma.
         tau: DiscoPOP's temperature.
         f_alpha: the order of the alpha divergence.
@@ -120,20 +119,14 @@ class DPOLoss(nn.Module):
                 f"ref_logp, ref_hidden, ref_weight, ref_bias: loss_type {o.types} with "
                 f"reference_free={o.reference_free} has no reference, expected None"
             )
-        squares = None
-        if o.use_weighting:
-            with torch.no_grad():  # log sum p**2 = lse(2 * logits) - 2 * lse(logits)
-                once, twice = (
-                    linear_logp(hidden, weight, target, bias, scale=s, return_lse=True).lse
-                    for s in (1.0, 2.0)
-                )
-            squares = twice - 2 * once
+        outputs = ("logp", "log_sum_sq") if o.use_weighting else ("logp",)
+        stats = linear_token_stats(hidden, weight, target, bias, outputs=outputs)
         return dpo_loss(
-            linear_logp(hidden, weight, target, bias),
+            stats.logp,
             target,
             reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias),
             cu_seqlens=cu_seqlens,
-            log_sum_squares=squares,
+            log_sum_squares=stats.log_sum_sq,
             num_items=num_items,
             **o._asdict(),
         )

@@ -1,6 +1,7 @@
 """A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,40 @@ class TopK(NamedTuple):
     lse: Tensor
 
 
-class Head(NamedTuple):
-    """What one pass over the vocabulary returns. Rows whose targets are all ignored are 0."""
+class TokenStats(NamedTuple):
+    logp: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+    log_sum_sq: Tensor | None
+    mean_logit: Tensor | None
+    top1: Tensor | None
 
-    lse: Tensor  # [N]
+
+STATISTICS = {"entropy", "log_sum_sq", "mean_logit"}  # what takes sums of its own
+
+
+class Head(NamedTuple):
+    """What one pass over the vocabulary returns. Rows whose targets are all ignored are 0.
+
+    The largest logit and the log of the sum come apart: an offset that all logits of a row share would round
+    log-probs that are formed from their sum. The first is a constant to the gradient.
+    """
+
+    maximum: Tensor  # [N]
+    log_sum: Tensor  # [N], log sum_v exp(logit_v - maximum)
     target_logit: Tensor  # [N, K]
     topk_value: Tensor  # [N, k], descending
     topk_index: Tensor  # [N, k]
+    entropy: Tensor  # [N], like the next two; [0] without statistics
+    log_sum_sq: Tensor
+    mean_logit: Tensor
+
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_sum
+
+    def logp(self, logit: Tensor) -> Tensor:
+        """Log-probs of logits [N, ...]."""
+        return (logit - self.maximum.unsqueeze(-1)) - self.log_sum.unsqueeze(-1)
 
 
 def linear_logp(
@@ -42,13 +70,17 @@ def linear_logp(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     ignore_index: int = -100,
     return_lse: bool = False,
 ) -> Tensor | LogpAndLse:
     """Log-probabilities of chosen vocabulary entries under a linear head, without its logits.
 
-        logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)
+        logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature
         logp   = logits[target] - logsumexp(logits)
+
+    Without softcap logits = scale * (hidden @ weight.T + bias) / temperature. A log-prob is right to a few
+    roundings of its own size, whatever offset the logits of a row share.
 
     Rows whose targets are all ignored are dropped before any product. The gradient is exact for
     any upstream gradient; what needs none is not computed, and a weight that needs none takes two
@@ -62,7 +94,8 @@ def linear_logp(
             `ignore_index`.
         bias: [V], or None.
         softcap: bound of the logits, > 0, or None for no bound.
-        scale: factor of the logits before the bound (a division by a temperature, say).
+        scale: factor of the logits before the bound.
+        temperature: what they are divided by after it, > 0.
         ignore_index: a target that does not count: its log-prob is exactly 0, without gradient.
         return_lse: whether to return the log-sum-exp of each row too.
 
@@ -79,7 +112,7 @@ def linear_logp(
     (DPO), several as in Grave et al. 2019 (hybrid language models).
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale)
+    _check_head(hidden, weight, bias, softcap, scale, temperature)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     single = target.dim() == hidden.dim() - 1
@@ -90,10 +123,78 @@ def linear_logp(
             f"got {list(target.shape)}"
         )
     targets = target.reshape(hidden.shape[:-1].numel(), 1 if single else target.shape[-1]).long()
-    head = vocab_head(hidden, weight, targets, bias, softcap=softcap, scale=scale, ignore_index=ignore_index)
-    logp = (head.target_logit - head.lse.unsqueeze(-1)).masked_fill(targets == ignore_index, 0.0)
-    logp = logp.reshape(target.shape)
-    return LogpAndLse(logp, head.lse.reshape(rows)) if return_lse else logp
+    head = vocab_head(
+        hidden, weight, targets, bias,
+        softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
+    )  # fmt: skip
+    logp = head.logp(head.target_logit).masked_fill(targets == ignore_index, 0.0).reshape(target.shape)
+    return LogpAndLse(logp, head.lse().reshape(rows)) if return_lse else logp
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    outputs: Sequence[str] = ("logp",),
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Numbers per token of a linear head's distribution, all from one pass over the vocabulary.
+
+        logits     = as in `linear_logp`,  p = softmax(logits)
+        logp       = log p[target]
+        lse        = log sum_v exp(logits[v])
+        entropy    = -sum_v p[v] log p[v]
+        log_sum_sq = log sum_v p[v]^2
+        mean_logit = sum_v logits[v] / V
+        top1       = target is the lowest index among the largest logits
+
+    logp, lse and entropy are differentiable, d entropy / d logits[v] = -p[v] (log p[v] + entropy); the others
+    are constants to a gradient. An output that is not asked for costs nothing. A gradient of the entropy
+    through a weight that needs none takes two products more than one of logp or lse.
+
+    Args:
+        hidden, weight, bias, softcap, scale, temperature, ignore_index: as in `linear_logp`.
+        target: [...], one per row, int64 or int32, in [0, V) or `ignore_index`.
+        outputs: names of the outputs wanted, at least one.
+
+    Returns:
+        The named tuple (logp, lse, entropy, log_sum_sq, mean_logit, top1), each [...] or None where it is not
+        asked for; in nats and float32 (float64 for float64 inputs), top1 bool. An ignored row is 0 and False.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown output; none.
+        RuntimeError: a target outside [0, V), on the CPU; on CUDA its row is NaN, and top1 False.
+
+    Source: what trainers log and regularise per token; log_sum_sq is the weight's denominator in Zhou et al.
+    2024 (WPO).
+    """
+    if isinstance(outputs, str) or not outputs or not set(outputs) <= set(TokenStats._fields):
+        raise ValueError(f"outputs: expected some of {', '.join(TokenStats._fields)}, got {outputs!r}")
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
+    _check_head(hidden, weight, bias, softcap, scale, temperature)
+    _checks.check_integers("target", target)
+    _checks.check_device("hidden", hidden, "target", target)
+    rows = hidden.shape[:-1]
+    _checks.check_shape("target", target, rows, "one per row of hidden")
+    targets = target.reshape(-1, 1).long()
+    top, statistics = int("top1" in outputs), not STATISTICS.isdisjoint(outputs)
+    head = vocab_head(
+        hidden, weight, targets, bias, k=top, statistics=statistics,
+        softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
+    )  # fmt: skip
+    found = {"entropy": head.entropy, "log_sum_sq": head.log_sum_sq, "mean_logit": head.mean_logit}
+    if "logp" in outputs:
+        found["logp"] = head.logp(head.target_logit)
+    if "lse" in outputs:
+        found["lse"] = head.lse()
+    if "top1" in outputs:
+        found["top1"] = (head.topk_index == targets) & (targets != ignore_index) & ~head.topk_value.isnan()
+    return TokenStats(*(found[n].reshape(rows) if n in outputs else None for n in TokenStats._fields))
 
 
 def linear_topk(
@@ -104,6 +205,7 @@ def linear_topk(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
 ) -> TopK:
     """The k largest logits of a linear head and its log-sum-exp, without the other logits.
 
@@ -111,7 +213,7 @@ def linear_topk(
         hidden: [..., D], float32, bfloat16, float16 or float64.
         weight: [V, D], of the same dtype.
         k: how many, 1 <= k <= V.
-        bias, softcap, scale: as in `linear_logp`.
+        bias, softcap, scale, temperature: as in `linear_logp`.
 
     Returns:
         The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order
@@ -124,14 +226,14 @@ def linear_topk(
     Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale)
+    _check_head(hidden, weight, bias, softcap, scale, temperature)
     if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
     rows = hidden.shape[:-1]
     none = torch.empty(rows.numel(), 0, dtype=torch.int64, device=hidden.device)
-    head = vocab_head(hidden, weight, none, bias, k=k, softcap=softcap, scale=scale)
+    head = vocab_head(hidden, weight, none, bias, k=k, softcap=softcap, scale=scale, temperature=temperature)
     shape = (*rows, k)
-    return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse.reshape(rows))
+    return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse().reshape(rows))
 
 
 def target_and_topk(
@@ -139,22 +241,17 @@ def target_and_topk(
 ) -> Head:
     """The logit of one target per row, the k largest and the log-sum-exp, in one pass; for CRINGE.
 
-    Shapes and errors are those of `linear_logp` and `linear_topk`; rows whose target is -100 are dropped
-    before the product and are 0. A loss that does not use lse has a gradient of k + 1 rows of the weight.
+    Rows are those of hidden flattened. Errors are those of `linear_logp` and `linear_topk`; rows whose target
+    is -100 are dropped before the product and are 0. A loss that uses neither log-sum-exp nor log-probs has a
+    gradient of k + 1 rows of the weight.
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, None, 1.0)
+    _check_head(hidden, weight, bias)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
     _checks.check_shape("target", target, rows, "one per row of hidden")
-    head = vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k)
-    return Head(
-        head.lse.reshape(rows),
-        head.target_logit.reshape(rows),
-        head.topk_value.reshape(*rows, k),
-        head.topk_index.reshape(*rows, k),
-    )
+    return vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k)
 
 
 def vocab_head(
@@ -164,26 +261,31 @@ def vocab_head(
     bias: Tensor | None = None,
     *,
     k: int = 0,
+    statistics: bool = False,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> Head:
     """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K].
 
-    lse and target logits come apart, so that slices of a vocabulary can be combined: the lse of the
-    whole is the logsumexp of the slices', a target's logit comes from the slice that holds it.
+    Slices of a vocabulary can be combined: the largest maximum, the sums relative to it, and a target's logit
+    from the slice that holds it.
     """
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     budget = min(get_logits_budget(), sys.maxsize)
-    *outputs, _, _ = _head(flat, weight, targets, bias, k, softcap, scale, ignore_index, budget, *need)
+    *outputs, _, _ = _head(
+        flat, weight, targets, bias, k, statistics, softcap, scale, temperature, ignore_index, budget, *need
+    )
     return Head(*outputs)
 
 
 def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> None:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None, scale: float = 1.0,
+    temperature: float = 1.0,
+) -> None:  # fmt: skip
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape [..., D], got a scalar")
     if weight.dim() != 2 or weight.shape[0] == 0:
@@ -199,28 +301,33 @@ def _check_head(
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
 
 
 @torch.library.register_fake("sukhops::vocab_head")
-def _(hidden, weight, target, bias, k, softcap, scale, ignore_index, logits_budget, need_hidden, need_weight,
-      need_bias):  # fmt: skip
+def _(hidden, weight, target, bias, k, statistics, softcap, scale, temperature, ignore_index, logits_budget,
+      need_hidden, need_weight, need_bias):  # fmt: skip
     acc = _checks.accumulation_dtype(hidden.dtype)
     (n, d), v = hidden.shape, weight.shape[0]
     keep_mean = need_hidden and not need_weight and not need_bias
     held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     return (
         hidden.new_empty(n, dtype=acc),
+        hidden.new_empty(n, dtype=acc),
         hidden.new_empty(n, target.shape[1], dtype=acc),
         hidden.new_empty(n, k, dtype=acc),
         target.new_empty(n, k),
+        *(hidden.new_empty(n if statistics else 0, dtype=acc) for _ in STATISTICS),
         hidden.new_empty((n, d) if keep_mean else (0,), dtype=acc),
         hidden.new_empty(held, v, dtype=acc),
     )
 
 
 @torch.library.register_fake("sukhops::vocab_head_backward")
-def _(hidden, weight, target, bias, topk_index, lse, mean_weight, logits, grad_lse, grad_target, grad_topk,
-      softcap, scale, ignore_index, need_hidden, need_weight, need_bias):  # fmt: skip
+def _(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy, mean_weight, logits, grad_log_sum,
+      grad_target, grad_topk, grad_entropy, softcap, scale, temperature, ignore_index, need_hidden,
+      need_weight, need_bias):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
@@ -229,21 +336,22 @@ def _(hidden, weight, target, bias, topk_index, lse, mean_weight, logits, grad_l
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, target, bias, _, ctx.softcap, ctx.scale, ctx.ignore_index, *_ = inputs
-    lse, _, _, topk_index, mean_weight, logits = output
-    ctx.save_for_backward(hidden, weight, target, bias, topk_index, lse, mean_weight, logits)
-    ctx.mark_non_differentiable(topk_index, mean_weight, logits)
+    hidden, weight, target, bias, _, statistics, *ctx.options = inputs[:10]
+    maximum, log_sum, _, _, topk_index, entropy, log_sum_sq, mean_logit, mean_weight, logits = output
+    ctx.save_for_backward(
+        hidden, weight, target, bias, topk_index, maximum, log_sum, entropy, mean_weight, logits
+    )
+    constants = (maximum, topk_index, log_sum_sq, mean_logit, mean_weight, logits)
+    ctx.mark_non_differentiable(*constants, *(() if statistics else (entropy,)))
     ctx.set_materialize_grads(False)  # an output nobody used costs nothing
 
 
-def _gradient(ctx, grad_lse, grad_target, grad_topk, *_):
+def _gradient(ctx, _maximum, grad_log_sum, grad_target, grad_topk, _index, grad_entropy, *_):
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = _backward(
-        *ctx.saved_tensors, grad_lse, grad_target, grad_topk, ctx.softcap, ctx.scale, ctx.ignore_index,
-        *need,
-    )  # fmt: skip
+    upstream = (grad_log_sum, grad_target, grad_topk, grad_entropy)
+    grads = _backward(*ctx.saved_tensors, *upstream, *ctx.options, *need)
     hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return hidden, weight, None, bias, *[None] * 8
+    return hidden, weight, None, bias, *[None] * 10
 
 
 torch.library.register_autograd("sukhops::vocab_head", _gradient, setup_context=_setup_context)

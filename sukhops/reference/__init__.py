@@ -9,13 +9,14 @@ from sukhops.reference.segmentation import (
     segmentation_sample,
     segmentation_viterbi,
 )
-from sukhops.reference.vocab_head import linear_logp, linear_topk
+from sukhops.reference.vocab_head import linear_logp, linear_token_stats, linear_topk
 
 __all__ = [
     "adaptive_span_attention",
     "director_logp",
     "director_topk",
     "linear_logp",
+    "linear_token_stats",
     "linear_topk",
     "segmentation_entropy",
     "segmentation_logz",

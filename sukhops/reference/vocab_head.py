@@ -1,17 +1,24 @@
-"""Reference of `linear_logp` and `linear_topk`: plain PyTorch that writes every logit.
+"""Reference of `linear_logp`, `linear_token_stats` and `linear_topk`: plain PyTorch that writes every logit.
 
-logits = softcap * tanh(raw / softcap),  raw = scale * (hidden @ weight.T + bias)
-lse    = log sum_v exp(logits[v]),       logp = logits[target] - lse
+logits = softcap * tanh(raw / softcap) / temperature,  raw = scale * (hidden @ weight.T + bias)
+lse    = log sum_v exp(logits[v]),                     logp = logits[target] - lse
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sukhops.ops.vocab_head import LogpAndLse, TopK
+from sukhops.ops.vocab_head import LogpAndLse, TokenStats, TopK
 
 
 def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
 ) -> Tensor:
     """[..., V], float32 (float64 for float64 inputs); the product itself in the inputs' dtype."""
     z = hidden @ weight.T  # [..., V]
@@ -20,7 +27,7 @@ def logits(
     if bias is not None:
         z = z + bias.to(z.dtype)
     z = scale * z
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 
 def linear_logp(
@@ -31,20 +38,52 @@ def linear_logp(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     ignore_index: int = -100,
     return_lse: bool = False,
 ) -> Tensor | LogpAndLse:
     """See `sukhops.linear_logp`."""
-    z = logits(hidden, weight, bias, softcap, scale)  # [..., V]
+    z = logits(hidden, weight, bias, softcap, scale, temperature)  # [..., V]
     single = target.dim() < hidden.dim()
     targets = target.unsqueeze(-1) if single else target  # [..., K]
     counts = targets != ignore_index  # [..., K]
     row_counts = counts.any(-1)  # [...]
     lse = torch.logsumexp(z, -1).where(row_counts, 0.0)  # [...]
-    picked = z.gather(-1, targets.where(counts, 0).long())  # [..., K]
-    logp = (picked - lse.unsqueeze(-1)).where(counts, 0.0)  # [..., K]
+    logp = torch.log_softmax(z, -1).gather(-1, targets.where(counts, 0).long()).where(counts, 0.0)  # [..., K]
     logp = logp.squeeze(-1) if single else logp
     return LogpAndLse(logp, lse) if return_lse else logp
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    outputs: Sequence[str] = ("logp",),
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """See `sukhops.linear_token_stats`."""
+    z = logits(hidden, weight, bias, softcap, scale, temperature)  # [..., V]
+    counts = target != ignore_index  # [...]
+    index = target.where(counts, 0).long().unsqueeze(-1)  # [..., 1]
+    logp = torch.log_softmax(z, -1)  # [..., V]
+    p = logp.exp()
+    lse = torch.logsumexp(z, -1)  # [...]
+    picked = z.gather(-1, index)  # [..., 1]
+    before = (z > picked) | ((z == picked) & (torch.arange(z.shape[-1], device=z.device) < index))
+    found = TokenStats(
+        logp=logp.gather(-1, index).squeeze(-1),
+        lse=lse,
+        entropy=-(p * logp.masked_fill(p == 0, 0.0)).sum(-1),
+        log_sum_sq=torch.logsumexp(2 * logp, -1).detach(),
+        mean_logit=z.mean(-1).detach(),
+        top1=~before.any(-1) & ~lse.isnan(),
+    )
+    return TokenStats(*(t.where(counts, 0) if n in outputs else None for n, t in found._asdict().items()))
 
 
 def linear_topk(
@@ -55,8 +94,9 @@ def linear_topk(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
 ) -> TopK:
     """See `sukhops.linear_topk`."""
-    z = logits(hidden, weight, bias, softcap, scale)  # [..., V]
+    z = logits(hidden, weight, bias, softcap, scale, temperature)  # [..., V]
     values, indices = z.topk(k)  # [..., k]
     return TopK(values, indices, torch.logsumexp(z, -1))
