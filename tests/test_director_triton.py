@@ -79,6 +79,18 @@ def test_topk_ties_take_the_lower_index(monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("offset", [-1e4, 1e6])
+def test_an_offset_of_all_scores_leaves_log_probs_alone(offset, monkeypatch):
+    monkeypatch.setattr(kernels, "SPLITS", 3)
+    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
+    hidden, lm = torch.tensor([[1.0, offset]]), torch.stack([torch.arange(90.0) % 5, torch.ones(90)], 1)
+    given = [hidden, lm, [torch.zeros(90, 2)], torch.ones(1, 1), None, [torch.empty(0)], None]
+    exact = (hidden @ lm.T).double().log_softmax(1)
+    assert (kernels.logp(*given) - exact).abs().max() < 1e-6
+    assert (kernels.topk(*given, 4)[0] - exact.max()).abs().max() < 1e-6
+
+
+@pytest.mark.interpreter
 def test_bad_rows_are_nan():
     given = arguments(3, torch.float32, 1, False)
     given[3] = torch.tensor([[1.0, -1.0, float("nan")]])
