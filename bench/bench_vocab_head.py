@@ -165,6 +165,30 @@ def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
     )  # fmt: skip
 
 
+def offset_case(offset: float = 1e4, rows: int = 256, v: int = 32768) -> Case:
+    """Logits that are small integers and an offset: what an implementation rounds shows in its error."""
+
+    def inputs() -> Inputs:
+        weight = torch.stack([torch.arange(v) % 7, torch.ones(v)], 1).float()
+        hidden = torch.tensor([1.0, offset]).repeat(1, rows, 1)
+        target = torch.arange(rows).unsqueeze(0)
+        return {"hidden": hidden, "weight": weight, "target": target}
+
+    def one(logp):
+        return lambda i: lambda: logp(i["hidden"], i["weight"], i["target"]).mean()
+
+    return Case(
+        "vocab_head", "a log-prob with an offset of 10,000", {"rows": rows, "D": 2, "V": v}, torch.float32,
+        inputs, inputs, one(reference.linear_logp),
+        {
+            "sukhops": Provider(one(sukhops.linear_logp), ours=True),
+            "eager": Provider(one(reference.linear_logp), 20.0 * rows * v, "torch"),
+            "TRL": Provider(one(trl_logp), 8.0 * rows * 8192, "trl"),
+        },
+        modes=("fwd_nograd",), rounds=5,
+    )  # fmt: skip
+
+
 def weighting_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
     """DPO whose pairs are weighted by the policy's own likelihood (WPO), over DPO."""
     dtype = torch.float32
@@ -343,6 +367,7 @@ def cases() -> list[Case]:
         *by_budget(),
         statistics_case(),
         weighting_case(),
+        offset_case(),
         *(
             logp_case("growth with V, D = 1,024", dtype, 2048, 1024, v)
             for dtype in both

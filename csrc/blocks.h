@@ -69,10 +69,10 @@ struct Tiling {
   }
 };
 
-constexpr float kFar = -800;  // exp is 0 below it; the product of that 0 with a number that is not below it is 0 too
+constexpr float kFar = -800;  // t of exp(t) * t is cut there, so that exp(-inf) * -inf is 0, not NaN
 
-// The sums over a row of e * t, e * e and x, where t = x - shift and e = exp(t), and `sum` that of e: from one shift to
-// another, which is not below it.
+// Sums over a row of e * t, e * e and x, where t = x - shift and e = exp(t); `sum` is that of e. Changes the shift from
+// `from` to `to`, which is not below it.
 static inline void move_moments(double* moments, double sum, double from, double to) {
   const double decay = std::exp(from - to);
   moments[0] = decay * (moments[0] + std::max<double>(from - to, kFar) * sum);
@@ -87,7 +87,7 @@ A* part_tile(int64_t elements) {
   return thread_memory<A, PartTile>(elements);
 }
 
-// What the parts of the vocabulary found of each row: the maximum, the sums of exp(x - maximum) and, if wanted, of
+// What the parts of the vocabulary found of each row: the maximum, the sum of exp(x - maximum), if wanted the three sums of
 // move_moments, and the k largest, descending, the lower index first among equals. A part's first row is at part * n.
 template <class A>
 struct Found {

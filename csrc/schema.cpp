@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
   // of logits = softcap * tanh(scale * (hidden . weight + bias) / softcap) / temperature: maximum [N], log_sum [N] =
   // log sum_v exp(logit_v - maximum), target_logit [N, K], topk_value [N, k], topk_index [N, k]; with statistics entropy,
   // log_sum_sq and mean_logit [N] (else [0]); when only `hidden` needs a gradient, mean_weight [N, D] = sum_v p_v
-  // dlogit_v/draw_v weight_v over the slope (else [0]); when the weight or the bias does, logits [R, V], the products of
+  // (dlogit_v/draw_v) / slope weight_v (else [0]); when the weight or the bias does, logits [R, V], the products of
   // the first R rows that are not dropped, as many of N as logits_budget bytes hold (else [0, V])
   m.def(
       "vocab_head(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int k, bool statistics, float? softcap, "

@@ -11,14 +11,15 @@
 
 namespace sukhops {
 
-// logit = scale * raw, or bound * tanh(scale * raw) where bound is not 0; slope is its derivative at raw = 0
+// logit = scale * raw, or bound * tanh(scale * raw) if capped; slope is its derivative at raw = 0
 template <class A>
 struct Curve {
   A scale, bound, slope;
+  bool capped;
 
   Curve(std::optional<double> softcap, double by, double temperature)
       : scale(softcap ? by / *softcap : by / temperature), bound(softcap ? *softcap / temperature : 0),
-        slope(by / temperature) {}
+        slope(by / temperature), capped(softcap.has_value()) {}
 };
 
 template <class A>
@@ -169,9 +170,9 @@ Outputs forward(
       data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / found.sum[i]);
     if (!statistics) return;
     const double* m = &found.moments[3 * i];
-    const double whole = std::log(found.sum[i]);
-    data<A>(entropy)[r] = static_cast<A>(whole - m[0] / found.sum[i]);
-    data<A>(log_sum_sq)[r] = static_cast<A>(std::log(m[1]) - 2 * whole);
+    const double log_of_sum = std::log(found.sum[i]);
+    data<A>(entropy)[r] = static_cast<A>(log_of_sum - m[0] / found.sum[i]);
+    data<A>(log_sum_sq)[r] = static_cast<A>(std::log(m[1]) - 2 * log_of_sum);
     data<A>(mean_logit)[r] = static_cast<A>(m[2] / v);
   });
   return {maximum, log_sum, target_logit, top_value, top_index, entropy, log_sum_sq, mean_logit, mean_weight, logits};
@@ -234,7 +235,7 @@ void through_curve(
   parallel_rows(picks.size(), grain(d), [&](int64_t i) {
     Pick<A>& p = picks[i];
     p.grad *= curve.slope;
-    if (curve.bound == 0) return;
+    if (!curve.capped) return;
     const S *h = data<S>(hidden) + p.row * hs, *w = data<S>(weight) + p.entry * ws;
     A raw = bias ? bias[p.entry] : A(0);
     for (int64_t j = 0; j < d; ++j) raw += static_cast<A>(h[j * hc]) * static_cast<A>(w[j * wc]);
@@ -295,7 +296,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     Curve<A> curve, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
-  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias && !g_entropy;
+  const A* of_entropy = g_entropy ? data<A>(*g_entropy) : nullptr;
+  const bool spread = of_entropy && std::any_of(of_entropy, of_entropy + all, [](A g) { return g != 0; });
+  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias && !spread;
   Upstream<A> up(kept_rows(target, v, ignore_index), target, top_index, g_log_sum, g_target, g_top, g_entropy,
                  ignore_index, use_mean);
   const int64_t n = up.dense.size();

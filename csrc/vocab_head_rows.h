@@ -17,7 +17,7 @@ static inline void load_logits(const float* z, float* x, int64_t width, const fl
   if (curve.scale != 1.0f) {
     for (j = 0; j < width; ++j) x[j] *= curve.scale;
   }
-  if (curve.bound != 0.0f) {
+  if (curve.capped) {
     for (j = 0; j < whole; j += kLanes) store(x + j, curve.bound * vtanh(load(x + j)));
     for (j = width; j < whole; ++j) x[j] = -__builtin_inff();
   }
@@ -27,14 +27,14 @@ static inline void load_logits(
     const double* z, double* x, int64_t width, const double* bias, const Curve<double>& curve) {
   for (int64_t j = 0; j < width; ++j) {
     const double raw = curve.scale * (z[j] + (bias ? bias[j] : 0.0));
-    x[j] = curve.bound != 0.0 ? curve.bound * std::tanh(raw) : raw;
+    x[j] = curve.capped ? curve.bound * std::tanh(raw) : raw;
   }
 }
 
-// what the derivative of the curve at a logit is of its slope
+// the derivative of the curve at a logit over its slope
 template <class A>
 static inline A flattened(A logit, const Curve<A>& curve) {
-  if (curve.bound == 0) return 1;
+  if (!curve.capped) return 1;
   const A y = logit / curve.bound;
   return 1 - y * y;
 }
@@ -82,7 +82,7 @@ static inline void softmax_gradient(
 }
 
 // rows [lo, hi) of a tile: updates the running maximum and sums, picks targets and the top k, and with
-// `mean` leaves in the tile exp(logit - maximum) * dlogit/draw over the slope and scales the row of `mean` to the new maximum
+// `mean` leaves in the tile exp(logit - maximum) * (dlogit/draw) / slope and scales the row of `mean` to the new maximum
 template <class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], flat[kMaxWidth];
@@ -137,7 +137,7 @@ static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
       const int64_t t = b.pick[n * b.picks + p] - b.v0;
       if (t >= 0 && t < b.width) g[t] += b.grad_pick[n * b.picks + p] * b.curve.slope;
     }
-    for (int64_t j = 0; j < b.width && b.curve.bound != 0; ++j) g[j] *= flattened(x[j], b.curve);
+    for (int64_t j = 0; j < b.width && b.curve.capped; ++j) g[j] *= flattened(x[j], b.curve);
     store_row(z, g, b.width);
   }
 }

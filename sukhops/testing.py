@@ -4,7 +4,8 @@ The truth is the reference in float64 on the same rounded inputs. An operator ma
 the reference is off in the operator's own precision, plus four roundings of the result's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,27 @@ class Comparison(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.error <= self.budget  # False for NaN
+
+
+_comparing = False
+
+
+@contextmanager
+def compared_ranks() -> Iterator[None]:
+    """Within it, calls with a group also check that hidden and targets have the same values on all ranks.
+
+    Where they have not, every rank raises. It costs a pass over them; enter it on all ranks.
+    """
+    global _comparing
+    before, _comparing = _comparing, True
+    try:
+        yield
+    finally:
+        _comparing = before
+
+
+def ranks_are_compared() -> bool:
+    return _comparing
 
 
 def budget(result: Tensor, low: Tensor, exact: Tensor) -> float:

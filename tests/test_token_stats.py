@@ -21,7 +21,7 @@ CURVES = [{}, {"softcap": 5.0, "scale": 1.7, "temperature": 0.6}, {"temperature"
 
 def make(n=37, d=19, v=5003, bias=False, frozen=False, dtype=torch.float32):
     """Inputs whose V spans several tiles. A quarter of the rows is ignored; some logits are -inf."""
-    target = torch.randint(0, v // 7, (n,)) * 7 + 1
+    target = torch.randint(0, v // 7, (n,)) * 7 + 1  # none that the bias rules out
     target[::4] = -100
     inputs = {
         "hidden": torch.randn(n, d, dtype=dtype).requires_grad_(),
@@ -71,6 +71,20 @@ def test_topk_and_logp_take_a_temperature(dtype, curve):
     del inputs["target"]
     wide = {"softcap": 200.0} if "softcap" in curve else {}
     assert_close(linear_topk, reference.linear_topk, inputs | {"k": 4, "bias": bias} | curve | wide, dtype)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_top1_is_that_of_the_reference(curve):
+    given = make(n=200, v=901, dtype=torch.float64)
+    best = (given["hidden"] @ given["weight"].T).argmax(1)
+    given["target"][1::2] = best[1::2]
+    given["target"][::8] = -100
+    ours, theirs = (
+        f(**given, **curve, outputs=("top1",)).top1
+        for f in (linear_token_stats, reference.linear_token_stats)
+    )
+    assert ours.dtype == theirs.dtype == torch.bool
+    assert torch.equal(ours, theirs) and 90 < ours.sum() < 110
 
 
 def test_against_a_distribution_of_torch():
@@ -131,12 +145,16 @@ def test_gradcheck(curve, frozen):
     assert gradcheck(f, tuple(given.values()))
 
 
-def test_nan_and_overflow_stay_in_their_row():
+@pytest.mark.parametrize("bad", [torch.nan, 1e38])
+def test_nan_and_overflow_stay_in_their_row(bad):
     given = make(bias=False)
     hidden = given["hidden"].detach().clone()
-    hidden[5] = torch.nan
+    hidden[5] = bad
+    hidden.requires_grad_()
     stats = linear_token_stats(hidden, given["weight"], given["target"], outputs=ALL)
     others = torch.arange(37) != 5
+    (grad,) = torch.autograd.grad((stats.logp + stats.entropy).sum(), hidden)
+    assert grad[5].isnan().any() and not grad[others].isnan().any()
     for name, t in stats._asdict().items():
         if name == "top1":
             assert not t[5]
@@ -186,7 +204,7 @@ def test_log_probs_of_equal_logits_of_any_size():
         assert abs(logp.item() + math.log(9)) < 4e-7
 
 
-@pytest.mark.parametrize("offset", [1e3, -1e4, 1e6])
+@pytest.mark.parametrize("offset", [1e3, -1e4, 1e6, -1e30])
 def test_director_survives_an_offset(offset):
     v = 3001
     lm = torch.stack([torch.arange(v) % 7, torch.ones(v)], 1).float().requires_grad_()
@@ -231,7 +249,11 @@ def test_products():
         assert count(hidden, weight, lambda s: s.logp + s.entropy) == (1, 3)
     frozen = weight.detach()
     assert count(hidden, frozen, lambda s: s.logp) == (2, 0)
+    assert count(hidden, frozen, lambda s: s.logp + 0 * s.entropy) == (2, 0)
     assert count(hidden, frozen, lambda s: s.entropy) == (2, 2)
+    for names in (("top1",), ("log_sum_sq", "mean_logit")):  # no gradient can come
+        taken, stats = products(lambda n=names: linear_token_stats(hidden, frozen, target, outputs=n))
+        assert taken == 1 and not any(t is not None and t.requires_grad for t in stats)
 
 
 def test_dpo_with_use_weighting_takes_no_product_more():
@@ -299,6 +321,12 @@ BAD = {
     "outputs: expected some of logp, lse, .*, got \\(\\)": dict(outputs=()),
     "outputs: expected some of .*, got \\('logp', 'kl'\\)": dict(outputs=("logp", "kl")),
     "outputs: expected some of .*, got 'logp'": dict(outputs="logp"),
+    "outputs: expected some of .*, got None": dict(outputs=None),
+    "outputs: expected some of .*, got <generator": dict(outputs=(n for n in ("logp",))),
+    "outputs: expected some of .*, got \\[\\['logp'\\]\\]": dict(outputs=[["logp"]]),
+    "temperature: expected a finite number > 0, got None": dict(temperature=None),
+    "temperature: expected a finite number > 0, got '1'": dict(temperature="1"),
+    "temperature: expected a finite number > 0, got nan": dict(temperature=float("nan")),
     "temperature: expected a finite number > 0, got 0": dict(temperature=0),
     "temperature: expected a finite number > 0, got -1.0": dict(temperature=-1.0),
     "temperature: expected a finite number > 0, got inf": dict(temperature=float("inf")),

@@ -70,6 +70,14 @@ def test_topk_of_several_blocks(monkeypatch):
 
 
 @pytest.mark.interpreter
+def test_all_rows_ignored():
+    given = torch.randn(3, 4), torch.randn(7, 4), torch.full((3, 1), -100), None, 2, True
+    options = (None, 1.0, 1.0, -100, 1 << 20, True, True, False)
+    ours, cpu = kernels.forward(*given, *options), torch.ops.sukhops.vocab_head(*given, *options)
+    assert [t.shape for t in ours] == [t.shape for t in cpu] and not any(t.any() for t in ours[:8])
+
+
+@pytest.mark.interpreter
 def test_target_out_of_range_is_nan():
     hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
     need = (False, False, False)

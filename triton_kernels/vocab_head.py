@@ -13,7 +13,7 @@ from torch import Tensor
 TILE_BYTES = 256 << 20  # of float32 logits
 CHUNK = 2048  # columns a program holds at once
 WARPS = 8
-FAR = tl.constexpr(-800.0)  # exp is 0 below it; the product of that 0 with a number not below it is 0 too
+FAR = tl.constexpr(-800.0)  # t of exp(t) * t is cut there, so that exp(-inf) * -inf is 0, not NaN
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS: tl.constexpr, HAS
 @triton.jit
 def forward_rows(
     tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
-    out_ptr,  # [rows, width] exp(logit - maximum) * dlogit/draw over the slope, in the inputs' dtype, if MEAN
+    out_ptr,  # [rows, width] exp(logit - maximum) * (dlogit/draw) / slope in the inputs' dtype, if MEAN
     bias_ptr,  # [width], of this block
     target_ptr,  # [rows, K]
     target_logit_ptr,  # [rows, K]
@@ -205,7 +205,8 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     bound, scale, _ = _curve(softcap, scale, temperature)
     decay = h.new_empty(r, dtype=acc)
     logit = h.new_zeros(r, targets, dtype=acc)
-    top_value, top_index = h.new_empty(r, 0, dtype=acc), t.new_empty(r, 0)
+    found = 0 if r else k  # no block finds anything without rows
+    top_value, top_index = h.new_empty(r, found, dtype=acc), t.new_empty(r, found)
     mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
     held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     logits = h.new_empty(held, v, dtype=acc)
@@ -237,17 +238,17 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
             mean = mean.mul_(decay.unsqueeze(1)).add_(_mm(out, block))
         del out
     log_sum = total.log()
-    found = [maximum, log_sum]
+    numbers = [maximum, log_sum]
     if statistics:
         first, second, plain = moments.unbind(1)
-        found += [log_sum - first / total, second.log() - 2 * log_sum, plain / v]
+        numbers += [log_sum - first / total, second.log() - 2 * log_sum, plain / v]
     if targets:  # no look at the values: a target out of range shows as NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
-        found[1:] = [x.masked_fill(wrong.any(1), float("nan")) for x in found[1:]]
+        numbers[1:] = [x.masked_fill(wrong.any(1), float("nan")) for x in numbers[1:]]
         if rows is None:
-            found = [x.masked_fill(~counts.any(1), 0.0) for x in found]
-    top_value = top_value.masked_fill(found[1].isnan().unsqueeze(1), float("nan"))
-    maximum, log_sum, *moments = (_spread(x, rows, n) for x in found)
+            numbers = [x.masked_fill(~counts.any(1), 0.0) for x in numbers]
+    top_value = top_value.masked_fill(numbers[1].isnan().unsqueeze(1), float("nan"))
+    maximum, log_sum, *moments = (_spread(x, rows, n) for x in numbers)
     mean = h.new_zeros(0, dtype=acc) if mean is None else _spread(mean / total.unsqueeze(1), rows, n)
     return (
         maximum, log_sum, _spread(logit, rows, n), _spread(top_value, rows, n),

@@ -1,13 +1,14 @@
 """A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from sukhops import _checks, _library
+from sukhops import _checks, _library, parallel
 from sukhops._budget import get_logits_budget
 
 _head = torch.ops.sukhops.vocab_head.default
@@ -35,14 +36,14 @@ class TokenStats(NamedTuple):
     top1: Tensor | None
 
 
-STATISTICS = {"entropy", "log_sum_sq", "mean_logit"}  # what takes sums of its own
+STATISTICS = {"entropy", "log_sum_sq", "mean_logit"}  # outputs that need more sums
 
 
 class Head(NamedTuple):
     """What one pass over the vocabulary returns. Rows whose targets are all ignored are 0.
 
-    The largest logit and the log of the sum come apart: an offset that all logits of a row share would round
-    log-probs that are formed from their sum. The first is a constant to the gradient.
+    The largest logit and the log of the sum are returned separately: an offset that all logits of a row share
+    would round log-probs that are formed from their sum. `maximum` carries no gradient.
     """
 
     maximum: Tensor  # [N]
@@ -58,7 +59,7 @@ class Head(NamedTuple):
         return self.maximum + self.log_sum
 
     def logp(self, logit: Tensor) -> Tensor:
-        """Log-probs of logits [N, ...]."""
+        """Log-probs of logits [N, K]."""
         return (logit - self.maximum.unsqueeze(-1)) - self.log_sum.unsqueeze(-1)
 
 
@@ -73,6 +74,7 @@ def linear_logp(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_lse: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | LogpAndLse:
     """Log-probabilities of chosen vocabulary entries under a linear head, without its logits.
 
@@ -80,7 +82,7 @@ def linear_logp(
         logp   = logits[target] - logsumexp(logits)
 
     Without softcap logits = scale * (hidden @ weight.T + bias) / temperature. A log-prob is right to a few
-    roundings of its own size, whatever offset the logits of a row share.
+    roundings of max(1, |logp|), whatever offset the logits of a row share.
 
     Rows whose targets are all ignored are dropped before any product. The gradient is exact for
     any upstream gradient; what needs none is not computed, and a weight that needs none takes two
@@ -98,6 +100,9 @@ def linear_logp(
         temperature: what they are divided by after it, > 0.
         ignore_index: a target that does not count: its log-prob is exactly 0, without gradient.
         return_lse: whether to return the log-sum-exp of each row too.
+        group: ranks that hold a slice of the vocabulary each, in rank order: weight and bias are this rank's
+            slice, which may be empty; targets are of the whole vocabulary; everything else, all results and
+            the gradient of hidden are the same on every rank.
 
     Returns:
         Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with
@@ -112,7 +117,7 @@ def linear_logp(
     (DPO), several as in Grave et al. 2019 (hybrid language models).
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature)
+    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     single = target.dim() == hidden.dim() - 1
@@ -125,7 +130,7 @@ def linear_logp(
     targets = target.reshape(hidden.shape[:-1].numel(), 1 if single else target.shape[-1]).long()
     head = vocab_head(
         hidden, weight, targets, bias,
-        softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
+        softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index, group=group,
     )  # fmt: skip
     logp = head.logp(head.target_logit).masked_fill(targets == ignore_index, 0.0).reshape(target.shape)
     return LogpAndLse(logp, head.lse().reshape(rows)) if return_lse else logp
@@ -137,11 +142,12 @@ def linear_token_stats(
     target: Tensor,
     bias: Tensor | None = None,
     *,
-    outputs: Sequence[str] = ("logp",),
+    outputs: Collection[str] = ("logp",),
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Numbers per token of a linear head's distribution, all from one pass over the vocabulary.
 
@@ -154,11 +160,11 @@ def linear_token_stats(
         top1       = target is the lowest index among the largest logits
 
     logp, lse and entropy are differentiable, d entropy / d logits[v] = -p[v] (log p[v] + entropy); the others
-    are constants to a gradient. An output that is not asked for costs nothing. A gradient of the entropy
-    through a weight that needs none takes two products more than one of logp or lse.
+    are constants to a gradient. Outputs that are not asked for are not computed. With a frozen weight the
+    backward of the entropy takes two products, that of logp and lse none.
 
     Args:
-        hidden, weight, bias, softcap, scale, temperature, ignore_index: as in `linear_logp`.
+        hidden, weight, bias, softcap, scale, temperature, ignore_index, group: as in `linear_logp`.
         target: [...], one per row, int64 or int32, in [0, V) or `ignore_index`.
         outputs: names of the outputs wanted, at least one.
 
@@ -173,20 +179,21 @@ def linear_token_stats(
     Source: what trainers log and regularise per token; log_sum_sq is the weight's denominator in Zhou et al.
     2024 (WPO).
     """
-    if isinstance(outputs, str) or not outputs or not set(outputs) <= set(TokenStats._fields):
-        raise ValueError(f"outputs: expected some of {', '.join(TokenStats._fields)}, got {outputs!r}")
+    check_outputs(outputs)
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature)
+    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
     _checks.check_shape("target", target, rows, "one per row of hidden")
     targets = target.reshape(-1, 1).long()
     top, statistics = int("top1" in outputs), not STATISTICS.isdisjoint(outputs)
-    head = vocab_head(
-        hidden, weight, targets, bias, k=top, statistics=statistics,
-        softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index,
-    )  # fmt: skip
+    differentiable = not {"logp", "lse", "entropy"}.isdisjoint(outputs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+        head = vocab_head(
+            hidden, weight, targets, bias, k=top, statistics=statistics,
+            softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index, group=group,
+        )  # fmt: skip
     found = {"entropy": head.entropy, "log_sum_sq": head.log_sum_sq, "mean_logit": head.mean_logit}
     if "logp" in outputs:
         found["logp"] = head.logp(head.target_logit)
@@ -195,6 +202,13 @@ def linear_token_stats(
     if "top1" in outputs:
         found["top1"] = (head.topk_index == targets) & (targets != ignore_index) & ~head.topk_value.isnan()
     return TokenStats(*(found[n].reshape(rows) if n in outputs else None for n in TokenStats._fields))
+
+
+def check_outputs(outputs: Collection[str]) -> None:
+    names = TokenStats._fields
+    is_list = isinstance(outputs, Collection) and not isinstance(outputs, str)
+    if not is_list or not outputs or any(name not in names for name in outputs):
+        raise ValueError(f"outputs: expected some of {', '.join(names)}, got {outputs!r}")
 
 
 def linear_topk(
@@ -206,6 +220,7 @@ def linear_topk(
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
+    group: ProcessGroup | None = None,
 ) -> TopK:
     """The k largest logits of a linear head and its log-sum-exp, without the other logits.
 
@@ -213,11 +228,12 @@ def linear_topk(
         hidden: [..., D], float32, bfloat16, float16 or float64.
         weight: [V, D], of the same dtype.
         k: how many, 1 <= k <= V.
-        bias, softcap, scale, temperature: as in `linear_logp`.
+        bias, softcap, scale, temperature, group: as in `linear_logp`.
 
     Returns:
         The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order
-        (their log-probs are `values - lse[..., None]`), the lower index first among equals; float32
+        (their log-probs are `values - lse[..., None]`, to the rounding of lse), the lower index first
+            among equals; float32
         (float64 for float64 inputs). Differentiable in values and lse.
 
     Raises:
@@ -226,19 +242,23 @@ def linear_topk(
     Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature)
-    if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
+    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
+    if not isinstance(k, int) or k < 1 or (group is None and k > weight.shape[0]):
         raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
     rows = hidden.shape[:-1]
     none = torch.empty(rows.numel(), 0, dtype=torch.int64, device=hidden.device)
-    head = vocab_head(hidden, weight, none, bias, k=k, softcap=softcap, scale=scale, temperature=temperature)
+    head = vocab_head(
+        hidden, weight, none, bias,
+        k=k, softcap=softcap, scale=scale, temperature=temperature, group=group,
+    )  # fmt: skip
     shape = (*rows, k)
     return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse().reshape(rows))
 
 
 def target_and_topk(
-    hidden: Tensor, weight: Tensor, target: Tensor, k: int, bias: Tensor | None = None
-) -> Head:
+    hidden: Tensor, weight: Tensor, target: Tensor, k: int, bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Head:  # fmt: skip
     """The logit of one target per row, the k largest and the log-sum-exp, in one pass; for CRINGE.
 
     Rows are those of hidden flattened. Errors are those of `linear_logp` and `linear_topk`; rows whose target
@@ -246,12 +266,12 @@ def target_and_topk(
     gradient of k + 1 rows of the weight.
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias)
+    _check_head(hidden, weight, bias, group=group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
     _checks.check_shape("target", target, rows, "one per row of hidden")
-    return vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k)
+    return vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k, group=group)
 
 
 def vocab_head(
@@ -266,12 +286,14 @@ def vocab_head(
     scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
 ) -> Head:
-    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K].
-
-    Slices of a vocabulary can be combined: the largest maximum, the sums relative to it, and a target's logit
-    from the slice that holds it.
-    """
+    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K]."""
+    if group is not None:
+        return parallel.head(
+            vocab_head, group, hidden, weight, targets, bias, k=k, statistics=statistics, softcap=softcap,
+            scale=scale, temperature=temperature, ignore_index=ignore_index,
+        )  # fmt: skip
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
@@ -284,11 +306,11 @@ def vocab_head(
 
 def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None, scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float = 1.0, group: ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape [..., D], got a scalar")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
         raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -301,7 +323,7 @@ def _check_head(
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    if not 0 < temperature < float("inf"):
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
 
 

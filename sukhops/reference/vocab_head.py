@@ -1,15 +1,15 @@
 """Reference of `linear_logp`, `linear_token_stats` and `linear_topk`: plain PyTorch that writes every logit.
 
 logits = softcap * tanh(raw / softcap) / temperature,  raw = scale * (hidden @ weight.T + bias)
-lse    = log sum_v exp(logits[v]),                     logp = logits[target] - lse
+lse    = log sum_v exp(logits[v]),  logp = logits[target] - lse, by log_softmax
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from sukhops.ops.vocab_head import LogpAndLse, TokenStats, TopK
+from sukhops.ops.vocab_head import LogpAndLse, TokenStats, TopK, check_outputs
 
 
 def logits(
@@ -60,13 +60,14 @@ def linear_token_stats(
     target: Tensor,
     bias: Tensor | None = None,
     *,
-    outputs: Sequence[str] = ("logp",),
+    outputs: Collection[str] = ("logp",),
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> TokenStats:
     """See `sukhops.linear_token_stats`."""
+    check_outputs(outputs)
     z = logits(hidden, weight, bias, softcap, scale, temperature)  # [..., V]
     counts = target != ignore_index  # [...]
     index = target.where(counts, 0).long().unsqueeze(-1)  # [..., 1]
@@ -83,7 +84,9 @@ def linear_token_stats(
         mean_logit=z.mean(-1).detach(),
         top1=~before.any(-1) & ~lse.isnan(),
     )
-    return TokenStats(*(t.where(counts, 0) if n in outputs else None for n, t in found._asdict().items()))
+    return TokenStats(
+        *(t.masked_fill(~counts, 0) if n in outputs else None for n, t in found._asdict().items())
+    )
 
 
 def linear_topk(

@@ -1,0 +1,55 @@
+"""Processes of one thread that a test starts: gloo, a store in a file, a time limit, none left behind."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 30
+
+
+def on_ranks(count: int, work: Callable, *arguments: object) -> list:
+    """What `work(rank, *arguments)`, a function of a module, returns on each of `count` ranks.
+
+    An exception on a rank comes back as its text.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
+        processes = [
+            context.Process(target=_run, args=(rank, count, folder, end, work, arguments), daemon=True)
+            for rank, (_, end) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            found = []
+            for rank, (end, _) in enumerate(pipes):
+                assert end.poll(2 * SECONDS), f"rank {rank} of {count} said nothing for {2 * SECONDS} s"
+                found.append(torch.load(end.recv(), weights_only=False))
+            return found
+        finally:
+            for process in processes:
+                process.join(5)
+                process.kill()
+
+
+def _run(rank: int, count: int, folder: str, end, work: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count,
+        timeout=timedelta(seconds=SECONDS),
+    )  # fmt: skip
+    try:
+        result = work(rank, *arguments)
+        dist.barrier()  # nobody leaves while another still talks to it
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    path = os.path.join(folder, f"result-{rank}")
+    torch.save(result, path)
+    end.send(path)
+    dist.destroy_process_group()
