@@ -107,31 +107,37 @@ Found<A> pass(const Tensor& hidden, const Heads<A>& heads, int64_t k, A* out) {
 }
 
 template <class A>
-Tensor logp(const Tensor& hidden, const Heads<A>& heads) {
-  const Tensor out = empty({heads.n, heads.v}, acc_dtype(hidden.scalar_type()), hidden);
+std::tuple<Tensor, Tensor, Tensor> logp(const Tensor& hidden, const Heads<A>& heads) {
+  const ScalarType acc = acc_dtype(hidden.scalar_type());
+  const Tensor out = empty({heads.n, heads.v}, acc, hidden);
+  const Tensor maxima = empty({heads.n}, acc, hidden), log_sums = empty({heads.n}, acc, hidden);
+  A *maximum = data<A>(maxima), *log_sum = data<A>(log_sums);
   Found<A> found = pass<A>(hidden, heads, 0, data<A>(out));
-  std::vector<A> log_sum(heads.n);
-  for (int64_t i = 0; i < heads.n; ++i) log_sum[i] = found.join(i);
+  for (int64_t i = 0; i < heads.n; ++i) {
+    log_sum[i] = found.join(i);
+    maximum[i] = found.maximum[i];
+  }
   const auto to_logp = SUKHOPS_BEST(normalise<A>);
   const int64_t width = 16384, per_row = (heads.v + width - 1) / width;
   parallel_rows(heads.n * per_row, 1, [&](int64_t i) {
     const int64_t row = i / per_row, v0 = i % per_row * width;
-    to_logp(data<A>(out) + row * heads.v + v0, std::min(width, heads.v - v0), found.maximum[row], log_sum[row]);
+    to_logp(data<A>(out) + row * heads.v + v0, std::min(width, heads.v - v0), maximum[row], log_sum[row]);
   });
-  return out;
+  return {out, maxima, log_sums};
 }
 
 template <class A>
-std::tuple<Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int64_t k) {
   const int64_t n = heads.n, v = heads.v;
   const Tensor values = empty({n, k}, acc_dtype(hidden.scalar_type()), hidden);
   const Tensor indices = empty({n, k}, ScalarType::Long, hidden);
   A* value = data<A>(values);
   int64_t* index = data<int64_t>(indices);
   if (k > 1024 && 16 * k > v) {  // close to a sort: keeping a short list is no longer cheap
-    const Tensor all = logp<A>(hidden, heads);
+    const auto [all, maxima, log_sums] = logp<A>(hidden, heads);
+    const A* whole = data<A>(all);
     parallel_rows(n, 1, [&](int64_t i) {
-      const A* row = data<A>(all) + i * v;
+      const A* row = whole + i * v;
       std::vector<int64_t> order(v);
       for (int64_t j = 0; j < v; ++j) order[j] = j;
       const bool nan = row[0] != row[0];  // the log of the sum is in every entry
@@ -144,18 +150,20 @@ std::tuple<Tensor, Tensor> topk(const Tensor& hidden, const Heads<A>& heads, int
         value[i * k + j] = nan ? A(NAN) : row[order[j]];
       }
     });
-    return {values, indices};
+    return {values, indices, maxima, log_sums};
   }
+  const Tensor maxima = empty({n}, values.scalar_type(), hidden), log_sums = empty({n}, values.scalar_type(), hidden);
   Found<A> found = pass<A>(hidden, heads, k, nullptr);
   parallel_rows(n, 64, [&](int64_t i) {
-    const A log_sum = found.join(i);
+    const A log_sum = data<A>(log_sums)[i] = found.join(i);
+    data<A>(maxima)[i] = found.maximum[i];
     finish_top(&found.value[i * k], &found.index[i * k], k, log_sum != log_sum);
     for (int64_t j = 0; j < k; ++j) {
       value[i * k + j] = (found.value[i * k + j] - found.maximum[i]) - log_sum;
       index[i * k + j] = found.index[i * k + j];
     }
   });
-  return {values, indices};
+  return {values, indices, maxima, log_sums};
 }
 
 // ---------------------------------------------------------------- gradients of logp
@@ -169,7 +177,7 @@ struct Gradients {
 };
 
 template <class A>
-Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hidden, const Heads<A>& heads,
+Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhere, const Tensor& logp, const Tensor& hidden, const Heads<A>& heads,
                         bool need_hidden, bool need_lm, bool need_cls, bool need_bias) {
   const int64_t n = heads.n, v = heads.v, d = heads.d, count = heads.count();
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
@@ -181,7 +189,7 @@ Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hi
   const Tensor dh = zeros({need_hidden ? n : 0, d}, acc, hidden);
   std::vector<A> total(n);
   parallel_rows(n, grain(v), [&](int64_t i) {
-    double sum = 0;
+    double sum = elsewhere ? data<A>(*elsewhere)[i] : 0;
     for (int64_t j = 0; j < v; ++j) sum += data<A>(grad)[i * v + j];
     total[i] = static_cast<A>(sum);
   });
@@ -241,7 +249,7 @@ Gradients logp_backward(const Tensor& grad, const Tensor& logp, const Tensor& hi
 
 // ---------------------------------------------------------------- registration
 
-Tensor director(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight,
+std::tuple<Tensor, Tensor, Tensor> director(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight,
                 const Tensor& gamma, const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
                 const std::optional<Tensor>& cls_affine) {
   return in_acc(hidden, [&](auto a) {
@@ -250,7 +258,7 @@ Tensor director(const Tensor& hidden, const Tensor& lm_weight, const std::vector
   });
 }
 
-std::tuple<Tensor, Tensor> director_topk(
+std::tuple<Tensor, Tensor, Tensor, Tensor> director_topk(
     const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
     const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
     const std::optional<Tensor>& cls_affine, int64_t k) {
@@ -261,15 +269,15 @@ std::tuple<Tensor, Tensor> director_topk(
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> director_backward(
-    const Tensor& grad, const Tensor& logp, const Tensor& hidden, const Tensor& lm_weight,
-    const std::vector<Tensor>& cls_weight, const Tensor& gamma, const std::optional<Tensor>& lm_bias,
-    const std::vector<Tensor>& cls_bias, const std::optional<Tensor>& cls_affine, bool need_hidden, bool need_lm,
-    bool need_cls, bool need_bias) {
+    const Tensor& grad, const std::optional<Tensor>& grad_elsewhere, const Tensor& logp, const Tensor& hidden,
+    const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
+    const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias, const std::optional<Tensor>& cls_affine,
+    bool need_hidden, bool need_lm, bool need_cls, bool need_bias) {
   return in_acc(hidden, [&](auto a) {
     using A = decltype(a);
     const Heads<A> heads(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine);
-    Gradients g = logp_backward<A>(torch::stable::contiguous(grad), torch::stable::contiguous(logp), hidden, heads,
-                                   need_hidden, need_lm, need_cls, need_bias);
+    Gradients g = logp_backward<A>(torch::stable::contiguous(grad), grad_elsewhere, torch::stable::contiguous(logp), hidden,
+                                   heads, need_hidden, need_lm, need_cls, need_bias);
     return std::tuple(g.hidden, g.lm_weight, g.cls_weight, g.gamma, g.lm_bias, g.cls_bias, g.affine);
   });
 }

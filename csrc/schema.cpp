@@ -28,15 +28,18 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 
   // log-softmax(lm + sum_a gamma_a * logsigmoid(cls_a)) [N, V]: gamma [A, N] in the accumulation dtype, a
-  // bias of shape [0] is none; a shared head has cls_affine [2], no cls_weight, and gamma [1, N]
+  // bias of shape [0] is none; a shared head has cls_affine [2], no cls_weight, and gamma [1, N]. The scores' maximum [N]
+  // and log_sum [N] of what is relative to it say what was subtracted
   m.def(
       "director(Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, Tensor gamma, Tensor? lm_bias, "
-      "Tensor[] cls_bias, Tensor? cls_affine) -> Tensor");
+      "Tensor[] cls_bias, Tensor? cls_affine) -> (Tensor logp, Tensor maximum, Tensor log_sum)");
   m.def(
       "director_topk(Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, Tensor gamma, Tensor? lm_bias, "
-      "Tensor[] cls_bias, Tensor? cls_affine, int k) -> (Tensor value, Tensor index)");
+      "Tensor[] cls_bias, Tensor? cls_affine, int k) "
+      "-> (Tensor value, Tensor index, Tensor maximum, Tensor log_sum)");
+  // logp are columns of a distribution, grad_elsewhere [N] is the sum of the gradients of the others, if there are any
   m.def(
-      "director_backward(Tensor grad, Tensor logp, Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, "
+      "director_backward(Tensor grad, Tensor? grad_elsewhere, Tensor logp, Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, "
       "Tensor gamma, Tensor? lm_bias, Tensor[] cls_bias, Tensor? cls_affine, bool need_hidden, "
       "bool need_lm_weight, bool need_cls_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_lm_weight, Tensor[] grad_cls_weight, Tensor grad_gamma, "

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from sukhops import linear_logp, linear_token_stats, linear_topk, testing
+from sukhops import director_logp, director_topk, linear_logp, linear_token_stats, linear_topk, testing
+from sukhops.ops.director import classifier_logit, classifier_norm
 from sukhops.ops.vocab_head import TokenStats
 
 V, D, N = 101, 7, 23
@@ -14,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CURVE = {"softcap": 5.0, "scale": 1.7, "temperature": 0.6}
 
 
-def head(rank, sizes, dtype, bias=False, frozen=False):
+def head(rank, sizes, dtype, bias=False, frozen=False, more=(), unused=()):
     """This rank's inputs; rank None has the whole vocabulary."""
     g = torch.Generator().manual_seed(7)
 
@@ -27,13 +28,15 @@ def head(rank, sizes, dtype, bias=False, frozen=False):
         given["bias"][sizes[0] // 2 :: 3] = -torch.inf
         if sizes[0] == 1:
             given["bias"][0] = -torch.inf  # a slice without a finite logit
+    others = {"second": normal(V, D), "gamma": normal(N).abs(), "affine": normal(2)}
+    given = {n: t for n, t in given.items() if n not in unused} | {n: others[n] for n in more}
     target = torch.randint(0, V, (N,), generator=g)
     target[::5] = -100
     if rank is not None:
         start = sum(sizes[:rank])
-        given |= {n: given[n][start : start + sizes[rank]].clone() for n in ("weight", "bias") if n in given}
+        given |= {n: given[n][start : start + sizes[rank]].clone() for n in SLICED if n in given}
     for name, t in given.items():
-        t.requires_grad_(name == "hidden" or not frozen)
+        t.requires_grad_(name not in SLICED or not frozen)
     return given, target
 
 
@@ -58,6 +61,38 @@ def topk(given, target, **group):
     return linear_topk(given["hidden"], given["weight"], 5, given.get("bias"), temperature=0.7, **group)
 
 
+def director(op, *arguments):
+    def call(given, target, **group):
+        return op(
+            given["hidden"], given["weight"], given["second"], *arguments, gamma=given["gamma"],
+            lm_bias=given.get("bias"), **group,
+        )  # fmt: skip
+
+    return call
+
+
+def shared_director(given, target, **group):
+    return director_logp(given["hidden"], given["weight"], None, cls_affine=given["affine"], **group)
+
+
+def labels(target):
+    return torch.arange(N) % 4 % 3 - 1  # 2 in 4 train the classifier
+
+
+def classifier(op, *arguments):
+    def call(given, target, **group):
+        bias = given.get("bias")
+        return op(given["hidden"], given["second"], target, labels(target), bias, *arguments, **group)
+
+    return call
+
+
+def shared_norm(given, target, **group):
+    return classifier_norm(
+        given["hidden"], given["weight"], target, labels(target), None, given["affine"], **group
+    )
+
+
 HEADS = {
     "logp": (logp, {}),
     "logp, bias": (logp, {"bias": True}),
@@ -68,18 +103,45 @@ HEADS = {
     "statistics, frozen": (stats, {"frozen": True}),
     "top k": (topk, {}),
     "top k, bias": (topk, {"bias": True}),
+    "director": (director(director_logp), {"more": ("second", "gamma")}),
+    "director, bias": (director(director_logp), {"more": ("second", "gamma"), "bias": True}),
+    "director, shared": (shared_director, {"more": ("affine",)}),
+    "director top k": (director(director_topk, 5), {"more": ("second", "gamma"), "frozen": True}),
+    "classifier": (classifier(classifier_logit), {"more": ("second",), "unused": ("weight",)}),
+    "classifier norm": (classifier(classifier_norm), {"more": ("second",), "unused": ("weight",)}),
+    "classifier norm, shared": (shared_norm, {"more": ("affine",)}),
 }
+SLICED = ("weight", "bias", "second", "columns")
 
 
-def outcome(out, given):
-    """Results, and gradients of the inputs under an upstream gradient that is the same on every rank."""
+def outcome(name, call, given, target, rank=None, sizes=None, **group):
+    """Results, and gradients of the inputs under an upstream gradient that is the same on every rank.
+
+    Columns of a distribution are this rank's, of the results and of their upstream gradient.
+    """
+    inference = name == "director top k"
+    with torch.set_grad_enabled(not inference):
+        out = call(given, target, **group)
     out = out if isinstance(out, tuple) else (out,)
+    columns = name.startswith("director") and not inference
     g = torch.Generator().manual_seed(11)
-    found = {f"result {i}": t.detach() for i, t in enumerate(out)}
-    upstream = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in out if t.requires_grad]
-    leaves = {n: t for n, t in given.items() if isinstance(t, torch.Tensor) and t.requires_grad}
-    grads = torch.autograd.grad([t for t in out if t.requires_grad], list(leaves.values()), upstream)
-    return found | dict(zip(leaves, grads, strict=True))
+    found = {"columns" if columns else f"result {i}": t.detach() for i, t in enumerate(out)}
+    upstream = []
+    for t in out:
+        shape = (*t.shape[:-1], V) if columns else t.shape
+        whole = torch.randn(shape, generator=g, dtype=torch.float64).to(t)
+        if columns and rank is not None:
+            start = sum(sizes[:rank])
+            whole = whole[:, start : start + sizes[rank]]
+        upstream.append(whole)
+    paths = [t.requires_grad for t in out]
+    if not any(paths):
+        return found
+    leaves = {n: t for n, t in given.items() if t.requires_grad}
+    pick = [[x for x, path in zip(xs, paths, strict=True) if path] for xs in (out, upstream)]
+    return found | dict(
+        zip(leaves, torch.autograd.grad(pick[0], list(leaves.values()), pick[1]), strict=True)
+    )
 
 
 def heads(rank):
@@ -87,7 +149,8 @@ def heads(rank):
     for name, (call, options) in HEADS.items():
         for dtype in DTYPES:
             given, target = head(rank, sizes, dtype, **options)
-            runs = [outcome(call(given, target, group=dist.group.WORLD), given) for _ in range(2)]
+            world = dist.group.WORLD
+            runs = [outcome(name, call, given, target, rank, sizes, group=world) for _ in range(2)]
             assert all(
                 torch.equal(a.nan_to_num(7), b.nan_to_num(7))
                 for a, b in zip(*(r.values() for r in runs), strict=True)
@@ -113,21 +176,21 @@ def test_head(ranks, name, dtype):
     def alone(of):
         given, target = head(None, sizes, dtype, **options)
         given = {n: t.detach().to(of).requires_grad_(t.requires_grad) for n, t in given.items()}
-        return outcome(call(given, target), given)
+        return outcome(name, call, given, target)
 
     exact, low = alone(torch.float64), alone(dtype)
     for part in ranks:
         mine = part[name, dtype]
         for key, t in mine.items():
-            if key in ("weight", "bias"):
+            if key in SLICED:
                 continue
             assert torch.equal(t.nan_to_num(7), ranks[0][name, dtype][key].nan_to_num(7)), (
                 key,
                 "differs between ranks",
             )
     whole = dict(ranks[0][name, dtype])
-    for key in {"weight", "bias"} & set(whole):
-        whole[key] = torch.cat([part[name, dtype][key] for part in ranks])
+    for key in set(SLICED) & set(whole):
+        whole[key] = torch.cat([part[name, dtype][key] for part in ranks], 1 if key == "columns" else 0)
     for key, t in whole.items():
         assert t.shape == exact[key].shape and t.dtype == low[key].dtype
         if not t.is_floating_point():

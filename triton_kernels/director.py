@@ -285,9 +285,10 @@ def logp(*arguments):
     """The CUDA kernel of sukhops::director."""
     hidden, lm_weight = arguments[:2]
     if hidden.shape[0] == 0:
-        return hidden.new_empty(0, lm_weight.shape[0], dtype=_acc(hidden))
+        empty = hidden.new_empty(0, lm_weight.shape[0], dtype=_acc(hidden))
+        return empty, *(empty.new_empty(0) for _ in range(2))
     scores, maximum, log_sum, _ = _run(*arguments, top=0, write=True)
-    return scores.sub_(maximum).sub_(log_sum)
+    return scores.sub_(maximum).sub_(log_sum), maximum.squeeze(1), log_sum.squeeze(1)
 
 
 def topk(*arguments):
@@ -297,15 +298,18 @@ def topk(*arguments):
     n, acc = hidden.shape[0], _acc(hidden)
     top = max(2, triton.next_power_of_2(k))
     if n == 0:
-        return hidden.new_empty(0, k, dtype=acc), hidden.new_empty(0, k, dtype=torch.int64)
+        none = [hidden.new_empty(0, dtype=acc) for _ in range(2)]
+        return hidden.new_empty(0, k, dtype=acc), hidden.new_empty(0, k, dtype=torch.int64), *none
     if top > MAX_TOP or acc == torch.float64:  # the keys hold a float32
-        values, indices = logp(*arguments).sort(dim=1, descending=True, stable=True)
-        return values[:, :k].contiguous(), indices[:, :k].contiguous()
+        all_values, *sums = logp(*arguments)
+        values, indices = all_values.sort(dim=1, descending=True, stable=True)
+        return values[:, :k].contiguous(), indices[:, :k].contiguous(), *sums
     _, maximum, log_sum, keys = _run(*arguments, top=top, write=False)
     keys = keys.flatten(1).topk(k, dim=1).values  # [N, k], descending
     bits = keys >> 32
     values = (bits ^ ((bits >> 63) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
-    return (values - maximum) - log_sum, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    indices = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    return (values - maximum) - log_sum, indices, maximum.squeeze(1), log_sum.squeeze(1)
 
 
 def _blocks(n: int, v: int):
@@ -313,7 +317,7 @@ def _blocks(n: int, v: int):
     return min(v, width), range(0, v if n else 0, width)
 
 
-def backward(grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
+def backward(grad, grad_elsewhere, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
              need_hidden, need_lm, need_cls, need_bias):  # fmt: skip
     """The CUDA kernel of sukhops::director_backward."""
     (n, d), v, acc, shared = hidden.shape, lm_weight.shape[0], _acc(hidden), cls_affine is not None
@@ -326,7 +330,7 @@ def backward(grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias
     db = [hidden.new_zeros(v if need_bias and b is not None else 0) for b in biases]
     dh = hidden.new_zeros(n, d, dtype=acc)
     dgamma, daffine = torch.zeros_like(gamma), gamma.new_zeros(n, 2)
-    total = grad.sum(1)
+    total = grad.sum(1) if grad_elsewhere is None else grad.sum(1) + grad_elsewhere
     affine = gamma if cls_affine is None else cls_affine.contiguous()
     width, starts = _blocks(n, v)
     for v0 in starts:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sukhops.ops.vocab_head import linear_logp
 
@@ -12,6 +13,7 @@ def reference_logp(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    group: ProcessGroup | None,
 ) -> Tensor | None:
     """`ref_logp`, or the log-probs of `target` under the reference's head, without gradient.
 
@@ -32,4 +34,4 @@ def reference_logp(
         if t is None:
             raise ValueError(f"{name}: the reference's head needs ref_hidden and ref_weight, got {given}")
     with torch.no_grad():
-        return linear_logp(ref_hidden, ref_weight, target, ref_bias)
+        return linear_logp(ref_hidden, ref_weight, target, ref_bias, group=group)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops.losses import _sequences
 from sukhops.losses._output import LossOutput
@@ -52,6 +53,7 @@ class CringeLoss(nn.Module):
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -61,8 +63,9 @@ class CringeLoss(nn.Module):
             label: [B], or as target: 1 positive, 0 negative, -1 unlabelled (trained as positive).
             bias: [V], or None.
             generator: source of the samples, on hidden's device; None: torch's own. The same state gives the
-                same rivals. Not used for k = 1.
+                same rivals. Not used for k = 1. With group it is needed, in the same state on every rank.
             num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
+            group: as in `sukhops.linear_logp`.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.cringe_loss`.
@@ -74,7 +77,7 @@ class CringeLoss(nn.Module):
         """
         label = label_per_token(label, target)
         logp, gap = _logp_and_gap(
-            hidden, weight, target, bias, self.k, generator, detach_rival=self.detach_positive
+            hidden, weight, target, bias, self.k, generator, group, detach_rival=self.detach_positive
         )
         return cringe_loss(logp, gap, target, label, alpha=self.alpha, num_items=num_items)
 
@@ -126,6 +129,7 @@ class PairwiseCringeLoss(nn.Module):
         generator: torch.Generator | None = None,
         cu_seqlens: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -137,6 +141,7 @@ class PairwiseCringeLoss(nn.Module):
             generator: as in `CringeLoss`.
             cu_seqlens: [2B + 1], integers, 0 first and N last.
             num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
+            group: as in `sukhops.linear_logp`.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.pairwise_cringe_loss`.
@@ -147,7 +152,7 @@ class PairwiseCringeLoss(nn.Module):
             RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
         """
         sequences = _sequences.check_sequences(target, cu_seqlens)
-        logp, gap = _logp_and_gap(hidden, weight, target, bias, self.k, generator)
+        logp, gap = _logp_and_gap(hidden, weight, target, bias, self.k, generator, group)
         if self.detach_gate:  # rejected tokens then have no gradient in the log-sum-exp
             first = torch.arange(sequences, device=target.device) < sequences // 2
             logp = torch.where(_sequences.per_token(first, target, cu_seqlens), logp, logp.detach())
@@ -166,13 +171,15 @@ class PairwiseCringeLoss(nn.Module):
 
 def _logp_and_gap(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, k: int,
-    generator: torch.Generator | None, *, detach_rival: bool = False,
+    generator: torch.Generator | None, group: ProcessGroup | None, *, detach_rival: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each target's log-prob, and its logit less that of its sampled rival; 0 where ignored.
 
     One pass for both kinds of token: what the gradient of a row costs follows from what the loss used of it.
     """
-    head = target_and_topk(hidden, weight, target, min(k + 1, weight.shape[0]), bias)
+    if group is not None and k > 1 and generator is None:
+        raise ValueError("generator: k > 1 with group needs one, in the same state on every rank, got None")
+    head = target_and_topk(hidden, weight, target, k + 1, bias, group)
     logp = head.logp(head.target_logit).reshape(target.shape)
     if head.topk_value.shape[-1] < 2:
         return logp, torch.full_like(logp, -torch.inf)

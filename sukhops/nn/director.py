@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops.losses import director as losses
 from sukhops.losses._output import LossOutput
@@ -82,6 +83,7 @@ class DirectorLoss(nn.Module):
         cls_bias: Tensor | None = None,
         cls_affine: tuple | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -93,6 +95,7 @@ class DirectorLoss(nn.Module):
             lm_bias, cls_bias: [V], or None.
             cls_affine: (a, b) of a shared head, whose classifier logit is a * lm + b, or None.
             num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
+            group: as in `sukhops.linear_logp`, of both heads.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.director_loss`.
@@ -122,16 +125,15 @@ class DirectorLoss(nn.Module):
             hidden = hidden.detach()
         shared = cls_affine is not None
         weight, bias = (lm_weight, lm_bias) if shared else (cls_weight, cls_bias)
-        cls_logit = classifier_logit(hidden, weight, target, label, bias)
+        cls_logit = classifier_logit(hidden, weight, target, label, bias, group)
         if shared:
             a, b = cls_affine
             cls_logit = (a * cls_logit + b).where((target != losses.IGNORE) & (label >= 0), 0.0)
         norm = None
         if self.norm_weight:
-            norm = classifier_norm(hidden, weight, target, label, bias, cls_affine)
-        lm_logp = linear_logp(
-            hidden, lm_weight, losses.lm_target(target, label, self.train_lm_on_positive), lm_bias
-        )
+            norm = classifier_norm(hidden, weight, target, label, bias, cls_affine, group)
+        lm_target = losses.lm_target(target, label, self.train_lm_on_positive)
+        lm_logp = linear_logp(hidden, lm_weight, lm_target, lm_bias, group=group)
         return losses.director_loss(
             lm_logp,
             cls_logit,

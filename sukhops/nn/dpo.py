@@ -1,6 +1,7 @@
 """DPO and its family on a fused head."""
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops.losses._output import LossOutput
 from sukhops.losses.dpo import Options, dpo_loss
@@ -91,6 +92,7 @@ class DPOLoss(nn.Module):
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -104,6 +106,7 @@ class DPOLoss(nn.Module):
                 differ. Exactly one of the two forms where the loss has a reference; never differentiated.
             cu_seqlens: [2B + 1], integers, 0 first and N last.
             num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
+            group: as in `sukhops.linear_logp`; ref_weight and ref_bias are slices too.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.dpo_loss`.
@@ -120,11 +123,11 @@ class DPOLoss(nn.Module):
                 f"reference_free={o.reference_free} has no reference, expected None"
             )
         outputs = ("logp", "log_sum_sq") if o.use_weighting else ("logp",)
-        stats = linear_token_stats(hidden, weight, target, bias, outputs=outputs)
+        stats = linear_token_stats(hidden, weight, target, bias, outputs=outputs, group=group)
         return dpo_loss(
             stats.logp,
             target,
-            reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias),
+            reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group),
             cu_seqlens=cu_seqlens,
             log_sum_squares=stats.log_sum_sq,
             num_items=num_items,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops.losses._output import LossOutput
 from sukhops.losses.kto import KTOOptions, Mismatched, StepKTOOptions, kto_loss, step_kto_loss
@@ -49,6 +50,7 @@ class KTOLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -68,6 +70,7 @@ class KTOLoss(nn.Module):
             cu_seqlens: [B + 1], integers, 0 first and N last; kl_cu_seqlens the mismatched batch's.
             num_items: the labelled completions of the whole batch, where this call has a part of it; None:
                 its own.
+            group: as in `sukhops.linear_logp`; ref_weight and ref_bias are slices too.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.kto_loss`.
@@ -78,13 +81,13 @@ class KTOLoss(nn.Module):
             RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
         """
         return kto_loss(
-            linear_logp(hidden, weight, target, bias),
+            linear_logp(hidden, weight, target, bias, group=group),
             target,
             desirable,
-            _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias),
+            _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias, group),
             kl=_reference_point(
                 kl, kl_hidden, kl_target, kl_ref_hidden, kl_ref_logp, kl_cu_seqlens, None,
-                weight, bias, ref_weight, ref_bias,
+                weight, bias, ref_weight, ref_bias, group,
             ),
             cu_seqlens=cu_seqlens,
             num_items=num_items,
@@ -150,12 +153,14 @@ class StepKTOLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
             hidden, weight, target, desirable, bias, ref_..., kl, kl_..., cu_seqlens: as in `KTOLoss`;
                 log-probs of the reference per token.
             num_items: as in `KTOLoss`, where step_weight is 0.
+            group: as in `KTOLoss`.
             step_ids: as target: which step a token belongs to, -1 for none (`sukhops.losses.step_ids`
                 builds them from spans).
             step_labels: [B, S], 1 right, 0 wrong, -1 not judged.
@@ -170,15 +175,15 @@ class StepKTOLoss(nn.Module):
             RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
         """
         return step_kto_loss(
-            linear_logp(hidden, weight, target, bias),
+            linear_logp(hidden, weight, target, bias, group=group),
             target,
             desirable,
             step_ids,
             step_labels,
-            _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias),
+            _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias, group),
             kl=_reference_point(
                 kl, kl_hidden, kl_target, kl_ref_hidden, kl_ref_logp, kl_cu_seqlens, kl_step_ids,
-                weight, bias, ref_weight, ref_bias,
+                weight, bias, ref_weight, ref_bias, group,
             ),
             step_kl=step_kl,
             cu_seqlens=cu_seqlens,
@@ -187,8 +192,8 @@ class StepKTOLoss(nn.Module):
         )  # fmt: skip
 
 
-def _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias) -> Tensor:
-    found = reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias)
+def _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias, group) -> Tensor:
+    found = reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group)
     if found is None:
         raise ValueError(
             "ref_logp: the loss compares with a reference: give ref_logp, or ref_hidden and ref_weight"
@@ -198,7 +203,7 @@ def _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias) -> Tensor:
 
 def _reference_point(
     kl, kl_hidden, kl_target, kl_ref_hidden, kl_ref_logp, kl_cu_seqlens, kl_step_ids, weight, bias,
-    ref_weight, ref_bias,
+    ref_weight, ref_bias, group,
 ) -> float | Tensor | Mismatched:  # fmt: skip
     """kl as given, or the mismatched batch's log-probs."""
     batch = {
@@ -217,7 +222,7 @@ def _reference_point(
     if kl_ref_hidden is not None and ref_weight is None:
         raise ValueError("kl_ref_hidden: needs the reference's head, ref_weight beside ref_hidden")
     with torch.no_grad():
-        logp = linear_logp(kl_hidden, weight, kl_target, bias)
+        logp = linear_logp(kl_hidden, weight, kl_target, bias, group=group)
         if kl_ref_logp is None:
-            kl_ref_logp = linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias)
+            kl_ref_logp = linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias, group=group)
     return Mismatched(kl_target, logp, kl_ref_logp, kl_cu_seqlens, kl_step_ids)

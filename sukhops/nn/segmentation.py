@@ -1,6 +1,7 @@
 """Training a hybrid language model over segmentations on a fused head."""
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops import _checks
 from sukhops.losses._output import LossOutput
@@ -39,6 +40,7 @@ class SegmentationLoss(nn.Module):
         bias: Tensor | None = None,
         lengths: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> LossOutput:
         """
         Args:
@@ -53,6 +55,7 @@ class SegmentationLoss(nn.Module):
             bias: [V], or None.
             lengths: [B], integers in [0, T]; None: T each. Rows of hidden from there on do not count.
             num_items: the symbols of the whole batch, where this call has a part of it; None: its own.
+            group: as in `sukhops.linear_logp`.
 
         Returns:
             LossOutput(loss, metrics): nats per symbol; bits_per_symbol and unreachable, see
@@ -64,7 +67,8 @@ class SegmentationLoss(nn.Module):
             RuntimeError: a length outside [0, T], or under torch.compile such an id, on the CPU; on CUDA NaN.
         """
         _checks.check_floats(hidden=hidden, weight=weight)
-        v = weight.shape[0] if weight.dim() == 2 else None  # what is no [V, D] linear_logp refuses
+        # what is no [V, D] linear_logp refuses, and ids outside a vocabulary in slices
+        v = weight.shape[0] if weight.dim() == 2 and group is None else None
         targets = unit_targets(unit_ids, lengths, v)
         _checks.check_device("hidden", hidden, "unit_ids", unit_ids)
         if unit_ids.shape[:2] != hidden.shape[:-1]:
@@ -72,5 +76,5 @@ class SegmentationLoss(nn.Module):
                 f"unit_ids: expected shape [B, T, K] for hidden [B, T, D] = {list(hidden.shape)}, "
                 f"got {list(unit_ids.shape)}"
             )
-        logp = linear_logp(hidden, weight, targets, bias)
+        logp = linear_logp(hidden, weight, targets, bias, group=group)
         return segmentation_loss(logp, unit_ids, lengths=lengths, flat=self.flat, num_items=num_items)

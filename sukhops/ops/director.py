@@ -1,11 +1,14 @@
 """Director: a language-model head gated by a classifier of every next token, and what trains it."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sukhops import _checks, _library
+from sukhops.parallel import director as parallel
 
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
@@ -26,6 +29,7 @@ def director_logp(
     lm_bias: Tensor | None = None,
     cls_bias: Tensor | list | None = None,
     cls_affine: tuple | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probabilities of the whole vocabulary under a language model gated by a classifier.
 
@@ -47,9 +51,12 @@ def director_logp(
         lm_bias: [V], or None.
         cls_bias: [V] or None, or with several classifiers a list of these.
         cls_affine: (a, b), numbers or scalar tensors, or None.
+        group: ranks that hold a slice of the vocabulary each, in rank order: weights and biases are this
+            rank's slice, which may be empty; everything else is the same on every rank.
 
     Returns:
-        [..., V], nats, float32 (float64 for float64 inputs).
+        [..., V], nats, float32 (float64 for float64 inputs). With group this rank's columns of the
+        distribution over the whole vocabulary.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of
@@ -58,8 +65,8 @@ def director_logp(
 
     Source: Arora et al. 2022 (Director).
     """
-    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine)
-    logp = _ops.director(*arguments)
+    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group)
+    logp = _ops.director(*arguments)[0] if group is None else parallel.director_logp(group, *arguments)
     return logp.reshape(*rows, logp.shape[-1])
 
 
@@ -73,12 +80,13 @@ def director_topk(
     lm_bias: Tensor | None = None,
     cls_bias: Tensor | list | None = None,
     cls_affine: tuple | None = None,
+    group: ProcessGroup | None = None,
 ) -> DirectorTopK:
     """The k most probable tokens of `director_logp`, without the other log-probabilities.
 
     Args:
         k: how many, 1 <= k <= V.
-        hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine: as in `director_logp`.
+        hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group: as in `director_logp`.
 
     Returns:
         The named tuple (values [..., k], indices [..., k]): log-probabilities in nats, descending, the
@@ -90,17 +98,21 @@ def director_topk(
 
     Source: Arora et al. 2022 (Director).
     """
-    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine)
+    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group)
     v = arguments[1].shape[0]
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= v:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1 or (group is None and k > v):
         raise ValueError(f"k: expected an int in [1, V = {v}], got {k!r}")
-    values, indices = _ops.director_topk(*arguments, k)
+    if group is None:
+        values, indices, *_ = _ops.director_topk(*arguments, k)
+    else:
+        values, indices = parallel.director_topk(group, *arguments, k)
     return DirectorTopK(values.reshape(*rows, k), indices.reshape(*rows, k))
 
 
 def classifier_logit(
-    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """The classifier's logit of one token per row: an indexed dot, no product over the vocabulary.
 
     Its gradients touch only the rows of `weight` that are targets.
@@ -111,6 +123,7 @@ def classifier_logit(
         target: [...], int64 or int32, in [0, V) or -100.
         label: [...], int64 or int32: 1 or 0 for a row of a classifier example, -1 for any other.
         bias: [V], or None.
+        group: as in `director_logp`.
 
     Returns:
         [...], float32 (float64 for float64 inputs); 0 where target is -100 or label is -1.
@@ -122,8 +135,9 @@ def classifier_logit(
 
     Source: Arora et al. 2022 (Director): only the emitted token has a label.
     """
-    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias)
-    return _ops.director_dot(hidden, weight, target, label, bias).reshape(rows)
+    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias, group)
+    dot = _ops.director_dot if group is None else partial(parallel.classifier_logit, group)
+    return dot(hidden, weight, target, label, bias).reshape(rows)
 
 
 def classifier_norm(
@@ -133,6 +147,7 @@ def classifier_norm(
     label: Tensor,
     bias: Tensor | None = None,
     affine: tuple | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """How far the classifier is from undecided on the tokens that were not emitted.
 
@@ -146,16 +161,17 @@ def classifier_norm(
 
     Source: the explicit classifier norm of Director's public training code (Arora et al. 2022).
     """
-    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias)
+    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias, group)
     pair = None if affine is None else _affine(affine, hidden)
-    return _ops.director_norm(hidden, weight, target, label, bias, pair).reshape(rows)
+    norm = _ops.director_norm if group is None else partial(parallel.classifier_norm, group)
+    return norm(hidden, weight, target, label, bias, pair).reshape(rows)
 
 
 def as_list(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine):
+def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group):
     """The operator's checked arguments, and the leading axes of hidden."""
     if (cls_weight is None) == (cls_affine is None):
         got = "both" if cls_affine is not None else "neither"
@@ -179,7 +195,7 @@ def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine
         **dict(zip(bias_names, biases, strict=True)),
     )
     weights, biases = rest[: len(weights)], rest[len(weights) :]
-    v = _check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias")
+    v = _check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias", group)
     for name, weight, bias_name, bias in zip(names, weights, bias_names, biases, strict=True):
         _checks.check_shape(name, weight, tuple(lm_weight.shape), "[V, D] as lm_weight")
         if bias is not None:
@@ -193,8 +209,11 @@ def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine
     return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
 
 
-def _check_weight(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str) -> int:
-    if weight.dim() != 2 or weight.shape[0] == 0:
+def _check_weight(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str,
+    group: ProcessGroup | None,
+) -> int:  # fmt: skip
+    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
         raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -253,9 +272,9 @@ def _affine(affine: object, hidden: Tensor) -> Tensor:
     return torch.stack(pair)
 
 
-def _classifier(hidden, weight, target, label, bias):
+def _classifier(hidden, weight, target, label, bias, group):
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_weight("weight", hidden, weight, bias, "bias")
+    _check_weight("weight", hidden, weight, bias, "bias", group)
     rows = hidden.shape[:-1]
     for name, t in (("target", target), ("label", label)):
         _checks.check_integers(name, t)
@@ -275,18 +294,21 @@ def _acc(hidden: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("sukhops::director")
 def _(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine):
-    return hidden.new_empty(hidden.shape[0], lm_weight.shape[0], dtype=_acc(hidden))
+    n, acc = hidden.shape[0], _acc(hidden)
+    sizes = ((n, lm_weight.shape[0]), (n,), (n,))
+    return tuple(hidden.new_empty(size, dtype=acc) for size in sizes)
 
 
 @torch.library.register_fake("sukhops::director_topk")
 def _(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, k):
-    shape = (hidden.shape[0], k)
-    return hidden.new_empty(shape, dtype=_acc(hidden)), hidden.new_empty(shape, dtype=torch.int64)
+    n, acc = hidden.shape[0], _acc(hidden)
+    found = hidden.new_empty(n, k, dtype=acc), hidden.new_empty(n, k, dtype=torch.int64)
+    return *found, *(hidden.new_empty(n, dtype=acc) for _ in range(2))
 
 
 @torch.library.register_fake("sukhops::director_backward")
-def _(grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, need_hidden,
-      need_lm_weight, need_cls_weight, need_bias):  # fmt: skip
+def _(grad, grad_elsewhere, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
+      need_hidden, need_lm_weight, need_cls_weight, need_bias):  # fmt: skip
     def like(t, need):
         return t.new_empty(t.shape if need else (0,))
 
@@ -335,16 +357,18 @@ def _(grad, hidden, weight, target, label, bias, affine, need_hidden, need_weigh
 
 def _save(ctx, inputs, output):
     hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine = inputs
+    logp, *sums = output
     ctx.heads = len(cls_weight)
-    ctx.save_for_backward(output, hidden, lm_weight, gamma, lm_bias, cls_affine, *cls_weight, *cls_bias)
+    ctx.mark_non_differentiable(*sums)
+    ctx.save_for_backward(logp, hidden, lm_weight, gamma, lm_bias, cls_affine, *cls_weight, *cls_bias)
 
 
-def _gradient(ctx, grad):
+def _gradient(ctx, grad, *_):
     logp, hidden, lm_weight, gamma, lm_bias, cls_affine, *rest = ctx.saved_tensors
     cls_weight, cls_bias = rest[: ctx.heads], rest[ctx.heads :]
     need = [any(n) if isinstance(n, (list, tuple)) else n for n in ctx.needs_input_grad]
     grads = _ops.director_backward(
-        grad, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
+        grad, None, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
         need[0], need[1], need[2], need[4] or need[5],
     )  # fmt: skip
 

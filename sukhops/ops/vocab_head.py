@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sukhops import _checks, _library, parallel
+from sukhops import _checks, _library
 from sukhops._budget import get_logits_budget
+from sukhops.parallel import vocab_head as parallel
 
 _head = torch.ops.sukhops.vocab_head.default
 _backward = torch.ops.sukhops.vocab_head_backward.default
@@ -251,6 +252,8 @@ def linear_topk(
         hidden, weight, none, bias,
         k=k, softcap=softcap, scale=scale, temperature=temperature, group=group,
     )  # fmt: skip
+    if head.topk_value.shape[-1] < k:  # slices of a vocabulary know its size only now
+        raise ValueError(f"k: expected an int in [1, V = {head.topk_value.shape[-1]}], got {k!r}")
     shape = (*rows, k)
     return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse().reshape(rows))
 
@@ -263,7 +266,7 @@ def target_and_topk(
 
     Rows are those of hidden flattened. Errors are those of `linear_logp` and `linear_topk`; rows whose target
     is -100 are dropped before the product and are 0. A loss that uses neither log-sum-exp nor log-probs has a
-    gradient of k + 1 rows of the weight.
+    gradient of k + 1 rows of the weight. k may exceed V: then there are V.
     """
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _check_head(hidden, weight, bias, group=group)
@@ -271,6 +274,7 @@ def target_and_topk(
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
     _checks.check_shape("target", target, rows, "one per row of hidden")
+    k = k if group is not None else min(k, weight.shape[0])
     return vocab_head(hidden, weight, target.reshape(-1, 1).long(), bias, k=k, group=group)
 
 

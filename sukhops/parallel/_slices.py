@@ -1,0 +1,136 @@
+"""What operators on slices share: where each rank's slice is, what travels, gradients over the group."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from sukhops import _checks, testing
+
+
+class Slices(NamedTuple):
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]  # rows of the weight on each rank
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def held(self) -> list[int]:
+        """Ranks whose slice is not empty."""
+        return [r for r, size in enumerate(self.sizes) if size]
+
+
+def slices(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, **equal: int | Tensor) -> Slices:
+    """Where each rank's slice is; raises on every rank if what must be the same on all ranks is not."""
+    if not isinstance(group, dist.ProcessGroup):
+        outside = group is dist.GroupMember.NON_GROUP_MEMBER
+        got = "one that this process is not in" if outside else type(group).__name__
+        raise ValueError(f"group: expected a torch.distributed.ProcessGroup, got {got}")
+    numbers = {
+        "rows of hidden": hidden[..., 0].numel() if hidden.shape[-1] else 0,
+        "D": weight.shape[1],
+        "dtype": _checks.FLOATS.index(weight.dtype),
+    } | {name: value for name, value in equal.items() if not isinstance(value, Tensor)}
+    if testing.ranks_are_compared():
+        tensors = {"hidden": hidden} | {n: t for n, t in equal.items() if isinstance(t, Tensor)}
+        numbers |= {f"values of {name}": _digest(t) for name, t in tensors.items()}
+    mine = torch.tensor([weight.shape[0], *numbers.values()], device=hidden.device)
+    sizes, *found = gather(mine, group).T.tolist()
+    for name, values in zip(numbers, found, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"group: expected the same {name} on all ranks, got {values} by rank")
+    if not sum(sizes):
+        raise ValueError("weight: expected at least one row on some rank, every slice is empty")
+    return Slices(group, dist.get_rank(group), tuple(sizes))
+
+
+def one_row(t: Tensor | None, where: Slices) -> Tensor | None:
+    """An empty slice with one row, which will count for nothing: hidden stays in the graph of every rank."""
+    return t if t is None or where.size else torch.cat([t, t.new_zeros(1, *t.shape[1:])])
+
+
+def whole_gradient(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """t itself, whose gradient is then summed over the group."""
+    return SummedGradient.apply(t, group) if t.requires_grad and torch.is_grad_enabled() else t
+
+
+class SummedGradient(Function):
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.to(_checks.accumulation_dtype(grad.dtype), copy=True).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class Sum(Function):
+    """The sum over the ranks of what one of them has, or each a part of."""
+
+    @staticmethod
+    def forward(ctx, t, group):
+        total = t.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def shares(maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of slices [ranks, N]: the maximum [N], each slice's log of its share, and the log of the sum [N]."""
+    top = maximum.amax(0)
+    sums = (maximum - top.masked_fill(top == -torch.inf, 0.0)) + log_sum
+    whole = sums.logsumexp(0)
+    return top, sums - whole, whole
+
+
+def best(values: list[Tensor], bits: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of the ranks' values, the lower index first among equals; indices; places in the row."""
+    joined = torch.cat(values, 1)
+    joined, order = joined.sort(dim=1, descending=True, stable=True)
+    indices = torch.cat(bits, 1).view(torch.int64 if joined.dtype == torch.float64 else torch.int32)
+    return joined[:, :k], indices.long().gather(1, order[:, :k]), order[:, :k]
+
+
+def bits(index: Tensor, where: Slices, like: Tensor, k: int) -> Tensor:
+    """Indices [N, at most k], then of the whole vocabulary, as bits of like's dtype to travel with it."""
+    wide = torch.int64 if like.dtype == torch.float64 else torch.int32
+    return widened((index + where.start).to(wide).view(like.dtype), k)
+
+
+def widened(t: Tensor, k: int) -> Tensor:
+    """t [N, at most k] with columns to k."""
+    return torch.nn.functional.pad(t, (0, k - t.shape[1]))
+
+
+def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...] in rank order."""
+    count = dist.get_world_size(group)
+    out = t.new_empty(count * t.numel())
+    dist.all_gather_into_tensor(out, t.flatten(), group=group)
+    return out.view(count, *t.shape)
+
+
+def _digest(t: Tensor) -> int:
+    """A number that tells tensors apart, the same for the same bits."""
+    numbers = t.detach().contiguous().view(torch.uint8).flatten().long()
+    places = torch.arange(1, numbers.numel() + 1, device=t.device)
+    return (numbers * (places * 0x9E3779B1 % 0x7FFFFFFF)).sum().item()

@@ -1,0 +1,152 @@
+"""Director in slices of the vocabulary: log-probs, their k largest, and what trains the classifier."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from sukhops.parallel._slices import (
+    Sum,
+    best,
+    bits,
+    gather,
+    one_row,
+    shares,
+    slices,
+    whole_gradient,
+    widened,
+)
+
+_ops = torch.ops.sukhops
+IGNORE = -100
+
+
+def director_logp(
+    group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
+    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """This rank's columns of Director's log-probs over the whole vocabulary."""
+    where, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine = _director(
+        group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
+    )
+    heads = len(cls_weight)
+    return _Logp.apply(where, heads, hidden, lm_weight, gamma, lm_bias, affine, *cls_weight, *cls_bias)
+
+
+def director_topk(
+    group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
+    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None, k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k most probable tokens of the whole vocabulary: values and indices [N, k]."""
+    where, *arguments = _director(group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine, k=k)
+    if k > where.total:
+        raise ValueError(f"k: expected an int in [1, V = {where.total}], got {k}")
+    few_of = [min(k, size) for size in where.sizes]
+    value, index, maximum, log_sum = _ops.director_topk(*arguments, max(1, few_of[where.rank]))
+    numbers = [maximum.unsqueeze(1), log_sum.unsqueeze(1), widened(value, k), bits(index, where, value, k)]
+    found = gather(torch.cat(numbers, 1), group)
+    held = where.held
+    _, log_w, whole = shares(found[held, :, 0], found[held, :, 1])
+    values, indices, _ = best(
+        [found[r, :, 2 : 2 + few_of[r]] + log_w[i].unsqueeze(1) for i, r in enumerate(held)],
+        [found[r, :, 2 + k : 2 + k + few_of[r]] for r in held],
+        k,
+    )
+    return values.masked_fill(whole.isnan().unsqueeze(1), torch.nan), indices
+
+
+def classifier_logit(
+    group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The classifier's logit of each target [N], from the rank that holds it."""
+    where, inside, own, wrong = _classifier(group, hidden, weight, target, label)
+    weight, bias = one_row(weight, where), one_row(bias, where)
+    dot = _ops.director_dot(whole_gradient(hidden, group), weight, own, label.where(inside, -1), bias)
+    return Sum.apply(dot, group).masked_fill(wrong, torch.nan)
+
+
+def classifier_norm(
+    group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
+    bias: Tensor | None, affine: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The mean over the other entries of the whole vocabulary of (sigmoid(c) - 1/2)^2, [N]."""
+    where, inside, own, wrong = _classifier(group, hidden, weight, target, label)
+    weight, bias = one_row(weight, where), one_row(bias, where)
+    x = whole_gradient(hidden, group)
+    pair = None if affine is None else whole_gradient(affine, group)
+    norm = _ops.director_norm(x, weight, own, label, bias, pair) * max(1, len(weight) - 1)
+    # the operator leaves the target out; where another rank has it, entry 0 is left out in its place
+    left_out = _ops.director_dot(x, weight, own, label.where(~inside, -1), bias)
+    if pair is not None:
+        left_out = pair[0] * left_out + pair[1]
+    elsewhere = ~inside & (target != IGNORE) & (label >= 0)
+    norm = norm + (left_out.sigmoid() - 0.5).square().where(elsewhere, 0.0)
+    if not where.size:
+        norm = norm.masked_fill(torch.ones_like(inside), 0.0)
+    total = Sum.apply(norm, group)
+    return (total / max(1, where.total - 1)).masked_fill(wrong, torch.nan)
+
+
+def _director(group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine, **equal):
+    """The slices, and the operator's arguments with gradients that are summed over the group."""
+    where = slices(group, hidden, lm_weight, classifiers=len(cls_weight), **equal)
+    shared = [None if t is None else whole_gradient(t, group) for t in (hidden, gamma, affine)]
+    weights = [one_row(w, where) for w in (lm_weight, *cls_weight)]
+    biases = [b if b is None or not b.numel() else one_row(b, where) for b in (lm_bias, *cls_bias)]
+    return where, shared[0], weights[0], weights[1:], shared[1], biases[0], biases[1:], shared[2]
+
+
+def _classifier(group, hidden, weight, target, label):
+    """The slices; which targets are this rank's, its places for them, 0 for the others; which are wrong."""
+    where = slices(group, hidden, weight, target=target, label=label)
+    given = target != IGNORE
+    wrong_target = given & ((target < 0) | (target >= where.total))
+    wrong_label = given & ((label < -1) | (label > 1))
+    if target.device.type == "cpu":  # on every rank alike, where the operator would raise on one
+        for name, wrong, t, expected in (
+            ("target", wrong_target, target, f"values in [0, {where.total}) or {IGNORE}"),
+            ("label", wrong_label, label, "1, 0 or -1"),
+        ):
+            if wrong.any():
+                row = wrong.nonzero()[0].item()
+                raise RuntimeError(f"{name}: expected {expected}, got {t[row].item()} at row {row}")
+    inside = given & (target >= where.start) & (target < where.start + where.size)
+    own = torch.where(inside, target - where.start, 0).where(given, IGNORE)
+    return where, inside, own, wrong_target | wrong_label
+
+
+class _Logp(Function):
+    """This rank's columns of the whole distribution; arguments are the operator's, the lists last."""
+
+    @staticmethod
+    def forward(ctx, where, heads, hidden, lm_weight, gamma, lm_bias, affine, *rest):
+        cls_weight, cls_bias = rest[:heads], rest[heads:]
+        logp, maximum, log_sum = _ops.director(
+            hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
+        )
+        found, held = gather(torch.stack([maximum, log_sum]), where.group), where.held
+        _, log_w, _ = shares(found[held, 0], found[held, 1])
+        if where.size:
+            mine = log_w[held.index(where.rank)].unsqueeze(1)
+            logp = (logp + mine).masked_fill(mine == -torch.inf, -torch.inf)
+        ctx.where, ctx.heads = where, heads
+        ctx.save_for_backward(logp, hidden, lm_weight, gamma, lm_bias, affine, *rest)
+        return logp if where.size else logp[:, :0].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logp, hidden, lm_weight, gamma, lm_bias, affine, *rest = ctx.saved_tensors
+        mine = grad.sum(1)
+        total = mine.clone()
+        dist.all_reduce(total, group=ctx.where.group)
+        if not ctx.where.size:
+            grad, logp = torch.zeros_like(logp), torch.full_like(logp, -torch.inf)
+        need_hidden, need_lm, _, need_lm_bias, _, *need = ctx.needs_input_grad[2:]
+        need_cls, need_cls_bias = any(need[: ctx.heads]), any(need[ctx.heads :])
+        of_hidden, of_lm, of_cls, of_gamma, of_lm_bias, of_cls_bias, of_affine = _ops.director_backward(
+            grad, total - mine, logp, hidden, lm_weight, rest[: ctx.heads], gamma, lm_bias,
+            rest[ctx.heads :], affine, need_hidden, need_lm, need_cls, need_lm_bias or need_cls_bias,
+        )  # fmt: skip
+        grads = (of_hidden, of_lm, of_gamma, of_lm_bias, of_affine, *of_cls, *of_cls_bias)
+        return None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:], strict=True))
