@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sukhops import _checks
 from sukhops.ops.adaptive_span import adaptive_span_attention
@@ -232,8 +233,12 @@ class AdaptiveSpanAttention(nn.Module):
         return text if self.windows is None else f"{text}, windows={self.windows}"
 
     def forward(
-        self, x: Tensor, cache: SpanCache | None = None, key_start: Tensor | None = None
-    ) -> tuple[Tensor, SpanCache]:
+        self,
+        x: Tensor,
+        cache: SpanCache | None = None,
+        key_start: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> tuple[Tensor, SpanCache | None]:
         """
         Args:
             x: [B, T, D], the tokens that follow those of the cache; T may be 1 and may change.
@@ -243,9 +248,11 @@ class AdaptiveSpanAttention(nn.Module):
                 the start of the sequences, so also those that the cache has let go: the number of padding
                 tokens on the left, or where its document starts. The cache remembers it (of the last token):
                 it is given once, and again only where it changes.
+            group: x is this rank's part of every sequence, see `sukhops.adaptive_span_attention`; without
+                cache.
 
         Returns:
-            out [B, T, D], and the cache for the next call.
+            out [B, T, D], and the cache for the next call, None with group.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype or shape; a cache of other windows.
@@ -254,6 +261,8 @@ class AdaptiveSpanAttention(nn.Module):
             raise ValueError(f"x: expected shape [B, T, D = {self.d_model}], got {list(x.shape)}")
         seen = x.shape[1]
         if cache is not None:
+            if group is not None:
+                raise ValueError("cache: parts of sequences (group) are computed without one, expected None")
             self._check_cache(cache, x.shape[0])
             seen += cache.seen
             if key_start is None:
@@ -271,7 +280,10 @@ class AdaptiveSpanAttention(nn.Module):
             outs.append(adaptive_span_attention(
                 q, k, v, span, ramp=self.adaptive_span.ramp, rel_pos=rel_pos,
                 include_self=self.include_self, max_span=self.max_span, key_start=first,
+                group=group,
             ))  # fmt: skip
+            if group is not None:
+                continue
             kept = window - int(self.include_self)  # the next token sees itself beside them
             keys.append(_last(k, kept, self.windows is not None))
             values.append(_last(v, kept, self.windows is not None))
@@ -280,7 +292,7 @@ class AdaptiveSpanAttention(nn.Module):
             out = self._select(torch.cat(outs, 1), 1, self._place)
         if key_start is not None and key_start.dim() == 2:
             key_start = key_start[:, -1]
-        cache = SpanCache(tuple(keys), tuple(values), seen, key_start)
+        cache = SpanCache(tuple(keys), tuple(values), seen, key_start) if group is None else None
         return self.out_proj(out.transpose(1, 2).flatten(2)), cache
 
     def _by_group(self, x: Tensor) -> Iterable[tuple]:

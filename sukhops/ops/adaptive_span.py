@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sukhops import _checks, _library
+from sukhops.parallel import adaptive_span as parallel
 
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.adaptive_span"
@@ -21,6 +23,7 @@ def adaptive_span_attention(
     include_self: bool = True,
     max_span: int | None = None,
     key_start: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Causal attention under a soft mask that ends `span` tokens back, differentiable in the span.
 
@@ -45,6 +48,10 @@ def adaptive_span_attention(
         max_span: only keys with x < max_span are seen, whatever the span; None: with rel_pos, S.
         key_start: [B] or [B, M], int64 or int32: the first key that a query may see, of N. Left padding, or
             the start of its document where sequences are packed.
+        group: sequence parallel: ranks that hold consecutive parts of equal length of every sequence each, in
+            rank order, as many queries as keys; key_start counts from the start of the whole sequence. Keys
+            travel as far as a window reaches, min(max_span, S, largest span + ramp). Gradients of k and v
+            return to their owners; those of span and rel_pos are this rank's share, to be summed.
 
     Returns:
         [B, H, M, d], of q's dtype. A row that sees no key, or only keys of weight 0, is 0 without gradient.
@@ -99,6 +106,11 @@ def adaptive_span_attention(
         if key_start.dim() == 1:
             key_start = key_start.unsqueeze(1).expand(b, m)
     scale = d**-0.5 if scale is None else float(scale)
+    if group is not None:
+        return parallel.attention(
+            adaptive_span_attention, group, q, k, v, span, ramp=ramp, rel_pos=rel_pos, scale=scale,
+            include_self=include_self, max_span=max_span, key_start=key_start,
+        )  # fmt: skip
     return _ops.adaptive_span(
         q, k, v, span, rel_pos, key_start, float(ramp), scale, int(not include_self), max_span
     )[0]

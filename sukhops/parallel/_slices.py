@@ -35,26 +35,30 @@ class Slices(NamedTuple):
 
 def slices(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, **equal: int | Tensor) -> Slices:
     """Where each rank's slice is; raises on every rank if what must be the same on all ranks is not."""
+    numbers = {n: x for n, x in equal.items() if not isinstance(x, Tensor)}
+    if testing.ranks_are_compared():
+        tensors = {"hidden": hidden} | {n: x for n, x in equal.items() if isinstance(x, Tensor)}
+        numbers |= {f"values of {name}": _digest(t) for name, t in tensors.items()}
+    sizes = agreed(
+        group, hidden, weight.shape[0], D=weight.shape[1], dtype=_checks.FLOATS.index(weight.dtype),
+        **{"rows of hidden": hidden.shape[:-1].numel()}, **numbers,
+    )  # fmt: skip
+    if not sum(sizes):
+        raise ValueError("weight: expected at least one row on some rank, every slice is empty")
+    return Slices(group, dist.get_rank(group), sizes)
+
+
+def agreed(group: dist.ProcessGroup, like: Tensor, own: int, **equal: int) -> tuple[int, ...]:
+    """`own` of every rank; raises on every rank if the numbers in `equal` are not the same on all of them."""
     if not isinstance(group, dist.ProcessGroup):
         outside = group is dist.GroupMember.NON_GROUP_MEMBER
         got = "one that this process is not in" if outside else type(group).__name__
         raise ValueError(f"group: expected a torch.distributed.ProcessGroup, got {got}")
-    numbers = {
-        "rows of hidden": hidden[..., 0].numel() if hidden.shape[-1] else 0,
-        "D": weight.shape[1],
-        "dtype": _checks.FLOATS.index(weight.dtype),
-    } | {name: value for name, value in equal.items() if not isinstance(value, Tensor)}
-    if testing.ranks_are_compared():
-        tensors = {"hidden": hidden} | {n: t for n, t in equal.items() if isinstance(t, Tensor)}
-        numbers |= {f"values of {name}": _digest(t) for name, t in tensors.items()}
-    mine = torch.tensor([weight.shape[0], *numbers.values()], device=hidden.device)
-    sizes, *found = gather(mine, group).T.tolist()
-    for name, values in zip(numbers, found, strict=True):
+    found = gather(torch.tensor([own, *equal.values()], device=like.device), group).T.tolist()
+    for name, values in zip(equal, found[1:], strict=True):
         if len(set(values)) > 1:
             raise ValueError(f"group: expected the same {name} on all ranks, got {values} by rank")
-    if not sum(sizes):
-        raise ValueError("weight: expected at least one row on some rank, every slice is empty")
-    return Slices(group, dist.get_rank(group), tuple(sizes))
+    return tuple(found[0])
 
 
 def one_row(t: Tensor | None, where: Slices) -> Tensor | None:
