@@ -4,6 +4,7 @@ from sukhops.nn.adaptive_span import AdaptiveSpan, AdaptiveSpanAttention
 from sukhops.nn.cringe import CringeLoss, PairwiseCringeLoss
 from sukhops.nn.director import DirectorHead, DirectorLoss
 from sukhops.nn.dpo import DPOLoss
+from sukhops.nn.head_loss import HeadLoss
 from sukhops.nn.kto import KTOLoss, StepKTOLoss
 from sukhops.nn.segmentation import SegmentationLoss
 
@@ -14,6 +15,7 @@ __all__ = [
     "DPOLoss",
     "DirectorHead",
     "DirectorLoss",
+    "HeadLoss",
     "KTOLoss",
     "PairwiseCringeLoss",
     "SegmentationLoss",

@@ -15,6 +15,7 @@ from sukhops.losses.cringe import (
     sample_rival,
 )
 from sukhops.ops.vocab_head import target_and_topk
+from sukhops.parallel._dtensor import takes_dtensors
 
 
 class CringeLoss(nn.Module):
@@ -43,6 +44,7 @@ class CringeLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, k={self.k}, detach_positive={self.detach_positive}"
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,
@@ -119,6 +121,7 @@ class PairwiseCringeLoss(nn.Module):
         names = ("alpha", "k", "margin", "temperature", "detach_gate")
         return ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,

@@ -16,6 +16,7 @@ from sukhops.ops.director import (
     director_topk,
 )
 from sukhops.ops.vocab_head import linear_logp
+from sukhops.parallel._dtensor import takes_dtensors
 
 
 class DirectorLoss(nn.Module):
@@ -71,6 +72,7 @@ class DirectorLoss(nn.Module):
             f"detach_hidden={self.detach_hidden}"
         )
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,

@@ -7,6 +7,7 @@ from sukhops.losses._output import LossOutput
 from sukhops.losses.dpo import Options, dpo_loss
 from sukhops.nn._reference import reference_logp
 from sukhops.ops.vocab_head import linear_token_stats
+from sukhops.parallel._dtensor import takes_dtensors
 
 
 class DPOLoss(nn.Module):
@@ -79,6 +80,7 @@ class DPOLoss(nn.Module):
             for n, v in ({"beta": self.options.beta, "loss_type": self.options.loss_type} | set_here).items()
         )
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,

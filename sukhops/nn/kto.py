@@ -8,6 +8,7 @@ from sukhops.losses._output import LossOutput
 from sukhops.losses.kto import KTOOptions, Mismatched, StepKTOOptions, kto_loss, step_kto_loss
 from sukhops.nn._reference import reference_logp
 from sukhops.ops.vocab_head import linear_logp
+from sukhops.parallel._dtensor import takes_dtensors
 
 
 class KTOLoss(nn.Module):
@@ -30,6 +31,7 @@ class KTOLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.options._asdict().items())
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,
@@ -129,6 +131,7 @@ class StepKTOLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.options._asdict().items())
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,

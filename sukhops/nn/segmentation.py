@@ -7,6 +7,7 @@ from sukhops import _checks
 from sukhops.losses._output import LossOutput
 from sukhops.losses.segmentation import check_flat, segmentation_loss, unit_targets
 from sukhops.ops.vocab_head import linear_logp
+from sukhops.parallel._dtensor import takes_dtensors
 
 
 class SegmentationLoss(nn.Module):
@@ -31,6 +32,7 @@ class SegmentationLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"flat={self.flat}"
 
+    @takes_dtensors
     def forward(
         self,
         hidden: Tensor,

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from sukhops import _checks, _library
 from sukhops.parallel import director as parallel
+from sukhops.parallel._dtensor import takes_dtensors
 
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
@@ -20,6 +21,7 @@ class DirectorTopK(NamedTuple):
     indices: Tensor
 
 
+@takes_dtensors
 def director_logp(
     hidden: Tensor,
     lm_weight: Tensor,
@@ -70,6 +72,7 @@ def director_logp(
     return logp.reshape(*rows, logp.shape[-1])
 
 
+@takes_dtensors
 def director_topk(
     hidden: Tensor,
     lm_weight: Tensor,

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from sukhops import _checks, _library
 from sukhops._budget import get_logits_budget
 from sukhops.parallel import vocab_head as parallel
+from sukhops.parallel._dtensor import takes_dtensors
 
 _head = torch.ops.sukhops.vocab_head.default
 _backward = torch.ops.sukhops.vocab_head_backward.default
@@ -64,6 +65,7 @@ class Head(NamedTuple):
         return (logit - self.maximum.unsqueeze(-1)) - self.log_sum.unsqueeze(-1)
 
 
+@takes_dtensors
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -137,6 +139,7 @@ def linear_logp(
     return LogpAndLse(logp, head.lse().reshape(rows)) if return_lse else logp
 
 
+@takes_dtensors
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -212,6 +215,7 @@ def check_outputs(outputs: Collection[str]) -> None:
         raise ValueError(f"outputs: expected some of {', '.join(names)}, got {outputs!r}")
 
 
+@takes_dtensors
 def linear_topk(
     hidden: Tensor,
     weight: Tensor,
