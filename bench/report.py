@@ -161,6 +161,25 @@ def pairs(found: list[dict]) -> str:
     return markdown(["", "CPU", "provider", "seconds", "per second", "gradient norm"], body)
 
 
+def neighbour(found: list[dict]) -> str:
+    body = []
+    for r in found:
+        times = [number(r[field], ",.1f") for field in ("alone_ms", "beside_ms")]
+        body.append([r["op"], r["case"], r["isa"], r["provider"], *times, f"{r['slowdown']:.2f}"])
+    return markdown(["operation", "case", "CPU", "provider", "alone, ms", "beside, ms", "slower by"], body)
+
+
+def ranks(found: list[dict]) -> str:
+    """A case on several processes beside the same on one, and what travels."""
+    body = []
+    for r in found:
+        times = [number(r[field]) for field in ("one_ms", "ranks_ms")]
+        shares = [f"{r['ratio']:.2f}", number(r["collectives_ms"], ".1f")]
+        body.append([r["case"], r["isa"], *times, *shares, number(r["bytes_forward"]), number(r["bytes"])])
+    head = ["", "CPU", "one process, ms", "two, ms", "ratio", "in collectives, ms"]
+    return markdown([*head, "bytes a row, forward", "with backward"], body)
+
+
 def lexicon(found: list[dict]) -> str:
     body = [[r["case"], r["isa"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
     return markdown(["", "CPU", "provider", "million characters per second"], body)
@@ -210,8 +229,9 @@ def block(name: str) -> str:
         return ""
     if name == "train_step":
         return train_step(found)
-    if name in ("pairs", "roofline", "lexicon"):
-        return {"pairs": pairs, "roofline": roofline, "lexicon": lexicon}[name](found)
+    own = {f.__name__: f for f in (pairs, roofline, lexicon, ranks, neighbour)}
+    if name in own:
+        return own[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)

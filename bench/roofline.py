@@ -1,9 +1,9 @@
 """What each operation must do at a shape, and how long that takes on a GPU: a roofline.
 
 An operation is a list of phases, one after the other. A phase lasts as long as the slowest of its matrix
-products on the tensor cores, its traffic with device memory and its chain of dependent steps. `floor` is what
-no implementation avoids; `plan` is what the kernels here do, so that a measured time can be held against it.
-Launches and caches are not modelled.
+products on the tensor cores, its traffic with device memory, its chain of dependent steps and what it sends
+to other devices. `floor` is what no implementation avoids; `plan` is what the kernels here do, so that a
+measured time can be held against it. Launches and caches are not modelled.
 
     python bench/roofline.py    # writes bench/results/roofline.jsonl and prints the table
 """
@@ -22,11 +22,13 @@ class Device(NamedTuple):
     half: float  # bfloat16 or float16 products, dense: operations a second, a multiply-add is two
     bandwidth: float  # of device memory, bytes a second
     clock: float  # Hz
+    link: float = math.inf  # to other devices, bytes a second each way
 
 
 # NVIDIA H200 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOP/s with sparsity, so half of it dense, and
-# 4.8 TB/s. The clock is the one at which 132 multiprocessors of 4,096 such operations a cycle give that rate.
-H200 = Device("NVIDIA H200", 989.5e12, 4.8e12, 989.5e12 / (132 * 4096))
+# 4.8 TB/s; NVLink 900 GB/s, half of it each way. The clock is the one at which 132 multiprocessors of 4,096
+# such operations a cycle give that rate.
+H200 = Device("NVIDIA H200", 989.5e12, 4.8e12, 989.5e12 / (132 * 4096), 450e9)
 HALF, FLOAT, INDEX = 2, 4, 8  # bytes
 
 
@@ -35,16 +37,21 @@ class Phase(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
     cycles: float = 0.0  # of a chain in which each step waits for the last
+    sent: float = 0.0  # bytes to other devices
 
-    def seconds(self, device: Device) -> float:
-        return max(self.flops / device.half, self.bytes / device.bandwidth, self.cycles / device.clock)
-
-    def bound(self, device: Device) -> str:
-        times = {
+    def times(self, device: Device) -> dict[str, float]:
+        return {
             "products": self.flops / device.half,
             "memory": self.bytes / device.bandwidth,
             "latency": self.cycles / device.clock,
+            "link": self.sent / device.link,
         }
+
+    def seconds(self, device: Device) -> float:
+        return max(self.times(device).values())
+
+    def bound(self, device: Device) -> str:
+        times = self.times(device)
         return max(times, key=times.__getitem__)
 
 
@@ -106,6 +113,18 @@ def bare(rows: int, d: int, vocab: int, products: int, weights: int = 1) -> Phas
 
 def linear_logp(rows: int, D: int, V: int) -> Work:
     return Work(bare(rows, D, V, 3), head_forward(rows, D, V) + head_backward(rows, D, V))
+
+
+def sliced_logp(rows: int, D: int, V: int, GPUs: int) -> Work:
+    """A slice of the vocabulary on each: three numbers per row travel, and hidden's gradient is summed."""
+    part = math.ceil(V / GPUs)
+    plan = [
+        *head_forward(rows, D, part),
+        Phase("numbers of slices", sent=3 * FLOAT * rows * (GPUs - 1)),
+        *head_backward(rows, D, part),
+        Phase("dhidden of slices", sent=2 * (GPUs - 1) / GPUs * FLOAT * rows * D),
+    ]
+    return Work(bare(rows, D, part, 3), plan)
 
 
 def frozen(rows: int, D: int, V: int) -> Work:
@@ -223,6 +242,12 @@ CASES: list[tuple[str, str, dict, Callable[..., Work]]] = [
 ]  # fmt: skip
 
 
+# what no benchmark of one GPU measures
+SEVERAL: list[tuple[str, str, dict, Callable[..., Work]]] = [
+    ("vocab_head", f"linear_logp, slices on {n} GPUs", LLAMA | {"GPUs": n}, sliced_logp) for n in (2, 4, 8)
+]
+
+
 def builder(case: str) -> Callable[..., Work] | None:
     """What makes the work of a case of the GPU benchmark from its shape."""
     return next((build for _, name, _, build in CASES if name == case), None)
@@ -230,7 +255,7 @@ def builder(case: str) -> Callable[..., Work] | None:
 
 def rows(device: Device) -> list[dict]:
     found = []
-    for op, case, shape, build in CASES:
+    for op, case, shape, build in CASES + SEVERAL:
         done = build(**shape)
         found.append({
             "op": op, "case": case, "dtype": "float32" if op == "segmentation" else "bfloat16",

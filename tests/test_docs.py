@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,7 +62,23 @@ def test_headlines_name_measured_cases_and_their_ignored_rows(headline):
         assert (case.products is None) == (headline.floor == "not measured")
 
 
-@pytest.mark.parametrize("name", [name for name, blocks in CODE.items() if blocks])
+ON_RANKS = "docs/parallel.md"  # its first block and one of the others are a program
+
+
+@pytest.mark.parametrize("program", CODE[ON_RANKS][1:], ids=lambda p: p.splitlines()[0].split()[-1])
+def test_programs_of_several_processes_run(program, tmp_path):
+    command, file = re.fullmatch(r"# (torchrun .*) (\w+\.py)", program.splitlines()[0]).groups()
+    (tmp_path / file).write_text(CODE[ON_RANKS][0] + program)
+    options = command.split()[1:]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / file)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() and "nan" not in run.stdout
+
+
+@pytest.mark.parametrize("name", [name for name, blocks in CODE.items() if blocks and name != ON_RANKS])
 def test_code_runs(name):
     namespace: dict = {}
     for block in CODE[name]:

@@ -201,3 +201,28 @@ def test_bad_input_raises_on_every_rank():
         for case, message in BAD.items():
             assert str(found[case]).startswith(message), (rank, case, found[case])
         assert rank == 0 or "that this process is not in" in found["not in it"], found["not in it"]
+
+
+def one_fails(rank):
+    if rank == 1:
+        raise ValueError("an error of this rank's own")
+    return linear_logp(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).long(), group=dist.group.WORLD)
+
+
+def test_a_rank_that_fails_does_not_hang_the_others():
+    waiting, failed = on_ranks(2, one_fails)
+    assert failed == "ValueError: an error of this rank's own"
+    assert waiting.startswith("RuntimeError: group: not every rank took part in this call")
+
+
+def late(rank):
+    hidden = torch.randn(2, 3, requires_grad=True)
+    group = dist.new_group([0, 1])
+    logp = linear_logp(hidden, torch.randn(4, 3), torch.zeros(2).long(), group=group)
+    dist.destroy_process_group(group)
+    del group
+    logp.sum().backward()
+
+
+def test_a_graph_does_not_own_its_group():
+    assert all("group: it was destroyed before the backward" in found for found in on_ranks(2, late))

@@ -70,13 +70,15 @@ def ddp(rank):
     return {n.removeprefix("module."): p for n, p in trained(model, step).items()}
 
 
-def fsdp(rank, tied):
+def fsdp(rank, sharded):
     from torch.distributed.fsdp import fully_shard
 
     ids, target, count = own_part(rank, 2)
-    model = Model(tied=tied)
-    if not tied:
-        fully_shard(model.head)  # the head's parameters alone; tied ones belong to the root
+    model = Model(tied=sharded == "root")
+    if sharded == "HeadLoss":
+        fully_shard(model.head)
+    elif sharded == "head":
+        fully_shard(model.head.head)
     fully_shard(model.backbone)
     fully_shard(model)
     found = trained(model, lambda m: (-m(ids, target).sum() / (count / 2)).backward())
@@ -124,10 +126,36 @@ def test_ddp_with_micro_batches():
         close(found, whole())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fsdp2(tied):
-    for found in on_ranks(2, fsdp, tied):
-        close(found, whole(tied))
+@pytest.mark.parametrize("sharded", ["HeadLoss", "head", "root"])
+def test_fsdp2(sharded):
+    """The head's parameters alone, or tied ones with the root's."""
+    for found in on_ranks(2, fsdp, sharded):
+        close(found, whole(tied=sharded == "root"))
+
+
+def fsdp_loss(rank):
+    """A loss whose output has metrics, twice: what was gathered is freed in between."""
+    from torch.distributed.fsdp import fully_shard
+
+    hidden, (_, target) = torch.randn(S, T, D, generator=torch.Generator().manual_seed(3)), batch()
+    torch.manual_seed(0)
+    head = tnn.Linear(D, V)
+    plain = nn.DPOLoss(loss_type="cpo")(hidden, head.weight, target, bias=head.bias)
+    exact = torch.autograd.grad(plain.loss, head.weight)[0]
+    fully_shard(head)
+    for _ in range(2):
+        head.zero_grad()
+        found = nn.HeadLoss(head, nn.DPOLoss(loss_type="cpo"))(hidden, target)
+        found.loss.backward()
+        assert torch.equal(found.metrics["logp_chosen"], plain.metrics["logp_chosen"])
+        torch.testing.assert_close(head.weight.grad.full_tensor(), exact)
+    with pytest.raises(ValueError, match="HeadLoss"):
+        linear_logp(hidden, head.weight, target)
+    return True
+
+
+def test_fsdp2_with_a_loss():
+    assert on_ranks(2, fsdp_loss) == [True, True]
 
 
 def test_fsdp2_and_tensor_parallel():

@@ -104,11 +104,11 @@ def test_what_travels(ranks, length, reach):
     """A rank receives min(window, what lies before), each key from its owner, once."""
     before = tuple(min(reach, r * length) for r in range(ranks))
     for rank in range(ranks):
-        parts = parallel.Parts(None, rank, length, before)
+        parts = parallel.Parts(rank, length, before)
         found = [r * length + x for r, s in parts.owners() for x in range(s.start, s.stop)]
         assert found == list(range(rank * length - before[rank], rank * length))
         for reader, s in parts.readers():
-            assert (rank, s) in parallel.Parts(None, reader, length, before).owners()
+            assert (rank, s) in parallel.Parts(reader, length, before).owners()
 
 
 def layer(rank):

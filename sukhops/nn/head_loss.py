@@ -12,8 +12,8 @@ class HeadLoss(nn.Module):
 
     A loss that is called with `lm_head.weight` reads a parameter outside the forward of its module: FSDP2 and
     ZeRO-3 have not gathered it there, and what PEFT adds to it is missed. `HeadLoss` is a module around both.
-    Its forward gathers, reduces and frees the head's parameters like that of any other module, if it runs
-    inside the forward of the wrapped model.
+    Its forward gathers, reduces and frees the head's parameters like that of any other module, whether it or
+    the head is sharded, if it runs inside the forward of the wrapped model.
 
     Args:
         head: nn.Linear, its weight tied or not; `DirectorHead`, for `DirectorLoss`; or one of these in a
@@ -48,16 +48,31 @@ class HeadLoss(nn.Module):
         Returns:
             What the loss returns; log-probs without one.
         """
-        weight, bias = _effective(self.head)
-        if self.loss is None:
-            return linear_logp(hidden, weight, target, bias, *args, **kwargs)
-        if isinstance(self.loss, DirectorLoss):
-            plain = _plain(self.head)
-            return self.loss(
-                hidden, weight, plain.cls_weight, target, *args,
-                lm_bias=bias, cls_bias=plain.cls_bias, cls_affine=plain.cls_affine, **kwargs,
-            )  # fmt: skip
-        return self.loss(hidden, weight, target, *args, bias=bias, **kwargs)
+
+        def call(hidden: Tensor) -> LossOutput | Tensor:
+            weight, bias = _effective(self.head)
+            if self.loss is None:
+                return linear_logp(hidden, weight, target, bias, *args, **kwargs)
+            if isinstance(self.loss, DirectorLoss):
+                plain = _plain(self.head)
+                return self.loss(
+                    hidden, weight, plain.cls_weight, target, *args,
+                    lm_bias=bias, cls_bias=plain.cls_bias, cls_affine=plain.cls_affine, **kwargs,
+                )  # fmt: skip
+            return self.loss(hidden, weight, target, *args, bias=bias, **kwargs)
+
+        if not _gathers_itself(self.head):
+            return call(hidden)
+        self.head.forward = call  # what hooks into the head's forward sees this one
+        try:
+            return self.head(hidden)
+        finally:
+            del self.head.forward
+
+
+def _gathers_itself(head: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 gathers the head's parameters in its own forward."""
+    return hasattr(head, "unshard") or any(hasattr(p, "ds_id") for p in head.parameters())
 
 
 def _inner(head: nn.Module) -> nn.Module | None:

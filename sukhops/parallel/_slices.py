@@ -1,5 +1,6 @@
 """What operators on slices share: where each rank's slice is, what travels, gradients over the group."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,14 @@ def one_row(t: Tensor | None, where: Slices) -> Tensor | None:
     return t if t is None or where.size else torch.cat([t, t.new_zeros(1, *t.shape[1:])])
 
 
+def living(group: weakref.ref) -> dist.ProcessGroup:
+    """The group of a graph. A graph does not own it: gloo aborts where a group outlives its destruction."""
+    found = group()
+    if found is None:
+        raise RuntimeError("group: it was destroyed before the backward of a call that it took part in")
+    return found
+
+
 def whole_gradient(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """t itself, whose gradient is then summed over the group."""
     return SummedGradient.apply(t, group) if t.requires_grad and torch.is_grad_enabled() else t
@@ -74,13 +83,13 @@ def whole_gradient(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 class SummedGradient(Function):
     @staticmethod
     def forward(ctx, t, group):
-        ctx.group = group
+        ctx.group = weakref.ref(group)
         return t.view_as(t)
 
     @staticmethod
     def backward(ctx, grad):
         total = grad.to(_checks.accumulation_dtype(grad.dtype), copy=True).contiguous()
-        dist.all_reduce(total, group=ctx.group)
+        dist.all_reduce(total, group=living(ctx.group))
         return total.to(grad.dtype), None
 
 
@@ -129,7 +138,14 @@ def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...] in rank order."""
     count = dist.get_world_size(group)
     out = t.new_empty(count * t.numel())
-    dist.all_gather_into_tensor(out, t.flatten(), group=group)
+    newer = hasattr(dist, "all_gather_single")  # its name from torch 2.13 on
+    try:
+        (dist.all_gather_single if newer else dist.all_gather_into_tensor)(out, t.flatten(), group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "group: not every rank took part in this call: see what another raised before, or whether all "
+            f"make the same calls ({error})"
+        ) from error
     return out.view(count, *t.shape)
 
 

@@ -1,6 +1,7 @@
 """Attention with spans over consecutive parts of every sequence: keys travel as far as a window reaches."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -10,13 +11,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sukhops import _checks
-from sukhops.parallel._slices import agreed
+from sukhops.parallel._slices import agreed, living
 
 
 class Parts(NamedTuple):
     """Parts of `length` positions; rank r needs the keys of the `before[r]` positions before its own."""
 
-    group: dist.ProcessGroup
     rank: int
     length: int
     before: tuple[int, ...]
@@ -55,7 +55,7 @@ def attention(
         reach = reach if most is None else min(reach, most)
     before = min(max(0, reach - int(include_self)), rank * m)
     parts = Parts(
-        group, rank, m,
+        rank, m,
         agreed(
             group, q, before,
             B=b, H=h, Hkv=k.shape[1], d=d, positions=m, dtype=_checks.FLOATS.index(q.dtype),
@@ -77,7 +77,7 @@ def attention(
 
     kv = torch.stack([k, v])  # [2, B, Hkv, M, d]
     pending: list[Travel] = []
-    received = _Exchange.apply(kv, parts, pending)
+    received = _Exchange.apply(kv, parts, group, pending)
     apart = 0 < before < m  # then the later queries see keys of this rank alone, and are computed meanwhile
     later = part(slice(before, m), k, v, 0) if apart else None
     for travel in pending:
@@ -95,11 +95,11 @@ class _Exchange(Function):
     """
 
     @staticmethod
-    def forward(ctx, kv, parts, pending):
-        ctx.parts = parts
+    def forward(ctx, kv, parts, group, pending):
+        ctx.parts, ctx.group = parts, weakref.ref(group)
         sent = {r: kv[..., s, :].contiguous() for r, s in parts.readers()}
         found = {r: kv.new_empty(*kv.shape[:3], s.stop - s.start, kv.shape[4]) for r, s in parts.owners()}
-        pending.append(Travel(sent, found, parts.group))
+        pending.append(Travel(sent, found, group))
         none = kv.new_empty(*kv.shape[:3], 0, kv.shape[4])  # the exchange is in the graph of every rank
         return tuple(found.values()) or (none,)
 
@@ -109,10 +109,10 @@ class _Exchange(Function):
         total = like.new_zeros(*like.shape[:3], parts.length, like.shape[4])
         sent = {r: g.contiguous() for (r, _), g in zip(parts.owners(), grads, strict=False)}
         found = {r: torch.empty_like(total[..., s, :]).contiguous() for r, s in parts.readers()}
-        Travel(sent, found, parts.group).wait()
+        Travel(sent, found, living(ctx.group)).wait()
         for r, s in parts.readers():
             total[..., s, :] += found[r]
-        return total, None, None
+        return total, None, None, None
 
 
 class Travel:

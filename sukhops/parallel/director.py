@@ -1,5 +1,7 @@
 """Director in slices of the vocabulary: log-probs, their k largest, and what trains the classifier."""
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,7 @@ from sukhops.parallel._slices import (
     best,
     bits,
     gather,
+    living,
     one_row,
     shares,
     slices,
@@ -130,7 +133,7 @@ class _Logp(Function):
         if where.size:
             mine = log_w[held.index(where.rank)].unsqueeze(1)
             logp = (logp + mine).masked_fill(mine == -torch.inf, -torch.inf)
-        ctx.where, ctx.heads = where, heads
+        ctx.group, ctx.size, ctx.heads = weakref.ref(where.group), where.size, heads
         ctx.save_for_backward(logp, hidden, lm_weight, gamma, lm_bias, affine, *rest)
         return logp if where.size else logp[:, :0].clone()
 
@@ -139,8 +142,8 @@ class _Logp(Function):
         logp, hidden, lm_weight, gamma, lm_bias, affine, *rest = ctx.saved_tensors
         mine = grad.sum(1)
         total = mine.clone()
-        dist.all_reduce(total, group=ctx.where.group)
-        if not ctx.where.size:
+        dist.all_reduce(total, group=living(ctx.group))
+        if not ctx.size:
             grad, logp = torch.zeros_like(logp), torch.full_like(logp, -torch.inf)
         need_hidden, need_lm, _, need_lm_bias, _, *need = ctx.needs_input_grad[2:]
         need_cls, need_cls_bias = any(need[: ctx.heads]), any(need[ctx.heads :])
