@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import sukhops
+from sukhops.parallel import adaptive_span as parallel
 
 RANKS, ROUNDS = 2, 7
 
@@ -30,6 +31,7 @@ class Traffic:
             if hasattr(dist, name):
                 setattr(dist, name, self.counted(getattr(dist, name), place))
         dist.batch_isend_irecv = self.counted(dist.batch_isend_irecv, None)
+        parallel.Travel.wait = self.counted(parallel.Travel.wait, None)
 
     def counted(self, call: Callable, place: int | None) -> Callable:
         @functools.wraps(call)
@@ -37,10 +39,11 @@ class Traffic:
             start = time.perf_counter()
             result = call(*args, **kwargs)
             self.seconds += time.perf_counter() - start
+            steps = args[0] if isinstance(args[0], list) else []
             sent = (
                 [args[place]]
                 if place is not None
-                else [step.tensor for step in args[0] if step.op is dist.isend]
+                else [step.tensor for step in steps if step.op is dist.isend]
             )
             self.bytes += sum(t.numel() * t.element_size() for t in sent)
             return result

@@ -38,6 +38,10 @@ def check_floats(**tensors: Tensor) -> None:
     """All floating, on one supported device; of dtypes of their own."""
     for name, t in tensors.items():
         check_tensor(name, t)
+        if hasattr(t, "device_mesh"):
+            raise TypeError(
+                f"{name}: a DTensor is not taken here; pass its local part, and group= where there is"
+            )
         if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device.type not in DEVICES:

@@ -24,8 +24,9 @@ def on_ranks(count: int, work: Callable, *arguments: object) -> list:
             context.Process(target=_run, args=(rank, count, folder, end, work, arguments), daemon=True)
             for rank, (_, end) in enumerate(pipes)
         ]
-        for process in processes:
+        for process, (_, end) in zip(processes, pipes, strict=True):
             process.start()
+            end.close()  # the rank has its own: if it dies, the pipe says so
         try:
             found = []
             for rank, (end, _) in enumerate(pipes):

@@ -53,6 +53,20 @@ def several_logp(given, target, **group):
     return linear_logp(**given, target=several(target), **CURVE, **group)
 
 
+def ignoring(index):
+    """An ignore_index that is a token: of rank 0's slice, and a place in every other."""
+
+    def call(given, target, **group):
+        moved = target.where(target != -100, index)
+        return linear_logp(**given, target=moved, ignore_index=index, return_lse=True, **group)
+
+    return call
+
+
+def offset(given, target, **group):
+    return linear_logp(given["hidden"], given["weight"], target, given["bias"] + 1e4, **group)
+
+
 def stats(given, target, **group):
     return linear_token_stats(**given, target=target, outputs=TokenStats._fields, **CURVE, **group)
 
@@ -98,6 +112,9 @@ HEADS = {
     "logp, bias": (logp, {"bias": True}),
     "logp, frozen": (logp, {"frozen": True}),
     "several targets": (several_logp, {"bias": True}),
+    "ignore_index 0": (ignoring(0), {}),
+    "ignore_index 3": (ignoring(3), {}),
+    "offset": (offset, {"bias": True}),
     "statistics": (stats, {}),
     "statistics, bias": (stats, {"bias": True}),
     "statistics, frozen": (stats, {"frozen": True}),
@@ -107,6 +124,10 @@ HEADS = {
     "director, bias": (director(director_logp), {"more": ("second", "gamma"), "bias": True}),
     "director, shared": (shared_director, {"more": ("affine",)}),
     "director top k": (director(director_topk, 5), {"more": ("second", "gamma"), "frozen": True}),
+    "director top k, bias": (
+        director(director_topk, 5),
+        {"more": ("second", "gamma"), "frozen": True, "bias": True},
+    ),
     "classifier": (classifier(classifier_logit), {"more": ("second",), "unused": ("weight",)}),
     "classifier norm": (classifier(classifier_norm), {"more": ("second",), "unused": ("weight",)}),
     "classifier norm, shared": (shared_norm, {"more": ("affine",)}),
@@ -119,7 +140,7 @@ def outcome(name, call, given, target, rank=None, sizes=None, **group):
 
     Columns of a distribution are this rank's, of the results and of their upstream gradient.
     """
-    inference = name == "director top k"
+    inference = name.startswith("director top k")
     with torch.set_grad_enabled(not inference):
         out = call(given, target, **group)
     out = out if isinstance(out, tuple) else (out,)
@@ -199,3 +220,89 @@ def test_head(ranks, name, dtype):
             assert testing.distance(t, exact[key]) < 1e-10, key
         else:
             assert testing.distance(t, exact[key]) <= testing.budget(t, low[key], exact[key]), key
+
+
+# ------------------------------------------------------------------ what travels, and odd calls
+
+
+def traffic(rank):
+    """Bytes of every all-gather of a call, and of the all-reduces of its backward."""
+    gathered, reduced = [], []
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    plain_gather, plain_reduce = getattr(dist, gather), dist.all_reduce
+
+    def counted_gather(out, t, **options):
+        gathered.append(t.numel() * t.element_size())
+        return plain_gather(out, t, **options)
+
+    def counted_reduce(t, **options):
+        reduced.append(t.numel() * t.element_size())
+        return plain_reduce(t, **options)
+
+    setattr(dist, gather, counted_gather)
+    dist.all_reduce = counted_reduce
+    found = {}
+    for name in ("logp", "several targets", "top k", "logp, frozen"):
+        call, options = HEADS[name]
+        given, target = head(rank, SIZES[2], torch.float32, **options)
+        gathered.clear(), reduced.clear()
+        out = call(given, target, group=dist.group.WORLD)
+        forward = list(gathered), list(reduced)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        found[name] = (*forward, list(gathered)[len(forward[0]) :], list(reduced))
+    return found
+
+
+def test_few_numbers_travel():
+    """At most 16 bytes a row and target, 8 more for each of the top k; in a backward hidden's gradient."""
+    for found in on_ranks(2, traffic):
+        for name, (gathered, reduced, more, summed) in found.items():
+            compared, numbers = gathered
+            targets, k = {"several targets": 3, "top k": 0}.get(name, 1), 5 * (name == "top k")
+            assert compared < 200 and numbers == N * 4 * (2 + targets + 2 * k)
+            assert numbers <= N * 16 * (targets + k)
+            assert reduced == more == [] and summed == [N * D * 4], name
+
+
+def odd_calls(rank):
+    world, found = dist.group.WORLD, {}
+    given, target = head(rank, SIZES[2], torch.float32)
+    empty = {"hidden": torch.zeros(0, D), "weight": given["weight"]}
+    rows = linear_token_stats(**empty, target=target[:0], outputs=TokenStats._fields, group=world)
+    found["no rows"] = [t.shape for t in rows] + [linear_topk(**empty, k=3, group=world).values.shape]
+
+    def call(hidden, weight):
+        return linear_logp(hidden, weight, target, group=world).sum()
+
+    inputs = (given["hidden"], given["weight"])
+    plain, compiled = (torch.autograd.grad(f(*inputs), inputs) for f in (call, torch.compile(call)))
+    found["compiled"] = all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    again = torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False)
+    found["checkpoint"] = all(
+        torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(again, inputs), strict=True)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found["autocast"] = linear_logp(*inputs, target, group=world).dtype == torch.float32
+    wrong = {
+        "gradient": lambda: linear_logp(
+            given["hidden"].detach().requires_grad_(rank == 0), given["weight"], target, group=world
+        ),
+        "temperature": lambda: linear_logp(*inputs, target, temperature=1.0 + rank, group=world),
+        "bias": lambda: linear_logp(*inputs, target, given["weight"][:, 0] if rank else None, group=world),
+    }
+    for name, attempt in wrong.items():
+        try:
+            attempt()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_odd_calls():
+    for found in on_ranks(2, odd_calls):
+        assert isinstance(found, dict), found
+        assert found["no rows"] == [(0,)] * 6 + [(0, 3)]
+        assert found["compiled"] and found["checkpoint"] and found["autocast"]
+        assert found["gradient"] == "group: expected the same gradients on all ranks, got [1, 0] by rank"
+        for name in ("temperature", "bias"):
+            assert found[name].startswith("group: expected the same options on all ranks"), name

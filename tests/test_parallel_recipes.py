@@ -221,6 +221,9 @@ def dtensors(rank):
         "plain weight": lambda: linear_logp(row, weight, target),
         "plain bias": lambda: linear_logp(row, sharded, target, bias),
         "width": lambda: linear_logp(distribute_tensor(hidden, mesh, [Shard(2)]), sharded, target),
+        "generator": lambda: nn.CringeLoss(k=2)(
+            row, distribute_tensor(weight, mesh, [Replicate()]), target, target.clamp(0, 1)
+        ),
     }.items():
         try:
             call()
@@ -236,6 +239,7 @@ BAD = {
     "plain weight": "hidden: a DTensor needs a weight that is one",
     "plain bias": "bias: expected a DTensor",
     "width": r"hidden: expected Replicate\(\) or Shard of a leading axis",
+    "generator": "generator: k > 1 with DTensors needs one",
 }
 
 
@@ -316,6 +320,43 @@ def test_peft():
     nn.HeadLoss(lora(lora_dropout=0.1).eval().lm_head, None)(hidden, target)
     with pytest.raises(ValueError, match="variant of LoRA"):
         nn.HeadLoss(lora(use_dora=True).lm_head, None)(hidden, target)
+
+
+def parts_of_a_lora_head(rank):
+    """The layer of PEFT sharded as a whole trains as it does alone; a part of it alone raises."""
+    import peft
+    from torch.distributed.fsdp import fully_shard
+
+    hidden, (_, target) = torch.randn(S, T, D, generator=torch.Generator().manual_seed(3)), batch()
+
+    def layer():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
+        return peft.get_peft_model(Base(), config).base_model.model.lm_head
+
+    def gradient(head):
+        nn.HeadLoss(head, None)(hidden, target).sum().backward()
+        return head.lora_A["default"].weight.grad
+
+    alone, sharded, part = gradient(layer()), layer(), layer()
+    torch.testing.assert_close(gradient(fully_shard(sharded)).full_tensor(), alone)
+    fully_shard(part.base_layer)
+    with pytest.raises(ValueError, match="FSDP2 has sharded a part of it"):
+        nn.HeadLoss(part, None)(hidden, target)
+    return True
+
+
+def test_peft_under_fsdp2():
+    pytest.importorskip("peft")
+    assert on_ranks(2, parts_of_a_lora_head) == [True, True]
+
+
+def test_a_forward_of_the_heads_own_survives():
+    head = tnn.Linear(D, V)
+    head.unshard = lambda: None  # as FSDP2's modules have
+    head.forward = own = lambda x: x
+    nn.HeadLoss(head, None)(torch.randn(S, T, D), batch()[1])
+    assert head.forward is own
 
 
 def test_head_loss_calls_the_loss():

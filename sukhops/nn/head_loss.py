@@ -13,7 +13,8 @@ class HeadLoss(nn.Module):
     A loss that is called with `lm_head.weight` reads a parameter outside the forward of its module: FSDP2 and
     ZeRO-3 have not gathered it there, and what PEFT adds to it is missed. `HeadLoss` is a module around both.
     Its forward gathers, reduces and frees the head's parameters like that of any other module, whether it or
-    the head is sharded, if it runs inside the forward of the wrapped model.
+    the head is sharded, if it runs inside the forward of the wrapped model. (Tests cover DDP, FSDP2 and PEFT;
+    ZeRO-3 is by DeepSpeed's documented hooks, untested.)
 
     Args:
         head: nn.Linear, its weight tied or not; `DirectorHead`, for `DirectorLoss`; or one of these in a
@@ -24,7 +25,8 @@ class HeadLoss(nn.Module):
 
     Raises:
         TypeError: a head of another kind, or one that does not go with the loss.
-        ValueError, in forward: LoRA with dropout while training, or a variant of it (DoRA).
+        ValueError, in forward: LoRA with dropout while training, or a variant of it (DoRA); a head of which
+            FSDP2 has sharded a part alone.
 
     Source: the library's; LoRA is Hu et al. 2021.
     """
@@ -63,15 +65,22 @@ class HeadLoss(nn.Module):
 
         if not _gathers_itself(self.head):
             return call(hidden)
+        before = vars(self.head).get("forward")
         self.head.forward = call  # what hooks into the head's forward sees this one
         try:
             return self.head(hidden)
         finally:
             del self.head.forward
+            if before is not None:
+                self.head.forward = before
 
 
 def _gathers_itself(head: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 gathers the head's parameters in its own forward."""
+    if any(hasattr(m, "unshard") for m in head.modules() if m is not head):
+        raise ValueError(
+            "head: FSDP2 has sharded a part of it; shard the head, or its layer of PEFT, as a whole"
+        )
     return hasattr(head, "unshard") or any(hasattr(p, "ds_id") for p in head.parameters())
 
 

@@ -54,7 +54,8 @@ def director_logp(
         cls_bias: [V] or None, or with several classifiers a list of these.
         cls_affine: (a, b), numbers or scalar tensors, or None.
         group: ranks that hold a slice of the vocabulary each, in rank order: weights and biases are this
-            rank's slice, which may be empty; everything else is the same on every rank.
+            rank's slice, which may be empty; everything else is the same on every rank. Each rank's loss is
+            that of its own columns, and every rank runs its backward.
 
     Returns:
         [..., V], nats, float32 (float64 for float64 inputs). With group this rank's columns of the

@@ -24,6 +24,7 @@ def takes_dtensors(call: Callable) -> Callable:
         if not any(map(_is_dtensor, _tensors((*args, *kwargs.values())))):
             return call(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
         return _unwrapped(call, bound)
 
     return wrapped
@@ -46,7 +47,8 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments):
     heads = {n: t for n, v in given.items() if n in WEIGHTS for t in _tensors((v,))}
     mesh = next((t.device_mesh for t in heads.values() if isinstance(t, DTensor)), None)
     if mesh is None:
-        raise ValueError("hidden: a DTensor needs a weight that is one, on the same mesh")
+        named = next(n for n, v in given.items() if any(map(_is_dtensor, _tensors((v,)))))
+        raise ValueError(f"{named}: a DTensor needs a weight that is one, on the same mesh")
     first = next(n for n, t in heads.items() if isinstance(t, DTensor))
     placed = heads[first].placements
     if mesh.ndim != 1 or placed not in ((Shard(0),), (Replicate(),)):
@@ -59,6 +61,11 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments):
             f"{first}: a DTensor with a plain hidden. Where FSDP2 has sharded the parameters, call the loss "
             "in nn.HeadLoss, which they are gathered for. For tensor parallel pass this rank's slice with "
             "group=, or a hidden that is a DTensor on the same mesh"
+        )
+
+    if "generator" in given and given["generator"] is None and getattr(given["self"], "k", 1) > 1:
+        raise ValueError(
+            "generator: k > 1 with DTensors needs one, in the same state on every rank, got None"
         )
 
     def local(name: str, t: object):

@@ -1,6 +1,9 @@
 """What operators on slices share: where each rank's slice is, what travels, gradients over the group."""
 
 import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,7 +42,7 @@ def slices(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, **equal: in
     numbers = {n: x for n, x in equal.items() if not isinstance(x, Tensor)}
     if testing.ranks_are_compared():
         tensors = {"hidden": hidden} | {n: x for n, x in equal.items() if isinstance(x, Tensor)}
-        numbers |= {f"values of {name}": _digest(t) for name, t in tensors.items()}
+        numbers |= {f"values of {name}": _digest_of_values(t) for name, t in tensors.items()}
     sizes = agreed(
         group, hidden, weight.shape[0], D=weight.shape[1], dtype=_checks.FLOATS.index(weight.dtype),
         **{"rows of hidden": hidden.shape[:-1].numel()}, **numbers,
@@ -63,7 +66,7 @@ def agreed(group: dist.ProcessGroup, like: Tensor, own: int, **equal: int) -> tu
 
 
 def one_row(t: Tensor | None, where: Slices) -> Tensor | None:
-    """An empty slice with one row, which will count for nothing: hidden stays in the graph of every rank."""
+    """t, or for an empty slice one row whose results are dropped, so that every rank's graph holds hidden."""
     return t if t is None or where.size else torch.cat([t, t.new_zeros(1, *t.shape[1:])])
 
 
@@ -89,17 +92,19 @@ class SummedGradient(Function):
     @staticmethod
     def backward(ctx, grad):
         total = grad.to(_checks.accumulation_dtype(grad.dtype), copy=True).contiguous()
-        dist.all_reduce(total, group=living(ctx.group))
+        with together():
+            dist.all_reduce(total, group=living(ctx.group))
         return total.to(grad.dtype), None
 
 
 class Sum(Function):
-    """The sum over the ranks of what one of them has, or each a part of."""
+    """The sum over the ranks. Its gradient is passed on to each rank's summand."""
 
     @staticmethod
     def forward(ctx, t, group):
         total = t.clone()
-        dist.all_reduce(total, group=group)
+        with together():
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
@@ -123,7 +128,7 @@ def best(values: list[Tensor], bits: list[Tensor], k: int) -> tuple[Tensor, Tens
     return joined[:, :k], indices.long().gather(1, order[:, :k]), order[:, :k]
 
 
-def bits(index: Tensor, where: Slices, like: Tensor, k: int) -> Tensor:
+def index_bits(index: Tensor, where: Slices, like: Tensor, k: int) -> Tensor:
     """Indices [N, at most k], then of the whole vocabulary, as bits of like's dtype to travel with it."""
     wide = torch.int64 if like.dtype == torch.float64 else torch.int32
     return widened((index + where.start).to(wide).view(like.dtype), k)
@@ -139,17 +144,36 @@ def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     count = dist.get_world_size(group)
     out = t.new_empty(count * t.numel())
     newer = hasattr(dist, "all_gather_single")  # its name from torch 2.13 on
-    try:
+    with together():
         (dist.all_gather_single if newer else dist.all_gather_into_tensor)(out, t.flatten(), group=group)
+    return out.view(count, *t.shape)
+
+
+def gradients(*inputs: Tensor | None) -> int:
+    """1 where the backward of a call on these will communicate."""
+    return int(torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
+
+
+def digest(*options: object) -> int:
+    """A number that tells options apart."""
+    return zlib.crc32(repr(options).encode())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Names the cause where a collective fails because a rank is missing."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             "group: not every rank took part in this call: see what another raised before, or whether all "
             f"make the same calls ({error})"
         ) from error
-    return out.view(count, *t.shape)
 
 
-def _digest(t: Tensor) -> int:
+def _digest_of_values(t: Tensor) -> int:
     """A number that tells tensors apart, the same for the same bits."""
     numbers = t.detach().contiguous().view(torch.uint8).flatten().long()
     places = torch.arange(1, numbers.numel() + 1, device=t.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sukhops import _checks
-from sukhops.parallel._slices import agreed, living
+from sukhops.parallel._slices import agreed, digest, gradients, living, together
 
 
 class Parts(NamedTuple):
@@ -59,7 +59,9 @@ def attention(
         agreed(
             group, q, before,
             B=b, H=h, Hkv=k.shape[1], d=d, positions=m, dtype=_checks.FLOATS.index(q.dtype),
-            gradients=int(k.requires_grad or v.requires_grad),
+            gradients=gradients(k, v),
+            options=digest(ramp, include_self, max_span, options, key_start is None,
+                           None if rel_pos is None else rel_pos.shape[-2]),
         ),
     )  # fmt: skip
     window = {
@@ -91,7 +93,7 @@ def attention(
 class _Exchange(Function):
     """Keys and values [2, B, Hkv, some, d] of each rank before that has any; their gradients go back to it.
 
-    The forward does not wait for them: `pending` gets what there is to wait for.
+    The forward does not wait for them; it appends its `Travel` to `pending`.
     """
 
     @staticmethod
@@ -127,5 +129,6 @@ class Travel:
         self.works = dist.batch_isend_irecv(steps) if steps else []
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        with together():
+            for work in self.works:
+                work.wait()

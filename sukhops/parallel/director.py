@@ -10,12 +10,15 @@ from torch.autograd import Function
 from sukhops.parallel._slices import (
     Sum,
     best,
-    bits,
+    digest,
     gather,
+    gradients,
+    index_bits,
     living,
     one_row,
     shares,
     slices,
+    together,
     whole_gradient,
     widened,
 )
@@ -46,12 +49,21 @@ def director_topk(
         raise ValueError(f"k: expected an int in [1, V = {where.total}], got {k}")
     few_of = [min(k, size) for size in where.sizes]
     value, index, maximum, log_sum = _ops.director_topk(*arguments, max(1, few_of[where.rank]))
-    numbers = [maximum.unsqueeze(1), log_sum.unsqueeze(1), widened(value, k), bits(index, where, value, k)]
+    numbers = [
+        maximum.unsqueeze(1),
+        log_sum.unsqueeze(1),
+        widened(value, k),
+        index_bits(index, where, value, k),
+    ]
     found = gather(torch.cat(numbers, 1), group)
     held = where.held
     _, log_w, whole = shares(found[held, :, 0], found[held, :, 1])
+    shift = log_w.unsqueeze(2)  # a slice without a finite score has no log-probs of its own
     values, indices, _ = best(
-        [found[r, :, 2 : 2 + few_of[r]] + log_w[i].unsqueeze(1) for i, r in enumerate(held)],
+        [
+            (found[r, :, 2 : 2 + few_of[r]] + shift[i]).masked_fill(shift[i] == -torch.inf, -torch.inf)
+            for i, r in enumerate(held)
+        ],
         [found[r, :, 2 + k : 2 + k + few_of[r]] for r in held],
         k,
     )
@@ -74,7 +86,7 @@ def classifier_norm(
     bias: Tensor | None, affine: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The mean over the other entries of the whole vocabulary of (sigmoid(c) - 1/2)^2, [N]."""
-    where, inside, own, wrong = _classifier(group, hidden, weight, target, label)
+    where, inside, own, wrong = _classifier(group, hidden, weight, target, label, affine)
     weight, bias = one_row(weight, where), one_row(bias, where)
     x = whole_gradient(hidden, group)
     pair = None if affine is None else whole_gradient(affine, group)
@@ -93,16 +105,20 @@ def classifier_norm(
 
 def _director(group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine, **equal):
     """The slices, and the operator's arguments with gradients that are summed over the group."""
-    where = slices(group, hidden, lm_weight, classifiers=len(cls_weight), **equal)
+    biases = (lm_bias is None, *(b.numel() > 0 for b in cls_bias), affine is None)
+    where = slices(
+        group, hidden, lm_weight, classifiers=len(cls_weight), gamma=gamma, options=digest(biases),
+        gradients=gradients(hidden, lm_weight, *cls_weight, gamma, lm_bias, *cls_bias, affine), **equal,
+    )  # fmt: skip
     shared = [None if t is None else whole_gradient(t, group) for t in (hidden, gamma, affine)]
     weights = [one_row(w, where) for w in (lm_weight, *cls_weight)]
     biases = [b if b is None or not b.numel() else one_row(b, where) for b in (lm_bias, *cls_bias)]
     return where, shared[0], weights[0], weights[1:], shared[1], biases[0], biases[1:], shared[2]
 
 
-def _classifier(group, hidden, weight, target, label):
+def _classifier(group, hidden, weight, target, label, affine=None):
     """The slices; which targets are this rank's, its places for them, 0 for the others; which are wrong."""
-    where = slices(group, hidden, weight, target=target, label=label)
+    where = slices(group, hidden, weight, target=target, label=label, gradients=gradients(hidden, affine))
     given = target != IGNORE
     wrong_target = given & ((target < 0) | (target >= where.total))
     wrong_label = given & ((label < -1) | (label > 1))
@@ -142,7 +158,8 @@ class _Logp(Function):
         logp, hidden, lm_weight, gamma, lm_bias, affine, *rest = ctx.saved_tensors
         mine = grad.sum(1)
         total = mine.clone()
-        dist.all_reduce(total, group=living(ctx.group))
+        with together():
+            dist.all_reduce(total, group=living(ctx.group))
         if not ctx.size:
             grad, logp = torch.zeros_like(logp), torch.full_like(logp, -torch.inf)
         need_hidden, need_lm, _, need_lm_bias, _, *need = ctx.needs_input_grad[2:]

@@ -7,7 +7,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from sukhops.parallel._slices import best, bits, gather, one_row, shares, slices, whole_gradient, widened
+from sukhops.parallel._slices import (
+    best,
+    digest,
+    gather,
+    gradients,
+    index_bits,
+    one_row,
+    shares,
+    slices,
+    whole_gradient,
+    widened,
+)
+
+IGNORE = -100  # of a slice's own targets; the caller's ignore_index may be a place in a slice
 
 
 def head(
@@ -18,6 +31,7 @@ def head(
     where = slices(
         group, hidden, weight,
         targets=targets.shape[1], k=k, statistics=int(statistics), target=targets,
+        gradients=gradients(hidden), options=digest(curve, ignore_index, bias is None),
     )  # fmt: skip
     k = min(k, where.total)
     ignored = targets == ignore_index
@@ -29,11 +43,11 @@ def head(
             f"got {targets[row, column].item()} at row {row}"
         )
     inside = (targets >= where.start) & (targets < where.start + where.size)
-    own = torch.where(inside, targets - where.start, 0).masked_fill(ignored, ignore_index)
-    x = whole_gradient(hidden.reshape(len(targets), -1), group)
+    own = torch.where(inside, targets - where.start, 0).masked_fill(ignored, IGNORE)
+    x = whole_gradient(hidden.reshape(len(targets), hidden.shape[-1]), group)
     part = local(
         x, one_row(weight, where), own, one_row(bias, where),
-        k=min(k, where.size), statistics=statistics, ignore_index=ignore_index, **curve,
+        k=min(k, where.size), statistics=statistics, ignore_index=IGNORE, **curve,
     )  # fmt: skip
     counted = (~ignored).any(1) if targets.shape[1] else torch.ones_like(part.maximum, dtype=torch.bool)
     return type(part)(*_Combine.apply(*part, inside, counted, wrong.any(1), k, statistics, where))
@@ -55,7 +69,7 @@ class _Combine(Function):
         targets, few = logit.shape[1], value.shape[1]
         rows = [
             maximum.unsqueeze(1), log_sum.unsqueeze(1), logit.where(inside, 0.0),
-            widened(value, k), bits(index, where, value, k),
+            widened(value, k), index_bits(index, where, value, k),
         ]  # fmt: skip
         if statistics:
             rows.append(torch.stack([entropy, log_sum_sq, mean_logit], 1))
@@ -98,7 +112,7 @@ class _Combine(Function):
         log_w, entropy, whole_entropy, order, inside = ctx.saved_tensors
         w = log_w.exp()
         log_sum = None if of_sum is None else of_sum * w
-        if of_entropy is not None:
+        if of_entropy is not None and entropy.numel():  # torch.compile passes gradients of what is not there
             share = (of_entropy * w * (entropy - log_w - whole_entropy)).masked_fill(w == 0, 0.0)
             log_sum = share if log_sum is None else log_sum + share
             of_entropy = of_entropy * w
