@@ -105,7 +105,8 @@ def test_other_builds(tmp_path, variant):
     if clang and not shutil.which("clang++"):
         pytest.skip("clang++ is not installed")
     flags = {"CC": "clang", "CXX": "clang++"} if clang else {"CFLAGS": f"-DSUKHOPS_ISA={variant}"}
-    environment = os.environ | flags | {"PYTHONPATH": str(tmp_path / "lib")}
+    # processes that tests start import tests from the checkout, and the package from this build
+    environment = os.environ | flags | {"PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}{ROOT}"}
     build = [
         sys.executable,
         "setup.py",

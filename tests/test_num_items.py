@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from sukhops import losses, nn
 
@@ -123,9 +123,8 @@ def test_micro_batches_train_as_the_batch_does(name, parts):
         torch.testing.assert_close(a, b, rtol=ROUNDING, atol=ROUNDING)
 
 
-def averaged(rank, name, path, found):
+def averaged(rank, name):
     """One of two ranks whose gradients are averaged."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     given, weights, cut, count = make(name)
     batch = {n: cut(t, rank, 2) for n, t in given.items()}
 
@@ -135,23 +134,16 @@ def averaged(rank, name, path, found):
             torch.distributed.all_reduce(g)
         return [g / 2 for g in found]
 
-    found.put([w.detach().numpy() for w in steps(weights, mean)])
-    torch.distributed.destroy_process_group()
+    return [w.detach() for w in steps(weights, mean)]
 
 
 @pytest.mark.parametrize("name", ["dpo", "cringe"])
-def test_two_ranks_train_as_one(tmp_path, name):
-    context = mp.get_context("spawn")
-    found = context.SimpleQueue()
-    ranks = mp.spawn(averaged, (name, tmp_path / "store", found), nprocs=2, join=False)
-    results = [found.get() for _ in range(2)]
-    while not ranks.join():
-        pass
+def test_two_ranks_train_as_one(name):
     given, weights, *_ = make(name)
     alone = steps(weights, lambda w: torch.autograd.grad(call(name, w, given).loss, w))
-    for result in results:
+    for result in on_ranks(2, averaged, name):
         for a, b in zip(result, alone, strict=True):
-            torch.testing.assert_close(torch.from_numpy(a), b.detach(), rtol=ROUNDING, atol=ROUNDING)
+            torch.testing.assert_close(a, b.detach(), rtol=ROUNDING, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", CASES)
