@@ -29,23 +29,19 @@ class Traffic:
         self.bytes, self.seconds = 0, 0.0
         for name, place in (("all_gather_single", 1), ("all_gather_into_tensor", 1), ("all_reduce", 0)):
             if hasattr(dist, name):
-                setattr(dist, name, self.counted(getattr(dist, name), place))
-        dist.batch_isend_irecv = self.counted(dist.batch_isend_irecv, None)
-        parallel.Travel.wait = self.counted(parallel.Travel.wait, None)
+                setattr(dist, name, self.counted(getattr(dist, name), lambda args, at=place: [args[at]]))
+        dist.batch_isend_irecv = self.counted(
+            dist.batch_isend_irecv, lambda args: [step.tensor for step in args[0] if step.op is dist.isend]
+        )
+        parallel.Travel.wait = self.counted(parallel.Travel.wait, lambda args: [])
 
-    def counted(self, call: Callable, place: int | None) -> Callable:
+    def counted(self, call: Callable, sent: Callable) -> Callable:
         @functools.wraps(call)
         def wrapped(*args, **kwargs):
             start = time.perf_counter()
             result = call(*args, **kwargs)
             self.seconds += time.perf_counter() - start
-            steps = args[0] if isinstance(args[0], list) else []
-            sent = (
-                [args[place]]
-                if place is not None
-                else [step.tensor for step in steps if step.op is dist.isend]
-            )
-            self.bytes += sum(t.numel() * t.element_size() for t in sent)
+            self.bytes += sum(t.numel() * t.element_size() for t in sent(args))
             return result
 
         return wrapped

@@ -10,7 +10,6 @@ constexpr int64_t kMaxWidth = 1024;                // columns of a tile that a t
 constexpr int64_t kPartBytes = 512 << 10;          // bytes of it, which stay in the second cache
 constexpr int64_t kPartRows = 252;                 // rows of it
 constexpr int64_t kTileBytes = 8ll << 20;          // bytes of a tile that all threads share, if it has 64 columns then
-constexpr int64_t kOneRowWidth = 8192;             // columns of it for one row, whose product MKL sums one by one
 
 // rows of a parallel loop worth one thread's while
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
@@ -49,7 +48,7 @@ struct Tiling {
 
   Tiling(int64_t n, int64_t v, int64_t size, int64_t heads = 1) : n(n) {
     width = std::max<int64_t>(64, kTileBytes / (size * heads * std::max<int64_t>(1, n)) / 64 * 64);
-    width = std::min(v, n == 1 ? std::min(width, kOneRowWidth) : width);
+    width = std::min(v, width);
     rows = std::max<int64_t>(1, even(n, kPartRows));
     const int64_t fits = kPartBytes / (size * rows * heads) / 64 * 64;
     cols = std::min(kMaxWidth, std::max<int64_t>(128, fits));

@@ -177,8 +177,9 @@ struct Gradients {
 };
 
 template <class A>
-Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhere, const Tensor& logp, const Tensor& hidden, const Heads<A>& heads,
-                        bool need_hidden, bool need_lm, bool need_cls, bool need_bias) {
+Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhere, const Tensor& logp,
+                        const Tensor& hidden, const Heads<A>& heads, bool need_hidden, bool need_lm, bool need_cls,
+                        bool need_bias) {
   const int64_t n = heads.n, v = heads.v, d = heads.d, count = heads.count();
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
   std::vector<Tensor> weight_grad, bias_grad;
@@ -249,9 +250,10 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
 
 // ---------------------------------------------------------------- registration
 
-std::tuple<Tensor, Tensor, Tensor> director(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight,
-                const Tensor& gamma, const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
-                const std::optional<Tensor>& cls_affine) {
+std::tuple<Tensor, Tensor, Tensor> director(
+    const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
+    const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
+    const std::optional<Tensor>& cls_affine) {
   return in_acc(hidden, [&](auto a) {
     using A = decltype(a);
     return logp<A>(hidden, Heads<A>(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine));
@@ -276,8 +278,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, std::vector<Tens
   return in_acc(hidden, [&](auto a) {
     using A = decltype(a);
     const Heads<A> heads(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine);
-    Gradients g = logp_backward<A>(torch::stable::contiguous(grad), grad_elsewhere, torch::stable::contiguous(logp), hidden,
-                                   heads, need_hidden, need_lm, need_cls, need_bias);
+    Gradients g = logp_backward<A>(torch::stable::contiguous(grad), grad_elsewhere, torch::stable::contiguous(logp),
+                                   hidden, heads, need_hidden, need_lm, need_cls, need_bias);
     return std::tuple(g.hidden, g.lm_weight, g.cls_weight, g.gamma, g.lm_bias, g.cls_bias, g.affine);
   });
 }

@@ -24,6 +24,7 @@ int64_t product_count() { return products.load(std::memory_order_relaxed); }
 namespace {
 
 constexpr int64_t kCellRows = 504, kCellCols = 512;  // of a result that a thread computes at a time, at most
+constexpr int64_t kOneRowDepth = 1024;                // terms of one row that the library adds up at a time
 
 using Kernel = void (*)(const Factors&);
 
@@ -70,8 +71,16 @@ Kernel pick(const Product& p) {
   return kernel;
 }
 
-// the library computes with one thread inside a parallel region
+// the library computes with one thread inside a parallel region; of one row MKL sums one term after the other, so a deep
+// product goes in parts
 void library(const Product& p) {
+  if (p.a.rows == 1 && p.a.cols > kOneRowDepth) {
+    for (int64_t k = 0, depth; k < p.a.cols; k += depth) {
+      depth = std::min(kOneRowDepth, p.a.cols - k);
+      library({p.out, p.a.part(0, k, 1, depth), p.b.part(k, 0, depth, p.b.cols), p.add || k > 0});
+    }
+    return;
+  }
   const auto tensor = [](const Matrix& m) {
     const std::array<int64_t, 2> sizes{m.rows, m.cols}, strides{m.row, m.col};
     return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2},

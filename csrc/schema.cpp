@@ -39,7 +39,8 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "-> (Tensor value, Tensor index, Tensor maximum, Tensor log_sum)");
   // logp are columns of a distribution, grad_elsewhere [N] is the sum of the gradients of the others, if there are any
   m.def(
-      "director_backward(Tensor grad, Tensor? grad_elsewhere, Tensor logp, Tensor hidden, Tensor lm_weight, Tensor[] cls_weight, "
+      "director_backward(Tensor grad, Tensor? grad_elsewhere, Tensor logp, Tensor hidden, Tensor lm_weight, "
+      "Tensor[] cls_weight, "
       "Tensor gamma, Tensor? lm_bias, Tensor[] cls_bias, Tensor? cls_affine, bool need_hidden, "
       "bool need_lm_weight, bool need_cls_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_lm_weight, Tensor[] grad_cls_weight, Tensor grad_gamma, "

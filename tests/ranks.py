@@ -2,9 +2,10 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -37,6 +38,18 @@ def on_ranks(count: int, work: Callable, *arguments: object) -> list:
             for process in processes:
                 process.join(5)
                 process.kill()
+
+
+def outcomes(work: Callable, counts: Iterable[int]) -> Callable:
+    """A fixture: what `work(rank)` finds on each rank, started once for each number of ranks."""
+
+    @pytest.fixture(scope="module", params=counts)
+    def ranks(request):
+        found = on_ranks(request.param, work)
+        assert all(isinstance(r, dict) for r in found), found
+        return found
+
+    return ranks
 
 
 def _run(rank: int, count: int, folder: str, end, work: Callable, arguments: tuple) -> None:

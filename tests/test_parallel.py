@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, outcomes
 
 from sukhops import director_logp, director_topk, linear_logp, linear_token_stats, linear_topk, testing
 from sukhops.ops.director import classifier_logit, classifier_norm
@@ -180,12 +180,7 @@ def heads(rank):
     return found
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def ranks(request):
-    """Every case of every rank: the processes are started once."""
-    found = on_ranks(request.param, heads)
-    assert all(isinstance(r, dict) for r in found), found
-    return found
+ranks = outcomes(heads, SIZES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

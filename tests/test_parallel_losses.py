@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, outcomes
 
 from sukhops import linear_logp, linear_topk, nn, testing
 
@@ -114,11 +114,7 @@ def losses(rank):
     return {n: outcome(call, given, target, group=dist.group.WORLD) for n, call in LOSSES.items()}
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def ranks(request):
-    found = on_ranks(request.param, losses)
-    assert all(isinstance(r, dict) for r in found), found
-    return found
+ranks = outcomes(losses, SIZES)
 
 
 @pytest.mark.parametrize("name", LOSSES)

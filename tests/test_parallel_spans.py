@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, outcomes
 
 from sukhops import adaptive_span_attention, nn, testing
 from sukhops.parallel import adaptive_span as parallel
@@ -78,11 +78,7 @@ def attend(rank):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    found = on_ranks(request.param, attend)
-    assert all(isinstance(r, dict) for r in found), found
-    return found
+ranks = outcomes(attend, [2, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -9,7 +9,15 @@ from budgets import logits_budget
 from torch.autograd import gradcheck
 
 import sukhops
-from sukhops import director_logp, director_topk, linear_logp, linear_token_stats, linear_topk, reference
+from sukhops import (
+    director_logp,
+    director_topk,
+    linear_logp,
+    linear_token_stats,
+    linear_topk,
+    reference,
+    testing,
+)
 from sukhops.ops.vocab_head import TokenStats
 from sukhops.testing import assert_close
 
@@ -195,6 +203,23 @@ def test_log_probs_and_gradients_survive_an_offset(offset, dtype, frozen):
     torch.testing.assert_close(
         dw[:, 0].double(), expected.double(), rtol=4e-6 if dtype == torch.float32 else 0.01, atol=1e-9
     )
+
+
+def test_one_row_sums_its_gradient_as_exactly_as_two():
+    """A library's product of one row may add tens of thousands of terms one after the other."""
+    hidden, weight = torch.randn(1, 8), torch.randn(32768, 8)
+    weight[:, 0] = 1.0
+    target = torch.tensor([3])
+
+    def gradient(op, dtype, rows):
+        h = hidden.to(dtype).expand(rows, -1).clone().requires_grad_()
+        w = weight.to(dtype).requires_grad_()
+        return torch.autograd.grad(op(h, w, target.expand(rows)).sum(), h)[0][:1]
+
+    exact = gradient(reference.linear_logp, torch.float64, 1)
+    two = gradient(reference.linear_logp, torch.float32, 2)
+    one = gradient(linear_logp, torch.float32, 1)
+    assert testing.distance(one, exact) <= testing.budget(one, two, exact)
 
 
 def test_log_probs_of_equal_logits_of_any_size():

@@ -164,8 +164,8 @@ def linear_token_stats(
         top1       = target is the lowest index among the largest logits
 
     logp, lse and entropy are differentiable, d entropy / d logits[v] = -p[v] (log p[v] + entropy); the others
-    are constants to a gradient. Outputs that are not asked for are not computed. With a frozen weight the
-    backward of the entropy takes two products, that of logp and lse none.
+    are constants to a gradient. The sums of entropy, log_sum_sq and mean_logit are taken where one of them is
+    asked for. With a frozen weight the backward of the entropy takes two products, that of logp and lse none.
 
     Args:
         hidden, weight, bias, softcap, scale, temperature, ignore_index, group: as in `linear_logp`.

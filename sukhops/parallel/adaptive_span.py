@@ -73,8 +73,7 @@ def attention(
         spans = span if span.dim() == 1 else span[:, :, queries]
         start = key_start
         if start is not None:
-            start = (start - (rank * m + first)).clamp(min=0)
-            start = start if start.dim() == 1 else start[:, queries]
+            start = (start[:, queries] - (rank * m + first)).clamp(min=0)
         return local(q[:, :, queries], keys, values, spans, key_start=start, **window)
 
     kv = torch.stack([k, v])  # [2, B, Hkv, M, d]
