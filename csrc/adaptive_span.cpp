@@ -28,6 +28,7 @@ struct SpanCall {
   int64_t span_stride[3];
   const int64_t* key_start;
   int64_t start_stride[2];
+  const int64_t* query_start;  // [B], or null: n - m
   const A* rel;  // [H or 1, S, wide]
   int64_t rel_stride;
   A* lse;        // [B, H, M]
@@ -35,6 +36,8 @@ struct SpanCall {
   A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
   bool need_q, need_kv;
   int64_t longest;  // keys that a query sees at most
+
+  int64_t start(int64_t b) const { return query_start ? query_start[b] : n - m; }  // of the queries
 };
 
 // the buffers of a thread, one behind the other
@@ -102,12 +105,13 @@ template <class A>
 struct Problem {
   SpanCall<A> call{};
   Strided q, k, v;
-  Tensor rel;
+  Tensor rel, starts;
   std::vector<int64_t> window;  // [B, Hkv] tokens that the longest span of its query heads reaches
 
   Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& span,
-          const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start, double ramp, double scale,
-          int64_t skip, std::optional<int64_t> max_span)
+          const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
+          const std::optional<Tensor>& query_start, double ramp, double scale, int64_t skip,
+          std::optional<int64_t> max_span)
       : q(q_, call.q, call.q_stride), k(k_, call.k, call.k_stride), v(v_, call.v, call.v_stride) {
     SpanCall<A>& c = call;
     c.batch = q_.size(0), c.heads = q_.size(1), c.m = q_.size(2), c.d = q_.size(3);
@@ -120,6 +124,13 @@ struct Problem {
     if (key_start) {
       c.key_start = data<int64_t>(*key_start);
       for (int i = 0; i < 2; ++i) c.start_stride[i] = key_start->stride(i);
+    }
+    if (query_start) {
+      starts = torch::stable::contiguous(*query_start);
+      c.query_start = data<int64_t>(starts);
+      for (int64_t b = 0; b < c.batch; ++b)
+        STD_TORCH_CHECK(0 <= c.query_start[b] && c.query_start[b] <= c.n - c.m, "query_start: expected 0 to N - M = ",
+                        c.n - c.m, ", got ", c.query_start[b], " of sequence ", b);
     }
     if (rel_pos) {
       const int64_t tables = rel_pos->dim() == 3 ? c.heads : 1, s = rel_pos->size(rel_pos->dim() - 2);
@@ -280,20 +291,21 @@ auto with_storage(ScalarType dtype, F&& f) {
 
 std::tuple<Tensor, Tensor> adaptive_span(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span, const std::optional<Tensor>& rel_pos,
-    const std::optional<Tensor>& key_start, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span) {
+    const std::optional<Tensor>& key_start, const std::optional<Tensor>& query_start, double ramp, double scale,
+    int64_t skip, std::optional<int64_t> max_span) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
-    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span);
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span);
     return forward<decltype(s)>(p, q);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
-    const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start, const Tensor& out,
-    const Tensor& lse, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q,
+    const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
+    const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& lse, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q,
     bool need_kv, bool need_span, bool need_rel_pos) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
-    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span);
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span);
     return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),
                                  torch::stable::contiguous(lse), need_q, need_kv, need_span, need_rel_pos);
   });

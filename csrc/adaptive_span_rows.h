@@ -121,7 +121,7 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
   for (int64_t i = 0; i < lanes; ++i) {
     w.lo[i] = kFar<A>, w.hi[i] = -kFar<A>, w.span[i] = 0;
     if (i >= count) continue;
-    const int64_t hi = c.n - c.m + i0 + i - c.skip;
+    const int64_t hi = c.start(b) + i0 + i - c.skip;
     int64_t lo = hi - c.limit + 1;
     if (lo < 0) lo = 0;
     if (c.key_start) {
@@ -173,11 +173,11 @@ struct Distances {
   int64_t rows, nearest, last;
   int64_t lo, hi;  // rows whose distance is in the table
 
-  Distances(const SpanCall<A>& c, int64_t h, int64_t i0, int64_t lanes, const Reach<A>& r) {
+  Distances(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t lanes, const Reach<A>& r) {
     table = c.rel && r.last > r.first ? c.rel + h * c.rel_stride : nullptr;
     last = r.last;
     rows = r.last - r.first + lanes - 1;
-    nearest = c.n - c.m + i0 - c.skip - (last - 1);
+    nearest = c.start(b) + i0 - c.skip - (last - 1);
     lo = nearest < 0 ? -nearest : 0;
     hi = c.limit - nearest < rows ? c.limit - nearest : rows;
     if (hi < lo) hi = lo;
@@ -259,7 +259,7 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
   const Reach<A> r = look(c, b, h, i0, count, lanes, w);
-  const Distances<A> x(c, h, i0, lanes, r);
+  const Distances<A> x(c, b, h, i0, lanes, r);
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, (A*)nullptr, c.d);
   if (x.table) by_distance(c, x, w.q_panels, lanes, w.rel);
   for (int64_t i = 0; i < lanes; ++i) w.top[i] = -__builtin_inf(), w.total[i] = 0;
@@ -320,7 +320,7 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
   const Reach<A> r = look(c, b, h, i0, count, lanes, w);
-  const Distances<A> x(c, h, i0, lanes, r);
+  const Distances<A> x(c, b, h, i0, lanes, r);
   const int64_t at = (b * c.heads + h) * c.m + i0, kv = h / c.group;
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, w.q_rows, c.wide);
   pack(row<S>(c.grad, c.grad_stride, b, h, i0), c.grad_stride[2], count, lanes, c.d, A(1), w.g_panels, w.g_rows,

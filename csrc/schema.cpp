@@ -66,11 +66,11 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
   // is x = (position of the query - position of the key) - skip away, and seen if 0 <= x < max_span and < S
   m.def(
       "adaptive_span(Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, Tensor? key_start, "
-      "float ramp, float scale, int skip, int? max_span) -> (Tensor out, Tensor lse)");
+      "Tensor? query_start, float ramp, float scale, int skip, int? max_span) -> (Tensor out, Tensor lse)");
   m.def(
       "adaptive_span_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, "
-      "Tensor? key_start, Tensor out, Tensor lse, float ramp, float scale, int skip, int? max_span, "
-      "bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
+      "Tensor? key_start, Tensor? query_start, Tensor out, Tensor lse, float ramp, float scale, int skip, "
+      "int? max_span, bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_span, Tensor grad_rel_pos)");
   m.def("adaptive_span_pairs() -> int");  // query-key pairs that CPU kernels have multiplied so far, for tests
 

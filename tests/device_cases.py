@@ -67,10 +67,12 @@ def two_attributes(op: Callable) -> Callable:
     return call
 
 
-def attention(heads: int, kv_heads: int, length: int, width: int, **more) -> Callable[[], dict]:
+def attention(
+    heads: int, kv_heads: int, length: int, width: int, *, queries: int | None = None, **more
+) -> Callable[[], dict]:
     def inputs() -> dict:
-        size = {"q": heads, "k": kv_heads, "v": kv_heads}
-        given = {n: normal(2, h, length, width) for n, h in size.items()}
+        size = {"q": (heads, queries or length), "k": (kv_heads, length), "v": (kv_heads, length)}
+        given = {n: normal(2, *s, width) for n, s in size.items()}
         span = (torch.rand(heads) * length / 2 + 0.25).requires_grad_()
         return given | {"span": span} | {n: f() for n, f in more.items()}
 
@@ -109,6 +111,8 @@ CONTRACT = [
     ("adaptive_span_attention", "adaptive_span", "rel_pos and padding", spans,
      attention(3, 3, 70, 24, rel_pos=lambda: normal(70, 24), key_start=lambda: torch.tensor([0, 9])), True),
     ("adaptive_span_attention", "adaptive_span", "grouped, 80 wide", spans, attention(4, 2, 300, 80), False),
+    ("adaptive_span_attention", "adaptive_span", "preallocated cache", spans,
+     attention(3, 3, 79, 24, queries=70, query_start=lambda: torch.tensor([0, 9])), True),
     ("adaptive_span_attention", "adaptive_span", "long",
      lambda f: spans(f, max_span=1500), attention(8, 8, 3000, 64), False),
     ("adaptive_span_attention", "adaptive_span", "hard window",

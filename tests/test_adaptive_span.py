@@ -46,9 +46,17 @@ CASES = {
     "short positions": ({"rel": (4, 15)}, {"include_self": False}),
     "all": (
         {"per_token": True, "rel": (4, 33)},
-        {"max_span": 21, "key_start": torch.tensor([7, 22]), "include_self": False},
+        {
+            "max_span": 21,
+            "key_start": torch.tensor([7, 22]),
+            "include_self": False,
+            "query_start": torch.tensor([4, 13]),
+        },
     ),
+    "cache": ({"m": 20}, {"query_start": torch.tensor([0, 17])}),
+    "cache, one place": ({"rel": (60,)}, {"query_start": 9}),
     "one query": ({"m": 1, "rel": (50,)}, {}),
+    "one query, cache": ({"m": 1}, {"query_start": torch.tensor([0, 40]), "max_span": 30}),
     "many keys": ({"b": 1, "h": 2, "hkv": 1, "m": 150, "n": 333, "d": 80}, {}),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -67,12 +75,14 @@ def spans_as(dtype, f, options):
 
 
 def oracle(
-    q, k, v, span, ramp=32.0, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None
-):
+    q, k, v, span, ramp=32.0, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None,
+    query_start=None,
+):  # fmt: skip
     """Row by row and key by key, in Python's floats."""
     (b, h, m, d), (_, hkv, n, _) = q.shape, k.shape
     scale = d**-0.5 if scale is None else scale
     out = torch.zeros(b, h, m, d, dtype=torch.float64)
+    first = torch.as_tensor(n - m if query_start is None else query_start).expand(b).tolist()
     for i_b in range(b):
         for i_h in range(h):
             keys, values = k[i_b, i_h * hkv // h].tolist(), v[i_b, i_h * hkv // h].tolist()
@@ -82,7 +92,7 @@ def oracle(
                 start = 0 if key_start is None else key_start.reshape(b, -1).expand(b, m)[i_b, i].item()
                 query, weights = q[i_b, i_h, i].tolist(), {}
                 for j in range(n):
-                    x = n - m + i - j - (0 if include_self else 1)
+                    x = first[i_b] + i - j - (0 if include_self else 1)
                     if x < 0 or j < start or (max_span is not None and x >= max_span):
                         continue
                     if table is not None and x >= len(table):
@@ -136,6 +146,8 @@ def test_gradcheck(name):
         given["span"].copy_((given["span"] / 8).floor() + 0.37)
     if "key_start" in options:
         options = options | {"key_start": torch.tensor([0, 5])}
+    if "query_start" in options:
+        options = options | {"query_start": torch.tensor([0, 2])}
     options = options | {"ramp": 2.0}
     names = list(given)
 
@@ -256,6 +268,27 @@ def test_blocks_with_a_cache_are_one_pass():
     exact = reference.adaptive_span_attention(**{n: t.double() for n, t in given.items()})
     ours = torch.cat(parts, 2)
     assert distance(ours, exact) <= budget(ours, whole, exact)
+
+
+@pytest.mark.parametrize("start", [20, torch.tensor([0, 20]), torch.tensor([7, 7], dtype=torch.int32)])
+def test_a_preallocated_cache_is_its_filled_part(start):
+    """To the bit, whatever the room behind it holds; nothing flows back there."""
+    given = make(m=6, rel=(50,))
+    out = adaptive_span_attention(**_hide(given, start, 6), query_start=start)
+    grads = torch.autograd.grad(out.sum(), [given["k"], given["v"], given["q"], given["rel_pos"]])
+    for b, first in enumerate(torch.as_tensor(start).expand(2).tolist()):
+        one = {n: t if n in ("span", "rel_pos") else t[b : b + 1] for n, t in given.items()}
+        one |= {n: one[n][:, :, : first + 6] for n in ("k", "v")}
+        assert torch.equal(out[b : b + 1], adaptive_span_attention(**one))
+        assert all(g[b, :, : first + 6].any() and not g[b, :, first + 6 :].any() for g in grads[:2])
+    assert all(g.isfinite().all() for g in grads)
+
+
+def _hide(given, start, m):
+    """Keys and values after the last query are NaN."""
+    last = torch.as_tensor(start).expand(2).view(2, 1, 1, 1) + m
+    hidden = torch.arange(given["k"].shape[2]).view(-1, 1) >= last
+    return given | {n: given[n].masked_fill(hidden, torch.nan) for n in ("k", "v")}
 
 
 def test_both_ends_of_the_ramp_count():

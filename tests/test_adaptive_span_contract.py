@@ -22,7 +22,8 @@ def flat(given, options):
         start = start.unsqueeze(1).expand(-1, given["q"].shape[2])
     return (
         *(given[n] for n in ("q", "k", "v", "span")), given.get("rel_pos"), start,
-        options.get("ramp", 32.0), 0.3, int(not options.get("include_self", True)), options.get("max_span"),
+        options.get("query_start"), options.get("ramp", 32.0), 0.3,
+        int(not options.get("include_self", True)), options.get("max_span"),
     )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_opcheck_backward(name, need):
     tensors = flat({n: t.detach() for n, t in given.items()}, options)
     out, lse = op(*tensors)
     need = (*need[:3], need[3] and "rel_pos" in given)
-    arguments = (torch.randn_like(out), *tensors[:6], out, lse, *tensors[6:], *need)
+    arguments = (torch.randn_like(out), *tensors[:7], out, lse, *tensors[7:], *need)
     torch.library.opcheck(torch.ops.sukhops.adaptive_span_backward.default, arguments)
 
 
@@ -244,6 +245,16 @@ BAD = {
     "key_start shape": (
         lambda g: g.update(key_start=torch.zeros(3).long()),
         ValueError, r"key_start: expected shape \[B = 2\]"),
+    "query_start late": (lambda g: g.update(query_start=14), ValueError, "query_start: .*N - M = 13, got 14"),
+    "query_start early": (lambda g: g.update(query_start=-1), ValueError, "query_start: .*, got -1"),
+    "query_start type": (
+        lambda g: g.update(query_start=[1, 2]), TypeError, "query_start: expected a torch.Tensor"),
+    "query_start shape": (
+        lambda g: g.update(query_start=torch.tensor([1])),
+        ValueError, r"query_start: expected shape \[2\] \(one per sequence, or an int\)"),
+    "query_start values": (
+        lambda g: g.update(query_start=torch.tensor([0, 14])),
+        RuntimeError, "query_start: expected 0 to N - M = 13, got 14 of sequence 1"),
     "device": (lambda g: g.update(span=g["span"].to("meta")), ValueError, "span: expected on cpu"),
 }  # fmt: skip
 

@@ -19,9 +19,9 @@ class Attention(torch.autograd.Function):
     """The launchers as an op, on the CPU."""
 
     @staticmethod
-    def forward(ctx, q, k, v, span, rel_pos, key_start, *options):
-        out, lse = kernels.forward(q, k, v, span, rel_pos, key_start, *options)
-        ctx.save_for_backward(q, k, v, span, rel_pos, key_start, out, lse)
+    def forward(ctx, q, k, v, span, rel_pos, key_start, query_start, *options):
+        out, lse = kernels.forward(q, k, v, span, rel_pos, key_start, query_start, *options)
+        ctx.save_for_backward(q, k, v, span, rel_pos, key_start, query_start, out, lse)
         ctx.options = options
         return out
 
@@ -30,7 +30,7 @@ class Attention(torch.autograd.Function):
         q, k, v, span, rel = ctx.needs_input_grad[:5]
         grads = kernels.backward(grad, *ctx.saved_tensors, *ctx.options, q, k or v, span, rel)
         wanted = (g if need else None for g, need in zip(grads, (q, k, v, span, rel), strict=True))
-        return *wanted, *[None] * 5
+        return *wanted, *[None] * 6
 
 
 def in_accumulation_dtype(q, span):
@@ -38,12 +38,13 @@ def in_accumulation_dtype(q, span):
 
 
 def launchers(q, k, v, span, *, ramp, rel_pos=None, scale=None, include_self=True, max_span=None,
-              key_start=None):  # fmt: skip
+              key_start=None, query_start=None):  # fmt: skip
     if key_start is not None and key_start.dim() == 1:
         key_start = key_start.unsqueeze(1).expand(q.shape[0], q.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     span = in_accumulation_dtype(q, span)
-    return Attention.apply(q, k, v, span, rel_pos, key_start, ramp, scale, int(not include_self), max_span)
+    options = ramp, scale, int(not include_self), max_span
+    return Attention.apply(q, k, v, span, rel_pos, key_start, query_start, *options)
 
 
 def exact(q, k, v, span, **options):
@@ -89,6 +90,17 @@ CASES = {
     "per token, float64": dict(dtype=torch.float64, m=17, n=18, span="rows", key_start=torch.tensor([2])),
     "rel_pos": dict(rel_pos=(40,), m=18),
     "rel_pos of heads": dict(rel_pos=(2, 12), m=18, span="rows", ramp=3.0, include_self=False),
+    "cache": dict(b=2, m=20, n=50, query_start=torch.tensor([0, 27])),
+    "cache, rel_pos": dict(
+        b=2,
+        m=17,
+        n=40,
+        rel_pos=(30,),
+        include_self=False,
+        query_start=torch.tensor([23, 3]),
+        key_start=torch.tensor([5, 0]),
+    ),
+    "cache, one query": dict(b=2, m=1, n=40, query_start=torch.tensor([39, 3])),
     "rel_pos, float16": dict(
         dtype=torch.float16, rel_pos=(20,), m=17, n=17, max_span=19, key_start=torch.tensor([3])
     ),
@@ -132,7 +144,7 @@ def test_few_queries_share_out_their_keys(hkv, m, rel_pos, small, monkeypatch):
 def test_any_layout_and_the_same_bits_twice(small):
     given = inputs(b=2, h=2, hkv=2, m=5, n=9)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
-    options = (None, None, 7.0, 0.25, 0, None)
+    options = (None, None, None, 7.0, 0.25, 0, None)
     plain = kernels.forward(q, k, v, span.float(), *options)
     packed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]  # views of [B, T, H, d]
     assert all(
@@ -141,9 +153,9 @@ def test_any_layout_and_the_same_bits_twice(small):
     )
     grad = torch.randn(2, 2, 5, 1).expand(q.shape)  # its last axis has stride 0
     need = (True, True, True, False)
-    first = kernels.backward(grad, q, k, v, span.float(), *options[:2], *plain, *options[2:], *need)
+    first = kernels.backward(grad, q, k, v, span.float(), *options[:3], *plain, *options[3:], *need)
     again = kernels.backward(
-        grad.contiguous(), *packed, span.float(), *options[:2], *plain, *options[2:], *need
+        grad.contiguous(), *packed, span.float(), *options[:3], *plain, *options[3:], *need
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -162,15 +174,35 @@ def test_nan_span_comes_through(rel_pos, small):
 
 
 @interpreter
+@pytest.mark.parametrize("m, rel_pos", [(6, None), (6, (9,)), (1, None), (1, (9,))])
+def test_room_behind_the_queries_is_not_read(m, rel_pos, small, monkeypatch):
+    """Whatever it holds; a sequence whose queries lie outside of its keys is NaN."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 16)
+    start = torch.tensor([0, 11])
+    given = inputs(b=2, m=m, n=40, rel_pos=rel_pos)
+    hidden = torch.arange(40).view(-1, 1) >= (start + m).view(-1, 1, 1, 1)
+    leaves = {n: t for n, t in given.items() if n != "ramp"}
+    for n in "kv":
+        leaves[n] = leaves[n].detach().masked_fill(hidden, torch.nan).requires_grad_()
+    leaves["span"] = leaves["span"].detach().float().requires_grad_()
+    out = launchers(**leaves, ramp=7.0, query_start=start)
+    grads = dict(zip(leaves, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True))
+    assert out.isfinite().all() and all(g.isfinite().all() for g in grads.values())
+    assert not any(grads[n][hidden.expand(grads[n].shape)].any() for n in "kv")
+    outside = torch.tensor([40 - m + 1, -1])
+    assert launchers(**leaves, ramp=7.0, query_start=outside).isnan().all()
+
+
+@interpreter
 def test_rows_without_weight_are_zero(small):
     given = inputs(m=6, n=6, span=(-7.0, -8.0), ramp=7.0)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
-    options = (None, None, 7.0, 0.25, 0, None)
+    options = (None, None, None, 7.0, 0.25, 0, None)
     out, lse = kernels.forward(q, k, v, span.float(), *options)
     assert (out == 0).all() and (lse == float("inf")).all()
     need = (True, True, True, False)
     grads = kernels.backward(
-        torch.ones_like(out), q, k, v, span.float(), None, None, out, lse, *options[2:], *need
+        torch.ones_like(out), q, k, v, span.float(), None, None, None, out, lse, *options[3:], *need
     )
     assert all((g == 0).all() for g in grads)
 
@@ -179,12 +211,12 @@ def test_rows_without_weight_are_zero(small):
 def test_nothing_is_computed_that_nobody_needs(small):
     given = inputs(m=4, n=4)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
-    options = (None, None, 7.0, 0.25, 0, None)
+    options = (None, None, None, 7.0, 0.25, 0, None)
     out, lse = kernels.forward(q, k, v, span.float(), *options)
-    whole = None
+    saved, whole = (None, None, None, out, lse), None
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         grads = kernels.backward(
-            torch.ones_like(out), q, k, v, span.float(), None, None, out, lse, *options[2:], *need, False
+            torch.ones_like(out), q, k, v, span.float(), *saved, *options[3:], *need, False
         )
         whole = whole or grads
         for g, want, like in zip(grads[:4], (need[0], need[1], need[1], need[2]), whole[:4], strict=True):
@@ -210,7 +242,7 @@ def products(monkeypatch, run):
 @interpreter
 def test_work_follows_the_spans(small, monkeypatch):
     """Each head costs its own span + ramp, for every query, whatever N and the other heads' spans."""
-    m, n, d, ramp, options = 32, 96, 16, 4.0, (None, None, 4.0, 0.25, 0, None)
+    m, n, d, ramp, options = 32, 96, 16, 4.0, (None, None, None, 4.0, 0.25, 0, None)
 
     def cost(spans):
         q, k, v = torch.randn(1, len(spans), m, d), torch.randn(1, 1, n, d), torch.randn(1, 1, n, d)
@@ -218,7 +250,8 @@ def test_work_follows_the_spans(small, monkeypatch):
 
         def run():
             out, lse = kernels.forward(q, k, v, span, *options)
-            kernels.backward(torch.ones_like(out), q, k, v, span, None, None, out, lse, *options[2:], *need)
+            saved = None, None, None, out, lse
+            kernels.backward(torch.ones_like(out), q, k, v, span, *saved, *options[3:], *need)
 
         return products(monkeypatch, run) / (m * d)
 
@@ -233,7 +266,7 @@ def test_work_follows_the_spans(small, monkeypatch):
 def test_heads_too_wide_are_named():
     q = torch.empty(1, 1, 1, 288)
     with pytest.raises(NotImplementedError, match=r"q: .* 288"):
-        kernels.forward(q, q, q, torch.zeros(1), None, None, 32.0, 1.0, 0, None)
+        kernels.forward(q, q, q, torch.zeros(1), None, None, None, 32.0, 1.0, 0, None)
 
 
 # ------------------------------------------------------------------ compiled ahead of time

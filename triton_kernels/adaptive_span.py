@@ -60,6 +60,16 @@ def _distances(rel_ptr, x, limit, D: tl.constexpr, D1: tl.constexpr, D2: tl.cons
 
 
 @triton.jit
+def _place(query_ptr, b, m, n):
+    """Where the first query of a sequence stands; whether all of them stand among the keys."""
+    if query_ptr is None:
+        return n - m, True
+    else:
+        place = tl.load(query_ptr + b)
+        return tl.minimum(tl.maximum(place, 0), n - m).to(tl.int32), (place >= 0) & (place <= n - m)
+
+
+@triton.jit
 def _window(p, span_at, start_ptr, at, ramp, limit, n, CLOSED: tl.constexpr):
     """Of rows at p: the span, the first key that is seen, and one from which on all weigh 1.
 
@@ -93,7 +103,7 @@ def forward_tiles(
     q_ptr, k_ptr, v_ptr,  # [B, H, M, D] and twice [B, Hkv, N, D]
     span_ptr,  # [B, H, M] by its strides
     rel_ptr,  # [limit or more, D] or [H, .., D], or None
-    start_ptr,  # [B, M] or None
+    start_ptr, query_ptr,  # [B, M] and [B], or None
     order_ptr,  # [lanes] the longest first, or None
     out_ptr, lse_ptr,  # [B, H, M, splits, D] and without D
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
@@ -116,9 +126,9 @@ def forward_tiles(
     r, c = tl.arange(0, BM), tl.arange(0, BN)
     row = tl.minimum(tile * BM + r, PACK * m - 1)  # rows past the last repeat it, and are not stored
     query = row % m
-    head = lane * PACK + row // m
-    kv = lane * PACK // group
-    p = n - m - skip + query
+    head, kv = lane * PACK + row // m, lane * PACK // group
+    place, inside = _place(query_ptr, b, m, n)
+    p, last = place - skip + query, place + m - 1
     span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
     span, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
@@ -136,12 +146,12 @@ def forward_tiles(
         if SKEW:  # x = behind + r - c: those from `behind` on are the products `upper`, those before `lower`
             turn = (r[:, None] - c[None, :]) & (BN - 1)
             below = c[None, :] <= r[:, None]
-            behind = n - m - skip + tile * BM - low
+            behind = place - skip + tile * BM - low
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
     acc = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
-        at = tl.minimum(j + c, n - 1).to(tl.int64)
+        at = tl.minimum(j + c, last).to(tl.int64)
         s = dot(q, load_rows(k_ptr, at * k_t, D, D1, D2), ACC)
         if rel_ptr is not None:
             if SKEW:
@@ -150,7 +160,7 @@ def forward_tiles(
                 lower = dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 s += tl.gather(tl.where(below, upper, lower), turn, 1)
             else:
-                s += dot(q, _distances(rel_ptr, n - m - skip - j - c, limit, D, D1, D2), ACC)
+                s += dot(q, _distances(rel_ptr, place - skip - j - c, limit, D, D1, D2), ACC)
         s *= scale
         edge = (j < whole) | (j + BN - 1 > nearest)
         if edge:
@@ -164,9 +174,9 @@ def forward_tiles(
             w *= _weight(span[:, None] - x, ramp, per_token)
         decay = tl.exp(top - shift)
         total = total * decay + tl.sum(w, 1)
-        acc = scaled(acc, decay[:, None])
-        acc = add_product(acc, w, load_rows(v_ptr, at * v_t, D, D1, D2), ACC)
+        acc = add_product(scaled(acc, decay[:, None]), w, load_rows(v_ptr, at * v_t, D, D1, D2), ACC)
         top = here
+    total = tl.where(inside, total, float("nan"))
     empty = total == 0.0
     out_row = ((b * heads + head) * m + query) * splits + split
     mask = tile * BM + r < PACK * m
@@ -202,7 +212,7 @@ def join_splits(
 @triton.jit
 def row_sums(
     grad_ptr, out_ptr,  # [B, H, M, D]
-    span_ptr, start_ptr,
+    span_ptr, start_ptr, query_ptr,
     delta_ptr,  # [B, H, M] out: grad . out
     first_ptr, whole_ptr,  # [B, H, tiles] out: the first key seen by a row of the tile; by all, whole
     g_b, g_h, g_t, span_b, span_h, span_t,
@@ -223,7 +233,7 @@ def row_sums(
         delta += tl.sum(grad[1].to(ACC) * out[1].to(ACC), 1)
     tl.store(delta_ptr + at, delta, tile * BM + r < m)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-    p = n - m - skip + row.to(tl.int32)
+    p = _place(query_ptr, b, m, n)[0] - skip + row.to(tl.int32)
     _, first, whole = _window(p, span_at, start_ptr, b * m + row, tl.cast(ramp, ACC), limit, n, CLOSED=True)
     at = (b * heads + head) * tiles + tile
     tl.store(first_ptr + at, tl.min(first, 0))
@@ -239,7 +249,7 @@ def _exponent(s, x, farthest):
 
 @triton.jit
 def backward_rows(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     order_ptr,  # [H] the longest first
     lse_ptr, delta_ptr,  # [B, H, M]
     dq_ptr, dspan_ptr,  # [B, H, M, D] and [B, H, M] out, or None
@@ -256,7 +266,8 @@ def backward_rows(
     head = tl.load(order_ptr + tl.program_id(1))
     r, c = tl.arange(0, BM), tl.arange(0, BN)
     row = tl.minimum(tile * BM + r, m - 1)  # rows past the last repeat it, and are not stored
-    p = n - m - skip + row
+    place = _place(query_ptr, b, m, n)[0]
+    p, last = place - skip + row, place + m - 1
     row = row.to(tl.int64)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
     span, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
@@ -273,11 +284,11 @@ def backward_rows(
         rel_ptr += head * rel_h
         turn = (r[:, None] - c[None, :]) & (BN - 1)
         below = c[None, :] <= r[:, None]
-        behind = n - m - skip + tile * BM - low
+        behind = place - skip + tile * BM - low
     dspan = tl.zeros((BM,), ACC)
     dq = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
-        at = tl.minimum(j + c, n - 1).to(tl.int64)
+        at = tl.minimum(j + c, last).to(tl.int64)
         k = load_rows(k_ptr, at * k_t, D, D1, D2)
         s = dot(q, k, ACC)
         if rel_ptr is not None:
@@ -313,7 +324,7 @@ def backward_rows(
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     order_ptr,  # [Hkv] the longest first
     lse_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
@@ -331,11 +342,12 @@ def backward_keys(
     b = (tl.program_id(0) // tl.cdiv(n, BN)).to(tl.int64)
     kv = tl.load(order_ptr + tl.program_id(1))
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    at = tl.minimum(key + c, n - 1).to(tl.int64)
+    place = _place(query_ptr, b, m, n)[0]
+    at = tl.minimum(key + c, place + m - 1).to(tl.int64)
     k = load_rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
     v = load_rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
     dk, dv = zeros(BN, D1, D2, ACC), zeros(BN, D1, D2, ACC)
-    origin = n - m - skip  # where the first query stands
+    origin = place - skip  # where the first query stands
     for member in range(group):
         head = kv * group + member
         q_at = q_ptr + b * q_b + head * q_h
@@ -397,7 +409,7 @@ def backward_keys(
 
 @triton.jit
 def backward_distances(
-    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     lse_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
     drel_ptr,  # [splits, lanes, limit, D] out
@@ -426,11 +438,13 @@ def backward_distances(
         if unit < batch * tiles:
             b, i = (unit // tiles).to(tl.int64), unit % tiles * BT
             tile_at = (b * heads + head) * tiles + unit % tiles
-            place = n - m - skip + i - distance  # of the first row, less the nearest distance
-            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(place + BT - 1, n - 1 - distance):
+            origin = _place(query_ptr, b, m, n)[0]
+            place = origin - skip + i - distance  # of the first row, less the nearest distance
+            last = origin + m - 1
+            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(place + BT - 1, last - distance):
                 row = tl.minimum(i + r, m - 1).to(tl.int64)
-                near = tl.minimum(tl.maximum(place + r, 0), n - 1).to(tl.int64)
-                far = tl.minimum(tl.maximum(place - BT + r, 0), n - 1).to(tl.int64)
+                near = tl.minimum(tl.maximum(place + r, 0), last).to(tl.int64)
+                far = tl.minimum(tl.maximum(place - BT + r, 0), last).to(tl.int64)
                 q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
                 grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
                 k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
@@ -442,7 +456,7 @@ def backward_distances(
                 s = s * scale - lse[:, None]
                 edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
                 if edge:
-                    p = n - m - skip + row.to(tl.int32)
+                    p = origin - skip + row.to(tl.int32)
                     span_at = span_ptr + b * span_b + head * span_h + row * span_t
                     span, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
                     farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
@@ -501,7 +515,7 @@ def _strides(q, k, v, span, rel_pos, grad=None) -> list[int]:
     return [*(x for t in given for x in t.stride()[:3]), *span_strides, rel_pos.stride(0) if per_head else 0]
 
 
-def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
+def forward(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span):
     """The CUDA kernel of sukhops::adaptive_span."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
     widths = _widths(q)
@@ -509,7 +523,7 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     if not lse.numel():
         return out, lse
     q, k, v = _dense(q), _dense(k), _dense(v)
-    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    rel_pos, key_start, query_start = map(_contiguous, (rel_pos, key_start, query_start))
     pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
     few = m * pack <= 16 and (rel_pos is None or m == 1)
     bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL_FORWARD, q)
@@ -518,9 +532,9 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
     part_lse = lse if splits == 1 else lse.new_empty(b, h, m, splits)
     forward_tiles[(tiles * b * splits, lanes)](
-        q, k, v, span, rel_pos, key_start, None if few else _longest_first(span, lanes), part, part_lse,
-        *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp, scale,
-        PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        q, k, v, span, rel_pos, key_start, query_start, None if few else _longest_first(span, lanes),
+        part, part_lse, *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp,
+        scale, PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         join_splits[(b * h * m,)](
@@ -530,8 +544,8 @@ def forward(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
     return out, lse
 
 
-def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, skip, max_span, need_q, need_kv,
-             need_span, need_rel_pos):  # fmt: skip
+def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ramp, scale, skip, max_span,
+             need_q, need_kv, need_span, need_rel_pos):  # fmt: skip
     """The CUDA kernel of sukhops::adaptive_span_backward."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
     widths = _widths(q)
@@ -542,7 +556,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
     if not lse.numel():
         return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
-    rel_pos, key_start = _contiguous(rel_pos), _contiguous(key_start)
+    rel_pos, key_start, query_start = map(_contiguous, (rel_pos, key_start, query_start))
     limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
     sizes = (h, h // hkv, m, n, limit, skip)
 
@@ -550,8 +564,8 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         delta, tiles = torch.empty_like(lse), triton.cdiv(m, bm)
         first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
         row_sums[(tiles * b, h)](
-            grad, out, span, key_start, delta, first, whole, *strides[9:-1], h, m, n, limit, skip, ramp,
-            **widths, BM=bm, num_warps=4,
+            grad, out, span, key_start, query_start, delta, first, whole, *strides[9:-1], h, m, n, limit,
+            skip, ramp, **widths, BM=bm, num_warps=4,
         )  # fmt: skip
         return lse, delta, first, whole
 
@@ -559,8 +573,8 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
     saved = summed(bm)
     if need_kv:
         backward_keys[(triton.cdiv(n, bn) * b, hkv)](
-            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, hkv), *saved, dk, dv, *strides,
-            *sizes, ramp, scale, BY_ROW=span.dim() == 3 or key_start is not None, **widths,
+            q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, hkv), *saved, dk, dv,
+            *strides, *sizes, ramp, scale, BY_ROW=span.dim() == 3 or key_start is not None, **widths,
             BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if need_rel_pos:
@@ -569,15 +583,15 @@ def backward(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, ski
         splits = max(1, min(4 * PROGRAMS // (tiles * lanes), triton.cdiv(m, bt) * b))
         parts = lse.new_empty(splits, lanes, limit, d)
         backward_distances[(tiles * splits, lanes)](
-            q, k, v, grad, span, rel_pos, key_start, *summed(bt), parts, *strides, b, *sizes, splits,
-            h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
+            q, k, v, grad, span, rel_pos, key_start, query_start, *summed(bt), parts, *strides, b, *sizes,
+            splits, h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
     dspan = lse.new_empty(lse.shape) if need_span else None
     if need_q or need_span:
         bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
-            q, k, v, grad, span, rel_pos, key_start, _longest_first(span, h), *saved[:2],
+            q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, h), *saved[:2],
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
             **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -11,8 +11,8 @@ from sukhops.triton_kernels._parts import parts
 INPUTS = ("q", "k", "v", "grad", "rel", "out", "dq", "dk", "dv")  # tensors of the inputs' dtype
 PROGRAMS = {  # table of the configurations: kernel, what its programs meet
     "FORWARD": (kernels.forward_tiles, dict()),
-    "FEW": (kernels.forward_tiles, dict(few=True, group=4)),
-    "ROWS": (kernels.backward_rows, dict(start=True)),
+    "FEW": (kernels.forward_tiles, dict(few=True, group=4, place=True)),
+    "ROWS": (kernels.backward_rows, dict(start=True, place=True)),
     "KEYS": (kernels.backward_keys, dict()),
     "GROUPED_KEYS": (kernels.backward_keys, dict(group=4)),
     "REL_FORWARD": (kernels.forward_tiles, dict(rel=True)),
@@ -43,8 +43,9 @@ def form(table: str, dtype: str, d: int) -> Form:
 
 
 def compiled(
-    table: str, arch: int, dtype: str, d: int, *, rel=False, start=False, by_row=False, few=False, group=1
-) -> Built:
+    table: str, arch: int, dtype: str, d: int, *, rel=False, start=False, place=False, by_row=False,
+    few=False, group=1,
+) -> Built:  # fmt: skip
     kernel, configurations = PROGRAMS[table][0], getattr(kernels, table)
     kind = {"float32": "float", "float64": "double"}.get(dtype, "half")
     if kind == "half" and arch < 90 and "ampere" in configurations:
@@ -61,6 +62,7 @@ def compiled(
     constants |= dict.fromkeys(ones, 1)  # what Triton makes of an int that is 1
     constants |= {"rel_ptr": None} if not rel else {}
     constants |= {"start_ptr": None} if not start else {}
+    constants |= {"query_ptr": None} if not place else {}
     constants |= {"order_ptr": None} if few else {}
     constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
     signature = {n: "i32" for n in kernel.arg_names if n not in constants}
@@ -70,7 +72,8 @@ def compiled(
             signature[name] = POINTERS[dtype if what in INPUTS else acc] + "!"
         elif what[1:] in ("_b", "_h", "_t") or what == "rel_h":
             signature[name] = "i32!"
-    fixed = {"first_ptr": "*i32!", "whole_ptr": "*i32!", "start_ptr": "*i64!", "order_ptr": "*i64!"}
+    fixed = {"first_ptr": "*i32!", "whole_ptr": "*i32!", "order_ptr": "*i64!"}
+    fixed |= {"start_ptr": "*i64!", "query_ptr": "*i64!"}
     fixed |= {"span_ptr": POINTERS[acc], "ramp": "fp64", "scale": "fp64"}
     signature |= {n: t for n, t in fixed.items() if n in signature}
     return build(kernel, arch, signature, constants, warps, stages)

@@ -23,6 +23,7 @@ def adaptive_span_attention(
     include_self: bool = True,
     max_span: int | None = None,
     key_start: Tensor | None = None,
+    query_start: Tensor | int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Causal attention under a soft mask that ends `span` tokens back, differentiable in the span.
@@ -37,7 +38,8 @@ def adaptive_span_attention(
     changes the rounding of rel_pos's gradient, which each thread sums for itself, and of nothing else.
 
     Args:
-        q: [B, H, M, d], float32, bfloat16, float16 or float64: the last M of the N positions.
+        q: [B, H, M, d], float32, bfloat16, float16 or float64: M of the N positions, the last ones unless
+            query_start says otherwise.
         k, v: [B, Hkv, N, d], N >= M, H a multiple of Hkv, of the same dtype.
         span: in tokens, [H] or [B, H, M], float32 (float64 with float64 q). A negative one acts as the
             formula says.
@@ -48,6 +50,8 @@ def adaptive_span_attention(
         max_span: only keys with x < max_span are seen, whatever the span; None: with rel_pos, S.
         key_start: [B] or [B, M], int64 or int32: the first key that a query may see, of N. Left padding, or
             the start of its document where sequences are packed.
+        query_start: [B], int64 or int32, or an int: the position of the first query, at most N - M, so that a
+            preallocated cache can be passed whole; None: N - M. Later keys are never seen.
         group: sequence parallel: ranks that hold consecutive parts of equal length of every sequence each, in
             rank order, as many queries as keys; key_start counts from the start of the whole sequence. Keys
             travel as far as a window reaches, min(max_span, S, largest span + ramp). Gradients of k and v
@@ -58,7 +62,9 @@ def adaptive_span_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; N < M; ramp <= 0;
-            max_span < 1; rel_pos shorter than max_span.
+            max_span < 1; rel_pos shorter than max_span; an int query_start outside 0 to N - M, or
+            a query_start with group.
+        RuntimeError: a query_start outside 0 to N - M in a tensor, on the CPU; on CUDA its sequence is NaN.
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
@@ -76,6 +82,18 @@ def adaptive_span_attention(
     n = k.shape[2]
     if n < m:
         raise ValueError(f"k: expected at least M = {m} positions, of which q has the last M, got N = {n}")
+    if query_start is not None and group is not None:
+        raise ValueError("query_start: with group, parts have as many queries as keys, expected None")
+    if isinstance(query_start, int):
+        if not 0 <= query_start <= n - m:
+            raise ValueError(f"query_start: expected 0 to N - M = {n - m}, got {query_start}")
+        k, v = k[:, :, : query_start + m], v[:, :, : query_start + m]
+        query_start = None
+    elif query_start is not None:
+        _checks.check_integers("query_start", query_start)
+        _checks.check_device("q", q, "query_start", query_start)
+        _checks.check_shape("query_start", query_start, (b,), "one per sequence, or an int")
+        query_start = query_start.long()
     _check_span(span, q)
     if not isinstance(ramp, (int, float)) or not 0 < ramp < float("inf"):
         raise ValueError(
@@ -112,7 +130,7 @@ def adaptive_span_attention(
             include_self=include_self, max_span=max_span, key_start=key_start,
         )  # fmt: skip
     return _ops.adaptive_span(
-        q, k, v, span, rel_pos, key_start, float(ramp), scale, int(not include_self), max_span
+        q, k, v, span, rel_pos, key_start, query_start, float(ramp), scale, int(not include_self), max_span
     )[0]
 
 
@@ -130,13 +148,13 @@ def _check_span(span: Tensor, q: Tensor) -> None:
 
 
 @torch.library.register_fake("sukhops::adaptive_span")
-def _(q, k, v, span, rel_pos, key_start, ramp, scale, skip, max_span):
+def _(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span):
     return q.new_empty(q.shape), span.new_empty(q.shape[:3])
 
 
 @torch.library.register_fake("sukhops::adaptive_span_backward")
-def _(grad, q, k, v, span, rel_pos, key_start, out, lse, ramp, scale, skip, max_span, need_q, need_kv,
-      need_span, need_rel_pos):  # fmt: skip
+def _(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ramp, scale, skip, max_span, need_q,
+      need_kv, need_span, need_rel_pos):  # fmt: skip
     def like(t, need):
         return t.new_empty(t.shape if need else (0,))
 
@@ -155,7 +173,7 @@ def _gradient(ctx, grad, _):
         grad, *ctx.saved_tensors, ctx.ramp, ctx.scale, ctx.skip, ctx.max_span, q, k or v, span, rel
     )
     wanted = (g if need else None for g, need in zip(grads, (q, k, v, span, rel), strict=True))
-    return *wanted, None, None, None, None, None
+    return *wanted, *[None] * 6
 
 
 torch.library.register_autograd("sukhops::adaptive_span", _gradient, setup_context=_save)

@@ -21,6 +21,7 @@ def adaptive_span_attention(
     include_self: bool = True,
     max_span: int | None = None,
     key_start: Tensor | None = None,
+    query_start: Tensor | int | None = None,
 ) -> Tensor:
     """See `sukhops.adaptive_span_attention`."""
     (_, heads, m, d), n = q.shape, k.shape[2]
@@ -28,8 +29,12 @@ def adaptive_span_attention(
     scale = d**-0.5 if scale is None else scale
     k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))  # [B, H, N, d]
     key = torch.arange(n, device=q.device)  # [N]
-    query = torch.arange(n - m, n, device=q.device).unsqueeze(1)  # [M, 1]
-    x = query - key - int(not include_self)  # [M, N]
+    query = torch.arange(m, device=q.device).unsqueeze(1)  # [M, 1]
+    if isinstance(query_start, Tensor):
+        query = query_start.view(-1, 1, 1, 1) + query  # [B, 1, M, 1]
+    else:
+        query = (n - m if query_start is None else query_start) + query
+    x = query - key - int(not include_self)  # [M, N] or [B, 1, M, N]
     seen = x >= 0
     for limit in (max_span, None if rel_pos is None else rel_pos.shape[-2]):
         if limit is not None:
