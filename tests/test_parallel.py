@@ -220,6 +220,10 @@ def test_head(ranks, name, dtype):
 # ------------------------------------------------------------------ what travels, and odd calls
 
 
+def entropy(given, target, **options):
+    return linear_token_stats(**given, target=target, outputs=("logp", "entropy"), **options).entropy
+
+
 def traffic(rank):
     """Bytes of every all-gather of a call, and of the all-reduces of its backward."""
     gathered, reduced = [], []
@@ -237,8 +241,8 @@ def traffic(rank):
     setattr(dist, gather, counted_gather)
     dist.all_reduce = counted_reduce
     found = {}
-    for name in ("logp", "several targets", "top k", "logp, frozen"):
-        call, options = HEADS[name]
+    for name in ("logp", "several targets", "top k", "logp, frozen", "entropy"):
+        call, options = HEADS.get(name, (entropy, {}))
         given, target = head(rank, SIZES[2], torch.float32, **options)
         gathered.clear(), reduced.clear()
         out = call(given, target, group=dist.group.WORLD)
@@ -254,7 +258,7 @@ def test_few_numbers_travel():
         for name, (gathered, reduced, more, summed) in found.items():
             compared, numbers = gathered
             targets, k = {"several targets": 3, "top k": 0}.get(name, 1), 5 * (name == "top k")
-            assert compared < 200 and numbers == N * 4 * (2 + targets + 2 * k)
+            assert compared < 200 and numbers == N * 4 * (2 + targets + 2 * k + (name == "entropy"))
             assert numbers <= N * 16 * (targets + k)
             assert reduced == more == [] and summed == [N * D * 4], name
 

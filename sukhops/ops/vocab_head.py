@@ -38,7 +38,7 @@ class TokenStats(NamedTuple):
     top1: Tensor | None
 
 
-STATISTICS = {"entropy", "log_sum_sq", "mean_logit"}  # outputs that need more sums
+STATISTICS = ("entropy", "log_sum_sq", "mean_logit")  # outputs that need more sums
 
 
 class Head(NamedTuple):
@@ -191,7 +191,7 @@ def linear_token_stats(
     rows = hidden.shape[:-1]
     _checks.check_shape("target", target, rows, "one per row of hidden")
     targets = target.reshape(-1, 1).long()
-    top, statistics = int("top1" in outputs), not STATISTICS.isdisjoint(outputs)
+    top, statistics = int("top1" in outputs), tuple(n for n in STATISTICS if n in outputs)
     differentiable = not {"logp", "lse", "entropy"}.isdisjoint(outputs)
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
         head = vocab_head(
@@ -289,14 +289,17 @@ def vocab_head(
     bias: Tensor | None = None,
     *,
     k: int = 0,
-    statistics: bool = False,
+    statistics: tuple[str, ...] = (),
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
     group: ProcessGroup | None = None,
 ) -> Head:
-    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K]."""
+    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K].
+
+    statistics: those of STATISTICS that are needed, in its order; with group the others are [0].
+    """
     if group is not None:
         return parallel.head(
             vocab_head, group, hidden, weight, targets, bias, k=k, statistics=statistics, softcap=softcap,
@@ -307,8 +310,9 @@ def vocab_head(
     flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     budget = min(get_logits_budget(), sys.maxsize)
     *outputs, _, _ = _head(
-        flat, weight, targets, bias, k, statistics, softcap, scale, temperature, ignore_index, budget, *need
-    )
+        flat, weight, targets, bias, k, bool(statistics), softcap, scale, temperature, ignore_index, budget,
+        *need,
+    )  # fmt: skip
     return Head(*outputs)
 
 

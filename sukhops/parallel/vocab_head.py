@@ -25,13 +25,13 @@ IGNORE = -100  # of a slice's own targets; the caller's ignore_index may be a pl
 
 def head(
     local: Callable, group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, targets: Tensor,
-    bias: Tensor | None, *, k: int, statistics: bool, ignore_index: int, **curve,
+    bias: Tensor | None, *, k: int, statistics: tuple[str, ...], ignore_index: int, **curve,
 ):  # fmt: skip
     """The Head of the whole vocabulary from `local`, which computes that of a slice; see `ops.vocab_head`."""
     where = slices(
         group, hidden, weight,
-        targets=targets.shape[1], k=k, statistics=int(statistics), target=targets,
-        gradients=gradients(hidden), options=digest(curve, ignore_index, bias is None),
+        targets=targets.shape[1], k=k, target=targets,
+        gradients=gradients(hidden), options=digest(curve, ignore_index, bias is None, statistics),
     )  # fmt: skip
     k = min(k, where.total)
     ignored = targets == ignore_index
@@ -71,8 +71,8 @@ class _Combine(Function):
             maximum.unsqueeze(1), log_sum.unsqueeze(1), logit.where(inside, 0.0),
             widened(value, k), index_bits(index, where, value, k),
         ]  # fmt: skip
-        if statistics:
-            rows.append(torch.stack([entropy, log_sum_sq, mean_logit], 1))
+        own = {"entropy": entropy, "log_sum_sq": log_sum_sq, "mean_logit": mean_logit}
+        rows += [own[name].unsqueeze(1) for name in statistics]
         found = gather(torch.cat(rows, 1), where.group)  # [ranks, N, numbers]
         held = where.held
         top, log_w, whole = shares(found[held, :, 0], found[held, :, 1])
@@ -87,20 +87,19 @@ class _Combine(Function):
         )
         values = values.masked_fill(whole.isnan().unsqueeze(1), torch.nan)
         mine = log_w[held.index(where.rank)] if where.size else torch.full_like(whole, -torch.inf)
-        numbers = [entropy, log_sum_sq, mean_logit]
-        if statistics:
-            h, q, z = found[held, :, at + 2 * k :].unbind(2)
-            w = log_w.exp()
-            sizes = w.new_tensor([where.sizes[r] for r in held]).unsqueeze(1)
-            numbers = [
-                (w * (h - log_w)).masked_fill(w == 0, 0.0).sum(0),
-                (2 * log_w + q).masked_fill(w == 0, -torch.inf).logsumexp(0),
-                (z * (sizes / where.total)).sum(0),
-            ]
-            numbers = [x.masked_fill(wrong, torch.nan) for x in numbers]
+        w, numbers = log_w.exp(), {name: entropy.new_empty(0) for name in own}
+        for name, x in zip(statistics, found[held, :, at + 2 * k :].unbind(2), strict=True):
+            if name == "entropy":
+                x = (w * (x - log_w)).masked_fill(w == 0, 0.0).sum(0)
+            elif name == "log_sum_sq":
+                x = (2 * log_w + x).masked_fill(w == 0, -torch.inf).logsumexp(0)
+            else:
+                sizes = w.new_tensor([where.sizes[r] for r in held]).unsqueeze(1)
+                x = (x * (sizes / where.total)).sum(0)
+            numbers[name] = x.masked_fill(wrong, torch.nan)
         outputs = tuple(
             x.masked_fill(~counted.view(-1, *[1] * (x.dim() - 1)), 0) if len(x) else x
-            for x in (top, whole, logit, values, indices, *numbers)
+            for x in (top, whole, logit, values, indices, *numbers.values())
         )
         ctx.save_for_backward(mine, entropy, outputs[5], order, inside)
         ctx.first, ctx.few, ctx.all = sum(few_of[: where.rank]), few, sum(few_of)
@@ -112,7 +111,7 @@ class _Combine(Function):
         log_w, entropy, whole_entropy, order, inside = ctx.saved_tensors
         w = log_w.exp()
         log_sum = None if of_sum is None else of_sum * w
-        if of_entropy is not None and entropy.numel():  # torch.compile passes gradients of what is not there
+        if of_entropy is not None and whole_entropy.numel():  # compiled, it may be there for nothing
             share = (of_entropy * w * (entropy - log_w - whole_entropy)).masked_fill(w == 0, 0.0)
             log_sum = share if log_sum is None else log_sum + share
             of_entropy = of_entropy * w
