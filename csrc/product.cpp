@@ -71,16 +71,25 @@ Kernel pick(const Product& p) {
   return kernel;
 }
 
-// the library computes with one thread inside a parallel region; of one row MKL sums one term after the other, so a deep
-// product goes in parts
-void library(const Product& p) {
-  if (p.a.rows == 1 && p.a.cols > kOneRowDepth) {
-    for (int64_t k = 0, depth; k < p.a.cols; k += depth) {
-      depth = std::min(kOneRowDepth, p.a.cols - k);
-      library({p.out, p.a.part(0, k, 1, depth), p.b.part(k, 0, depth, p.b.cols), p.add || k > 0});
-    }
-    return;
+void library(const Product& p);
+
+struct OneRow {};
+
+// One row by the library, in parts: MKL adds one term after the other, to what is there already.
+template <class A>
+void library_row(const Product& p) {
+  A *const out = static_cast<A*>(p.out.data), *const sum = thread_memory<A, OneRow>(p.b.cols);
+  for (int64_t k = 0, depth; k < p.a.cols; k += depth) {
+    depth = std::min(kOneRowDepth, p.a.cols - k);
+    library({Matrix(sum, p.out.dtype, 1, p.b.cols, p.b.cols), p.a.part(0, k, 1, depth), p.b.part(k, 0, depth, p.b.cols)});
+    for (int64_t j = 0; j < p.b.cols; ++j) out[j] = p.add || k > 0 ? out[j] + sum[j] : sum[j];
   }
+}
+
+// the library computes with one thread inside a parallel region
+void library(const Product& p) {
+  if (p.a.rows == 1 && p.a.cols > kOneRowDepth && p.out.dtype == ScalarType::Float) return library_row<float>(p);
+  if (p.a.rows == 1 && p.a.cols > kOneRowDepth && p.out.dtype == ScalarType::Double) return library_row<double>(p);
   const auto tensor = [](const Matrix& m) {
     const std::array<int64_t, 2> sizes{m.rows, m.cols}, strides{m.row, m.col};
     return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2},
