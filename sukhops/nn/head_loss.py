@@ -13,8 +13,8 @@ class HeadLoss(nn.Module):
     A loss that is called with `lm_head.weight` reads a parameter outside the forward of its module: FSDP2 and
     ZeRO-3 have not gathered it there, and what PEFT adds to it is missed. `HeadLoss` is a module around both.
     Its forward gathers, reduces and frees the head's parameters like that of any other module, whether it or
-    the head is sharded, if it runs inside the forward of the wrapped model. (Tests cover DDP, FSDP2 and PEFT;
-    ZeRO-3 is by DeepSpeed's documented hooks, untested.)
+    the head is sharded, if it runs inside the forward of the wrapped model. Tests cover
+    DDP, FSDP2, DeepSpeed's ZeRO-3 and PEFT.
 
     Args:
         head: nn.Linear, its weight tied or not; `DirectorHead`, for `DirectorLoss`; or one of these in a

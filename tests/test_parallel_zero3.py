@@ -1,0 +1,86 @@
+"""DeepSpeed's ZeRO-3, two processes: HeadLoss gathers its head, frees it, trains as one process does."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from ranks import outcomes
+from torch import nn
+
+from sukhops.nn import HeadLoss
+
+V, D = 50, 16
+IDS = torch.randint(0, V, (4, 9), generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.embedding, self.backbone = nn.Embedding(V, D), nn.Linear(D, D)
+        lm_head = nn.Linear(D, V, bias=not tied)
+        if tied:
+            lm_head.weight = self.embedding.weight
+        self.head = HeadLoss(lm_head, None)
+
+    def forward(self, ids):
+        return -self.head(torch.tanh(self.backbone(self.embedding(ids[:, :-1]))), ids[:, 1:]).mean()
+
+
+def made(tied: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(tied)
+
+
+def steps(rank):
+    """Parameters after a step of SGD, and how much of the head's weight was left between forward and step."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled
+    deepspeed.init_distributed("gloo")
+    options = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,  # no parameter stays whole
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1e9,
+    }
+    found = {}
+    for tied in (False, True):
+        plain = made(tied)
+        with deepspeed.zero.Init(config_dict_or_path=options):
+            model = Model(tied)
+        parameters = list(model.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            for own, given in zip(parameters, plain.parameters(), strict=True):
+                own.data.copy_(given.data)
+        engine = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(parameters, lr=1.0), config=options
+        )[0]
+        loss = engine(IDS[2 * rank : 2 * rank + 2])
+        left = model.head.head.weight.numel()
+        engine.backward(loss)
+        engine.step()
+        with deepspeed.zero.GatheredParameters(parameters):
+            found[tied] = left, [p.detach().clone() for p in parameters]
+    return found
+
+
+ranks = outcomes(steps, [2])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_is_that_of_one_process(ranks, tied):
+    model = made(tied)
+    model(IDS).backward()
+    for found in ranks:
+        left, parameters = found[tied]
+        assert left == 0
+        for p, after in zip(model.parameters(), parameters, strict=True):
+            torch.testing.assert_close(after, p.detach() - p.grad)
