@@ -23,7 +23,7 @@ setup: .venv/built
 	touch $@
 
 BENCHES := $(wildcard bench/bench_*.py)
-LONGER := bench/neighbour.py bench/ranks.py bench/train_step.py bench/pairs.py bench/lexicon.py
+LONGER := bench/neighbour.py bench/ranks.py bench/train_step.py bench/trl_step.py bench/pairs.py bench/lexicon.py
 
 bench: setup .venv/peers  ## checks every op and times its main case beside its peers; rows and plots in bench/own
 	set -e; for f in $(BENCHES); do $(PY) $$f; done

@@ -13,6 +13,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from tables import TABLES, markdown, milliseconds, number, sizes
+
 ROOT = Path(__file__).parent.parent
 RESULTS, OWN = ROOT / "bench" / "results", ROOT / "bench" / "own"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,23 +49,6 @@ HEADLINES = [
 def rows(name: str) -> list[dict]:
     path = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def markdown(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None, form: str = "z,.0f") -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def milliseconds(r: dict) -> str:
-    return number(r["p50_ms"], ",.0f" if r["p50_ms"] >= 20 else ".2g")
-
-
-def sizes(r: dict) -> str:
-    return ", ".join(f"{k} = {v:,}" for k, v in r["shape"].items() if isinstance(v, int))
 
 
 def headline() -> str:
@@ -138,62 +123,6 @@ def grid(found: list[dict]) -> str:
     return markdown(header, body)
 
 
-def train_step(found: list[dict]) -> str:
-    body = [
-        [
-            r["provider"],
-            r["isa"],
-            f"{r['tokens_per_second']:,}",
-            number(r["memory_mib"]),
-            f"{r['losses'][-1]:.4f}",
-        ]
-        for r in found
-    ]
-    return markdown(["head", "CPU", "tokens/s", "peak MiB", "loss after 3 steps"], body)
-
-
-def pairs(found: list[dict]) -> str:
-    body = []
-    for r in found:
-        seconds = number(r["seconds"], ",.0f" if r["seconds"] >= 10 else ".2g")
-        gradient = number(r.get("gradient_norm"), ".0e")
-        body.append([r["case"], r["isa"], r["provider"], seconds, number(r["per_second"]), gradient])
-    return markdown(["", "CPU", "provider", "seconds", "per second", "gradient norm"], body)
-
-
-def neighbour(found: list[dict]) -> str:
-    body = []
-    for r in found:
-        times = [number(r[field], ",.1f") for field in ("alone_ms", "beside_ms")]
-        body.append([r["op"], r["case"], r["isa"], r["provider"], *times, f"{r['slowdown']:.2f}"])
-    return markdown(["operation", "case", "CPU", "provider", "alone, ms", "beside, ms", "slower by"], body)
-
-
-def ranks(found: list[dict]) -> str:
-    """A case on several processes beside the same on one, and what travels."""
-    body = []
-    for r in found:
-        times = [number(r[field]) for field in ("one_ms", "ranks_ms")]
-        shares = [f"{r['ratio']:.2f}", number(r["collectives_ms"], ".1f")]
-        body.append([r["case"], r["isa"], *times, *shares, number(r["bytes_forward"]), number(r["bytes"])])
-    head = ["", "CPU", "one process, ms", "two, ms", "ratio", "in collectives, ms"]
-    return markdown([*head, "bytes a row, forward", "with backward"], body)
-
-
-def lexicon(found: list[dict]) -> str:
-    body = [[r["case"], r["isa"], r["provider"], f"{r['per_second'] / 1e6:.2g}"] for r in found]
-    return markdown(["", "CPU", "provider", "million characters per second"], body)
-
-
-def roofline(found: list[dict]) -> str:
-    """Times that bench/roofline.py predicts for a GPU."""
-    body = []
-    for r in found:
-        times = [f"{r[field]:.3g}" for field in ("floor_ms", "predicted_ms")]
-        body.append([r["case"], sizes(r), times[0], r["bound"], times[1]])
-    return markdown(["case", "shape", "floor, ms", "bound by", "predicted, ms"], body)
-
-
 def example(found: list[dict]) -> str:
     """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
     columns, runs = found[0]["columns"], found[1:]
@@ -227,11 +156,8 @@ def block(name: str) -> str:
     found = rows(name)
     if not found:
         return ""
-    if name == "train_step":
-        return train_step(found)
-    own = {f.__name__: f for f in (pairs, roofline, lexicon, ranks, neighbour)}
-    if name in own:
-        return own[name](found)
+    if name in TABLES:
+        return TABLES[name](found)
     if name.endswith("_grid"):
         return grid(found)
     return example(found) if name.startswith("example_") else measured(found)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sukhops import reference
-from sukhops.nn import DirectorHead, DirectorLoss
+from sukhops.nn import DirectorHead, DirectorLoss, HeadLoss
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -51,19 +51,72 @@ def test_from_linear_keeps_the_parameters():
     )
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_from_linear_draws_the_classifier_alone(shared):
+    linear = nn.Linear(16, 50)
+    torch.manual_seed(7)
+    head = DirectorHead.from_linear(linear, shared=shared)
+    torch.manual_seed(7)
+    drawn = torch.empty(50, 16).uniform_(-0.25, 0.25)
+    if shared:
+        assert (head.scale, head.shift) == (1, 0) and head.cls_weight is None
+    else:
+        assert torch.equal(head.cls_weight, drawn) and not head.cls_bias.any()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reset_classifier_keeps_the_language_model(shared):
+    head = DirectorHead(16, 50, shared=shared, bias=True)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.fill_(7.0)
+    head.reset_classifier()
+    for name, p in head.named_parameters():
+        assert (p == 7).all() == (name in ("weight", "bias")), name
+    head.reset_parameters()
+    assert not (head.weight == 7).any() and not head.bias.any()
+
+
+def test_a_tensor_gamma_is_a_buffer():
+    head, hidden = DirectorHead(16, 50), torch.randn(2, 3, 16)
+    names = set(head.state_dict())
+    assert names == {"weight", "cls_weight", "cls_bias"}
+    gamma = torch.tensor([[0.5], [2.0]])
+    head.gamma = gamma
+    assert set(head.state_dict()) == {*names, "gamma"} and head.gamma is gamma
+    for row, strength in enumerate((0.5, 2.0)):
+        other = DirectorHead(16, 50, gamma=strength)
+        other.load_state_dict({n: t for n, t in head.state_dict().items() if n != "gamma"})
+        torch.testing.assert_close(head(hidden)[row], other(hidden)[row])
+    loaded = DirectorHead(16, 50, gamma=torch.zeros(2, 1))
+    loaded.load_state_dict(head.state_dict())
+    assert torch.equal(loaded(hidden), head(hidden))
+    assert head.to(torch.float64).gamma.dtype == torch.float64 and head.to("meta").gamma.is_meta
+    head.gamma = 0.25
+    assert head.gamma == 0.25 and set(head.state_dict()) == names
+    head.gamma = nn.Parameter(torch.tensor(0.5))
+    assert "gamma" in dict(head.named_parameters())
+    head.gamma = 1
+    assert set(head.state_dict()) == names
+    assert "gamma" in DirectorHead(16, 50, gamma=gamma).state_dict()
+
+
 def test_trains_with_the_loss():
-    head = DirectorHead(8, 20)
-    optimiser = torch.optim.Adam(head.parameters(), 0.1)
+    """Every parameter of the head, also its biases."""
+    head = DirectorHead(8, 20, bias=True)
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    optimizer = torch.optim.Adam(head.parameters(), 0.1)
     hidden, target = torch.randn(4, 5, 8), torch.randint(0, 20, (4, 5))
     label = torch.tensor([1, 0, -1, -1])
-    loss, history = DirectorLoss(), []
+    loss, history = HeadLoss(head, DirectorLoss()), []
     for _ in range(30):
-        out = loss(hidden, head.weight, head.cls_weight, target, label, cls_bias=head.cls_bias)
-        optimiser.zero_grad()
+        out = loss(hidden, target, label)
+        optimizer.zero_grad()
         out.loss.backward()
-        optimiser.step()
+        optimizer.step()
         history.append(out.loss.item())
     assert history[-1] < 0.3 * history[0] and out.metrics["accuracy"] == 1
+    assert all((p != before[name]).any() for name, p in head.named_parameters())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, two processes: HeadLoss gathers its head, frees it, trains as one process does."""
+"""DeepSpeed's ZeRO-3 on two processes: the head is gathered, freed, and trained as by one process."""
 
 import os
 from importlib.util import find_spec
@@ -8,7 +8,11 @@ import torch
 from ranks import outcomes
 from torch import nn
 
+import sukhops.integrations.trl
 from sukhops.nn import HeadLoss
+
+transformers = pytest.importorskip("transformers")
+utils = pytest.importorskip("trl.trainer.utils")
 
 V, D = 50, 16
 IDS = torch.randint(0, V, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -27,10 +31,37 @@ class Model(nn.Module):
     def forward(self, ids):
         return -self.head(torch.tanh(self.backbone(self.embedding(ids[:, :-1]))), ids[:, 1:]).mean()
 
+    def lm_head(self):
+        return self.head.head
 
-def made(tied: bool) -> Model:
+
+class Fused(nn.Module):
+    """A language model of transformers with TRL's fused head, computed by sukhops."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        config = transformers.LlamaConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=D, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        self.model = transformers.LlamaForCausalLM(config)
+        utils.add_fused_lm_head(self.model)
+
+    def forward(self, ids):
+        with sukhops.integrations.trl.enabled():
+            return self.model(ids, labels=ids, fused_lm_head=True, use_cache=False).loss
+
+    def lm_head(self):
+        return self.model.lm_head
+
+
+def made(kind: str, tied: bool) -> nn.Module:
     torch.manual_seed(0)
-    return Model(tied)
+    return KINDS[kind](tied)
+
+
+KINDS = {"HeadLoss": Model, "TRL": Fused}
+CASES = [(kind, tied) for kind in KINDS for tied in (False, True)]
 
 
 def steps(rank):
@@ -51,11 +82,13 @@ def steps(rank):
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 1e9,
     }
+    known = transformers.integrations.HfDeepSpeedConfig(options)  # as long as it lives, also to TRL
+    assert known.is_zero3()
     found = {}
-    for tied in (False, True):
-        plain = made(tied)
+    for kind, tied in CASES:
+        plain = made(kind, tied)
         with deepspeed.zero.Init(config_dict_or_path=options):
-            model = Model(tied)
+            model = KINDS[kind](tied)
         parameters = list(model.parameters())
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             for own, given in zip(parameters, plain.parameters(), strict=True):
@@ -64,23 +97,23 @@ def steps(rank):
             model=model, optimizer=torch.optim.SGD(parameters, lr=1.0), config=options
         )[0]
         loss = engine(IDS[2 * rank : 2 * rank + 2])
-        left = model.head.head.weight.numel()
+        left = model.lm_head().weight.numel()
         engine.backward(loss)
         engine.step()
         with deepspeed.zero.GatheredParameters(parameters):
-            found[tied] = left, [p.detach().clone() for p in parameters]
+            found[kind, tied] = left, [p.detach().clone() for p in parameters]
     return found
 
 
 ranks = outcomes(steps, [2])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_step_is_that_of_one_process(ranks, tied):
-    model = made(tied)
+@pytest.mark.parametrize(("kind", "tied"), CASES)
+def test_a_step_is_that_of_one_process(ranks, kind, tied):
+    model = made(kind, tied)
     model(IDS).backward()
     for found in ranks:
-        left, parameters = found[tied]
+        left, parameters = found[kind, tied]
         assert left == 0
         for p, after in zip(model.parameters(), parameters, strict=True):
             torch.testing.assert_close(after, p.detach() - p.grad)

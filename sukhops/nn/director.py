@@ -155,10 +155,20 @@ class DirectorHead(nn.Module):
     """A drop-in `lm_head` that returns the gated log-probabilities of `director_logp`.
 
     `model.lm_head = DirectorHead.from_linear(model.lm_head)` keeps the model's own weight, tied or not, and
-    `generate` then decodes from the gated distribution: its logits are log-probabilities, float32. `gamma` is
-    an attribute and may be set between calls. The parameters of the language model are `weight` and `bias` as
-    those of nn.Linear, the classifier's are `cls_weight` and `cls_bias`, or `scale` and `shift` if shared;
-    to train them, pass `head.weight, head.cls_weight` and `head.cls_affine` to `DirectorLoss`.
+    `generate` then decodes from the gated distribution: its logits are log-probabilities, float32. For models
+    of transformers, `sukhops.integrations.transformers.add_director_head` also saves, loads and resizes it.
+
+    The parameters of the language model are `weight` and `bias`, as those of nn.Linear; the classifier's are
+    `cls_weight` and `cls_bias`, or `scale` and `shift` of a shared head. `HeadLoss(head, DirectorLoss())`
+    trains all of them. A call of `DirectorLoss` with a head's parameters needs `lm_bias=head.bias`,
+    `cls_bias=head.cls_bias` and `cls_affine=head.cls_affine` beside the two weights.
+
+    `gamma` may be set between calls. A number is an attribute; a tensor is a buffer, which `.to` moves and
+    `state_dict` holds.
+
+    A model class of transformers that builds this module in its `__init__` calls `module.reset_parameters()`
+    in its `_init_weights`: `from_pretrained` then initializes what the checkpoint lacks, and nothing else. (A
+    tensor gamma that the checkpoint lacks is set after loading.)
 
     Args:
         d_model: D, width of hidden.
@@ -170,6 +180,8 @@ class DirectorHead(nn.Module):
 
     Source: Arora et al. 2022 (Director).
     """
+
+    gamma: float | Tensor
 
     def __init__(
         self,
@@ -198,6 +210,14 @@ class DirectorHead(nn.Module):
             self.cls_bias = nn.Parameter(torch.empty(vocab_size, **options))
         self.reset_parameters()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "gamma":  # a number after a tensor, or a tensor after a number
+            for kept in (self.__dict__, self._buffers, self._parameters):
+                kept.pop(name, None)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                return self.register_buffer(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, *, gamma: float | Tensor = 1.0, shared: bool = False
@@ -205,14 +225,13 @@ class DirectorHead(nn.Module):
         """A head around the weight and bias of an nn.Linear, which stay the same parameters."""
         weight = linear.weight
         head = cls(
-            weight.shape[1],
-            weight.shape[0],
-            gamma=gamma,
-            shared=shared,
-            device=weight.device,
-            dtype=weight.dtype,
+            weight.shape[1], weight.shape[0], gamma=gamma, shared=shared, device="meta", dtype=weight.dtype
         )
         head.weight, head.bias = weight, linear.bias
+        for name in ("scale", "shift") if shared else ("cls_weight", "cls_bias"):
+            empty = torch.empty_like(getattr(head, name), device=weight.device)
+            setattr(head, name, nn.Parameter(empty))
+        head.reset_classifier()
         return head
 
     def reset_parameters(self) -> None:
@@ -221,10 +240,15 @@ class DirectorHead(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        self.reset_classifier()
+
+    def reset_classifier(self) -> None:
+        """The same of the classifier alone: the language model keeps its weight."""
         if self.shared:
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)
         else:
+            bound = max(1, self.in_features) ** -0.5
             nn.init.uniform_(self.cls_weight, -bound, bound)
             nn.init.zeros_(self.cls_bias)
 

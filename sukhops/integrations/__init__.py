@@ -1,0 +1,1 @@
+"""Adapters to other libraries. Each is imported by its name; the libraries are optional."""

@@ -1,0 +1,112 @@
+"""Batches of a LossTrainer: what the model is asked, what a loss counts in it, how rows become one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sukhops import losses
+from sukhops.losses.director import lm_target
+from sukhops.nn import CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss
+
+PER_TOKEN = ("label", "step_ids", "ref_logp")  # may be [B, T] as input_ids: they are shifted with the labels
+_IGNORE = -100
+_FILL = {"labels": _IGNORE, "label": -1, "step_ids": -1, "step_labels": -1}  # padding; of the others 0
+_SIDES = ("chosen_", "rejected_")
+
+
+class Request:
+    """What the model's forward computes on its hidden states: a loss, or without one log-probs of target.
+
+    A class of its own, into which wrappers do not look: FSDP2 rounds the tensors of arguments that it knows.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module | None,
+        target: Tensor,
+        arguments: dict[str, Any] | None = None,
+        mismatched: dict[str, Tensor] | None = None,
+    ):
+        self.loss = loss
+        self.target = target  # [B, T - 1], or packed [T - 1]
+        self.arguments = arguments or {}
+        self.mismatched = mismatched  # inputs of the model: the batch that estimates KTO's reference point
+
+
+def packed(target: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Sequences in one row [1, T - 1] without the row's axis. The first token of each does not count."""
+    ends = (arguments["cu_seqlens"] - 1).clamp(min=0)
+    flat = {n: v[0] if getattr(v, "shape", None) == target.shape else v for n, v in arguments.items()}
+    return target[0].index_fill(0, ends[1:-1].long(), _IGNORE), {**flat, "cu_seqlens": ends}
+
+
+def has_two_counts(loss: nn.Module) -> bool:
+    """Whether the loss has no one number to divide by, and refuses num_items."""
+    if isinstance(loss, DPOLoss):
+        return bool(loss.options.nll_weight) or not {"sft", "orpo"}.isdisjoint(loss.options.types)
+    if isinstance(loss, StepKTOLoss):
+        return bool(loss.options.step_weight)
+    return isinstance(loss, DirectorLoss) and loss.reduction != "mean"
+
+
+def count(request: Request) -> Tensor:
+    """What the loss of a batch divides by."""
+    loss, target, arguments = request.loss, request.target, request.arguments
+    if isinstance(loss, DPOLoss | PairwiseCringeLoss):
+        ends = arguments.get("cu_seqlens")
+        return torch.tensor((target.shape[0] if ends is None else len(ends) - 1) // 2)
+    if isinstance(loss, KTOLoss | StepKTOLoss):
+        return (arguments["desirable"].long() != -1).sum()
+    if isinstance(loss, CringeLoss):
+        return (target != _IGNORE).sum()
+    label = arguments["label"]
+    label = label.unsqueeze(1).expand(target.shape) if label.dim() == 1 else label
+    trains_lm = lm_target(target, label, loss.train_lm_on_positive) != _IGNORE
+    return trains_lm.sum() + ((target != _IGNORE) & (label >= 0)).sum()
+
+
+def columns(dataset: Any) -> set[str] | None:
+    """Names of a dataset's columns, where it shows them; those of a pair without their prefix."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        names = dataset[0] if isinstance(dataset[0], Mapping) else None
+    if names is None:
+        return None
+    return {n.removeprefix("chosen_").removeprefix("rejected_") for n in names}
+
+
+class Collator:
+    """Pads rows on the right; pairs become chosen, then rejected rows; KTO gets its mismatched batch."""
+
+    def __init__(self, pad_id: int, mismatches: bool):
+        self.pad_id, self.mismatches = pad_id, mismatches
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if any(n.startswith("chosen_") for n in rows[0]):
+            rows = [_side(row, *sides) for sides in (_SIDES, _SIDES[::-1]) for row in rows]
+        batch = {name: self._column(name, [torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+        if "attention_mask" not in batch and "input_ids" in batch:
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            places = torch.arange(batch["input_ids"].shape[1])
+            batch["attention_mask"] = (places < lengths.unsqueeze(1)).long()
+        if self.mismatches and not {"kl", "kl_input_ids"} & set(batch):
+            ids, target = losses.mismatched(
+                batch["labels"][:, 1:], batch["input_ids"][:, :-1], pad_id=self.pad_id
+            )
+            batch["kl_input_ids"] = nn.functional.pad(ids, (0, 1), value=self.pad_id)
+            batch["kl_labels"] = nn.functional.pad(target, (1, 0), value=_IGNORE)
+        return batch
+
+    def _column(self, name: str, values: list[Tensor]) -> Tensor:
+        if not values[0].dim():
+            stacked = torch.stack(values)
+            return stacked.float().mean() if name in ("kl", "step_kl") else stacked
+        name = name.removeprefix("kl_")
+        fill = self.pad_id if name == "input_ids" else _FILL.get(name, 0)
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+
+def _side(row: dict[str, Any], kept: str, other: str) -> dict[str, Any]:
+    return {n.removeprefix(kept): v for n, v in row.items() if not n.startswith(other)}

@@ -1,0 +1,10 @@
+"""Raises where transformers is missing or too old: the first import of this package."""
+
+_NEEDED = "sukhops.integrations.transformers needs transformers 5.24 or newer"
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(f"{_NEEDED}: pip install 'transformers>=5.24'") from error
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    raise ImportError(f"{_NEEDED}, got {transformers.__version__}")

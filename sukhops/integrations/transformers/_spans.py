@@ -1,0 +1,239 @@
+"""Adaptive spans in a model of transformers: one for each self-attention, through its attention interface."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from sukhops import adaptive_span_attention
+from sukhops.nn import AdaptiveSpan
+from sukhops.nn.adaptive_span import SpanReport
+
+NAME = "sukhops_adaptive_span"
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+class AdaptiveSpans:
+    """The spans of a model, layer by layer; they are parameters of its attention modules.
+
+    Args:
+        layers: the `AdaptiveSpan` of each layer.
+    """
+
+    def __init__(self, layers: list[AdaptiveSpan]):
+        self.layers = layers
+
+    def penalty(self, coef: float) -> Tensor:
+        """The sum over layers of coef * mean span in tokens, a scalar: add it to the training loss."""
+        first = self.layers[0].ratio
+        return torch.stack([layer.penalty(coef).to(first.device) for layer in self.layers]).sum()
+
+    def report(self) -> list[SpanReport]:
+        """Of each layer: spans in tokens, keys that a query reads, their share. Waits for the device."""
+        return [layer.report() for layer in self.layers]
+
+    def freeze(self) -> "AdaptiveSpans":
+        """The spans get no gradient any more; returns itself."""
+        for layer in self.layers:
+            layer.ratio.requires_grad_(False)
+        return self
+
+
+def add_adaptive_spans(
+    model: PreTrainedModel, max_span: int, *, ramp: float = 32.0, init: float = 1.0
+) -> AdaptiveSpans:
+    """Gives every self-attention of a causal language model a span for each head, which it learns.
+
+    The model's own positions, masks and caches stay: grouped keys, rotary positions, left padding, packed
+    sequences (position_ids without a mask), DynamicCache, StaticCache, `generate`. A padding mask may hide
+    the first and the last tokens of a sequence, not some between. With init = 1 and a max_span of the longest
+    sequence the model computes what it did before.
+
+    The spans are `adaptive_span.ratio` of each attention module, in its state_dict; leave them out of weight
+    decay. `save_pretrained` writes them, and the options into `config.sukhops_adaptive_spans`;
+    `sukhops.integrations.transformers.from_pretrained` loads both.
+
+    Args:
+        model: a causal language model of transformers whose attention goes through `AttentionInterface`
+            (Llama, Mistral, Qwen, GPT-2 and most others). PEFT comes after it, with
+            `modules_to_save=["adaptive_span"]` to train the spans too.
+        max_span: no key further back is seen, in tokens.
+        ramp: width of the soft mask's ramp in tokens, > 0.
+        init: share of max_span to start from, in [0, 1].
+
+    Returns:
+        `AdaptiveSpans`, with `penalty(coef)`, `report()` and `freeze()`.
+
+    Raises:
+        TypeError: no causal language model of transformers, or one that PEFT has wrapped.
+        ValueError: a model that has spans; attention with dropout, a soft cap, sinks, or a sliding window
+            shorter than max_span; layers of another kind; an option out of its range.
+        ValueError, in forward: output_attentions; a mask that hides tokens between others, or of 4 axes.
+
+    Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
+    """
+    layers = _attentions(model, max_span)
+    if any(hasattr(layer, "adaptive_span") for layer in layers):
+        raise ValueError("model: its attention has adaptive spans already")
+    if getattr(model.config, "sukhops_adaptive_spans", None) is not None:
+        raise ValueError(
+            "model: its checkpoint has adaptive spans, which transformers does not load: load it with "
+            "sukhops.integrations.transformers.from_pretrained, or set config.sukhops_adaptive_spans to None "
+            "to start with new ones"
+        )
+    entry = {"max_span": max_span, "ramp": float(ramp), "init": float(init)}
+    spans = _attach(model, entry)
+    model.config.sukhops_adaptive_spans = entry
+    return spans
+
+
+@functools.cache
+def with_spans(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class whose models are made with the spans that their config names: what loading needs."""
+
+    def init(self, config: PreTrainedConfig, *args, **kwargs):
+        model_class.__init__(self, config, *args, **kwargs)
+        _attach(self, config.sukhops_adaptive_spans)
+
+    def init_weights(self, module: nn.Module) -> None:
+        model_class._init_weights(self, module)
+        if isinstance(module, AdaptiveSpan):
+            module.reset_parameters()
+
+    names = {
+        "__init__": init,
+        "_init_weights": init_weights,
+        "_keep_in_fp32_modules_strict": {*(model_class._keep_in_fp32_modules_strict or ()), "adaptive_span"},
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
+    return type(model_class.__name__, (model_class,), names)
+
+
+def _attach(model: PreTrainedModel, entry: dict) -> AdaptiveSpans:
+    """Spans with the options of a config's entry."""
+    heads = model.config.get_text_config().num_attention_heads
+    layers = _attentions(model, entry["max_span"])
+    made = []
+    for layer in layers:
+        like = next(layer.parameters())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        made.append(AdaptiveSpan(heads, **entry, device=like.device, dtype=dtype))
+    for layer, span in zip(layers, made, strict=True):
+        layer.adaptive_span = span
+    model.set_attn_implementation(NAME)
+    return AdaptiveSpans(made)
+
+
+def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
+    """The self-attention of each layer; raises where spans cannot take its place."""
+    if not isinstance(model, PreTrainedModel):
+        hint = "; add the spans first, then get_peft_model" if hasattr(model, "peft_config") else ""
+        raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}{hint}")
+    config = model.config.get_text_config()
+    found = [
+        m
+        for m in model.modules()
+        if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
+        if getattr(m, "is_causal", True)
+    ]
+    interface = model._supports_attention_backend and model._can_set_attn_implementation()
+    if config.is_encoder_decoder or not interface or len(found) != config.num_hidden_layers:
+        raise TypeError(
+            "model: expected a causal language model of transformers whose every layer has self-attention "
+            f"through AttentionInterface, as Llama and GPT-2, got {type(model).__name__}"
+        )
+    for reason in _reasons(config, found, max_span):
+        raise ValueError(f"model: adaptive spans need attention without {reason}")
+    return found
+
+
+def _reasons(config: PreTrainedConfig, layers: list[nn.Module], max_span: int) -> list[str]:
+    """What of the model's attention the operator does not compute."""
+    found = [
+        f"dropout; set config.{name} to 0 when the model is loaded, got {getattr(config, name)}"
+        for name in _DROPOUT
+        if getattr(config, name, 0)
+    ]
+    if getattr(config, "attn_logit_softcapping", None):
+        found.append(f"a soft cap, got attn_logit_softcapping = {config.attn_logit_softcapping}")
+    if any(hasattr(layer, "sinks") for layer in layers):
+        found.append("sinks")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        found.append(f"layers of other kinds than full and sliding attention, got {sorted(kinds)}")
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
+    if window and sliding and window < max_span and getattr(config, "use_sliding_window", True):
+        found.append(f"a window shorter than max_span = {max_span}, got sliding_window = {window}")
+    if getattr(config, "v_head_dim", None):
+        found.append("heads whose keys and values differ in width")
+    return found
+
+
+# ------------------------------------------------------------------ what transformers calls
+
+
+def _places(
+    *, batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
+    attention_mask=None, use_vmap=False, device=None, **_,
+) -> Tensor:  # fmt: skip
+    """The layers' mask [B, 1, M, 2], int64: the first key of each query, and the place of the first query.
+
+    Both count from the first key at hand. [B, 1, 1, 2] where no query's first key is hidden.
+    """
+    if use_vmap:
+        raise ValueError("attention_mask: adaptive spans take no mask function of a model's own")
+    place = torch.as_tensor(q_offset - kv_offset, device=device).expand(batch_size)
+    wrong = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    start = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+    if mask_function is not causal_mask_function and q_length > 1:  # packed: documents follow each other
+        row = torch.arange(batch_size, device=device).unsqueeze(1)
+        query = torch.arange(q_length, device=device) + q_offset
+        sees = [
+            mask_function(row, 0 * row, a, b) for a, b in ((query[1:], query[:-1]), (query[:-1], query[1:]))
+        ]
+        before, after = (x.expand(batch_size, q_length - 1) for x in sees)
+        wrong = wrong | after.any(1)
+        start = F.pad(query[1:].where(~before, 0), (1, 0)).cummax(1).values
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
+        wrong = wrong | (begins.sum(1) > 1)
+        first = mask.int().argmax(1).where(mask.any(1), mask.shape[1])
+        start = torch.maximum(start, first.unsqueeze(1)).expand(batch_size, q_length)
+    if wrong.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
+        raise ValueError(
+            "attention_mask: expected one [B, N] that hides tokens at the ends of a sequence alone, or None, "
+            f"got another for sequence {int(wrong.int().argmax())}"
+        )
+    place = place.where(~wrong, -1)  # NaN on CUDA
+    return torch.stack([start - kv_offset, place.unsqueeze(1).expand_as(start)], -1).unsqueeze(1)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, **options,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """[B, M, H, d] of query [B, H, M, d] and the keys and values of its cache [B, Hkv, N, d]."""
+    for name in ("softcap", "s_aux", "position_bias", "output_attentions"):
+        if not (options.get(name) is None or options[name] is False):
+            raise ValueError(f"{name}: not supported with adaptive spans")
+    if dropout:
+        raise ValueError(f"dropout: expected 0 of attention with adaptive spans, got {dropout}")
+    if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.shape[-1] != 2:
+        raise ValueError("attention_mask: with adaptive spans expected one [B, N] or None, got one of 4 axes")
+    start, place = attention_mask[:, 0].unbind(-1)
+    spans = module.adaptive_span
+    out = adaptive_span_attention(
+        query, key, value, spans.span(), ramp=spans.ramp, scale=scaling, max_span=spans.max_span,
+        key_start=start if start.shape[1] == query.shape[2] else None, query_start=place[:, 0],
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _places)

@@ -1,0 +1,355 @@
+"""A Trainer for the losses of `sukhops.nn`: backbone, head and loss run within the model's own forward."""
+
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
+
+from sukhops.integrations.transformers._batches import (
+    PER_TOKEN,
+    Collator,
+    Request,
+    columns,
+    count,
+    has_two_counts,
+    packed,
+)
+from sukhops.integrations.transformers._director import check_causal
+from sukhops.losses import LossOutput
+from sukhops.nn import (
+    CringeLoss,
+    DirectorLoss,
+    DPOLoss,
+    HeadLoss,
+    KTOLoss,
+    PairwiseCringeLoss,
+    StepKTOLoss,
+)
+
+_LOSSES = (CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss)
+_KTO = (KTOLoss, StepKTOLoss)
+# arguments of a loss that the trainer gives itself
+_OWN = {
+    "self", "hidden", "target", "weight", "bias", "lm_weight", "lm_bias", "cls_weight", "cls_bias",
+    "cls_affine", "ref_hidden", "ref_weight", "ref_bias", "kl_hidden", "kl_target", "kl_ref_hidden",
+    "kl_cu_seqlens", "num_items", "group", "generator",
+}  # fmt: skip
+_NOT_INPUTS = {"self", "args", "kwargs", "use_cache"}  # of the backbone's forward
+_REQUEST = "sukhops_request"  # the keyword on which a model's forward answers with a loss
+
+
+class LossTrainer(transformers.Trainer):
+    """A `transformers.Trainer` whose loss is one of `sukhops.nn`; logits are never in memory.
+
+    The model's forward runs its backbone and `HeadLoss`: DDP and FSDP2 see the loss within the forward that
+    they wrap. A batch has `input_ids` [B, T], `labels` [B, T] (-100 does not count; they are shifted here),
+    inputs of the model such as `attention_mask`, and columns named like the arguments of the loss's forward:
+    `label`, `desirable`, `step_ids`, `step_labels`, `ref_logp`, `kl`. `label`, `step_ids` and `ref_logp` of
+    shape [B, T] are shifted with the labels. `cu_seqlens` says where the sequences of a packed batch end,
+    whose tokens have shape [1, N].
+
+    Without `data_collator` rows of token ids are padded on the right. A row of a pair has the columns
+    `chosen_input_ids`, `chosen_labels`, `rejected_input_ids` and `rejected_labels`. The batch has all chosen
+    sequences first, then all rejected ones; so must the batch of a collator of your own. The reference point
+    of KTO is the column `kl`, one number, or comes from a second batch in columns with the prefix `kl_`
+    (`kl_input_ids`, `kl_labels`); the default collator builds it with `sukhops.losses.mismatched`.
+
+    The reference of DPO and KTO is the column `ref_logp` where there is one, else `ref_model`, else a PEFT
+    model with its adapters disabled.
+
+    A loss is divided by what it counts (tokens, pairs, completions) over all micro-batches of a step, and
+    over all ranks with `average_tokens_across_devices`: gradient accumulation gives the gradient of the one
+    batch. A loss with two counts (DPOLoss with nll_weight, sft or orpo; StepKTOLoss with steps; DirectorLoss
+    with "sum_of_means") is averaged over micro-batches and ranks instead. The metrics of the loss are logged
+    as means over micro-batches and ranks, in evaluation with the prefix `eval_`.
+
+    Args:
+        args, kwargs: those of `transformers.Trainer`.
+        loss: a loss of `sukhops.nn` on a head: not SegmentationLoss. DirectorLoss needs a model with a
+            DirectorHead (`add_director_head`).
+        ref_model: the reference; it is put on the device and in evaluation mode, not wrapped or sharded.
+
+    Raises:
+        TypeError: a loss or a model of another kind.
+        ValueError: a reference that is missing or not wanted; a column that the dataset lacks; a model whose
+            logits are not those of its head (softcap, logit scale) or with a router loss; an option of
+            Trainer that does not go with a loss on hidden states (model_init, compute_loss_func,
+            compute_metrics, preprocess_logits_for_metrics, label smoothing, DataParallel, dispatch_batches,
+            tensor, context and sequence parallel). In the first step: a batch that lacks a column, or has one
+            that nothing takes.
+
+    Source: the library's.
+    """
+
+    def __init__(self, *args, loss: nn.Module, ref_model: PreTrainedModel | None = None, **kwargs):
+        if not isinstance(loss, _LOSSES):
+            names = ", ".join(c.__name__ for c in _LOSSES)
+            raise TypeError(f"loss: expected one of {names}, got {type(loss).__name__}")
+        given = inspect.signature(transformers.Trainer.__init__).bind(self, *args, **kwargs).arguments
+        for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name}: LossTrainer takes a model and has no logits, expected None")
+        model = given.get("model")
+        base = _checked(model, loss)
+        self.loss = loss
+        accepted = inspect.signature(loss.forward).parameters
+        self._arguments = [name for name in accepted if name not in _OWN]
+        self._required = [n for n in self._arguments if accepted[n].default is inspect.Parameter.empty]
+        self._inputs = _inputs_of(base)
+        self.ref_model = ref_model
+        if ref_model is not None:
+            self._check_reference(model, ref_model)
+        self._collates = given.get("data_collator") is None
+        self._check_datasets(given)
+        super().__init__(*args, **kwargs)
+        self._check_options()
+        _answer_requests(base)
+        if ref_model is not None:
+            _answer_requests(ref_model)
+            ref_model.eval()
+            if getattr(ref_model, "hf_device_map", None) is None:
+                ref_model.to(self.args.device)
+        if self._collates:
+            pad_id = getattr(self.processing_class, "pad_token_id", None)
+            self.data_collator = Collator(pad_id or 0, isinstance(loss, _KTO))
+        self.model_accepts_loss_kwargs = False  # the base class does not count tokens
+        self._metrics: dict[str, dict[str, tuple[Tensor, int]]] = {"train": {}, "eval": {}}
+
+    @property
+    def _wants_reference(self) -> bool:
+        dpo = isinstance(self.loss, DPOLoss)
+        return self.loss.options.needs_reference if dpo else isinstance(self.loss, _KTO)
+
+    def _check_reference(self, model: nn.Module, ref_model: PreTrainedModel) -> None:
+        if not self._wants_reference:
+            raise ValueError(f"ref_model: {self.loss} compares with no reference, expected None")
+        if ref_model is model:
+            raise ValueError("ref_model: the model itself would be trained too; give a copy of it")
+        _checked(ref_model, None)
+
+    def _check_datasets(self, given: dict) -> None:
+        sets = {"train_dataset": given.get("train_dataset")}
+        eval_set = given.get("eval_dataset")
+        more = eval_set if isinstance(eval_set, dict) else {"": eval_set}
+        sets |= {f"eval_dataset {name}".strip(): dataset for name, dataset in more.items()}
+        found = {name: columns(dataset) for name, dataset in sets.items() if dataset is not None}
+        found = {name: names for name, names in found.items() if names is not None}
+        reference = self.ref_model is not None or hasattr(given["model"], "disable_adapter")
+        if self._wants_reference and not reference and not any("ref_logp" in n for n in found.values()):
+            raise ValueError(
+                f"ref_model: {self.loss} compares with a reference: give ref_model, a PEFT model (its "
+                "adapters are disabled), or a dataset with the column ref_logp"
+            )
+        for name, names in found.items():
+            if self._collates:
+                self._check_columns(name, names)
+
+    def _check_columns(self, where: str, names: set[str]) -> None:
+        missing = [n for n in ("input_ids", "labels", *self._required) if n not in names]
+        if missing:
+            raise ValueError(f"{where}: {self.loss} needs the columns {missing}, got {sorted(names)}")
+
+    def _check_options(self) -> None:
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: the loss has none, expected 0")
+        if self.args.n_gpu > 1:
+            raise ValueError("n_gpu: DataParallel splits pairs; start one process per GPU with torchrun")
+        streams = any(isinstance(d, IterableDataset) for d in (self.train_dataset, self.eval_dataset))
+        dispatches = self.args.accelerator_config.dispatch_batches is not False
+        if streams and dispatches and self.args.world_size > 1:
+            raise ValueError(
+                "dispatch_batches: rank 0 would cut batches of an IterableDataset, and pairs, into parts; "
+                "set accelerator_config={'dispatch_batches': False}"
+            )
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("parallelism: tensor, context and sequence parallel are not supported here")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            names = [*self._signature_columns, *self._arguments]
+            more = [f"{p}{n}" for p in ("chosen_", "rejected_", "kl_") for n in names]
+            self._signature_columns = [*names, *more]
+
+    # ------------------------------------------------------------------ batches
+
+    def _split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Request]:
+        """The inputs of the model, and what it shall compute."""
+        names = set(batch)
+        self._check_columns("batch", names)
+        mismatched = [n for n in names if n.startswith("kl_") and n[3:] in self._inputs]
+        known = {"labels", "kl_labels", *self._inputs, *self._arguments, *mismatched}
+        if not names <= known:
+            raise ValueError(
+                f"batch: neither the model nor {self.loss} takes the columns {sorted(names - known)}"
+            )
+        labels = batch["labels"]
+        if labels.shape != batch["input_ids"].shape or labels.dim() != 2:
+            raise ValueError(
+                f"labels: expected shape [B, T] as input_ids {list(batch['input_ids'].shape)}, "
+                f"got {list(labels.shape)}"
+            )
+        arguments = {}
+        for name in names.intersection(self._arguments):
+            value, kl = batch[name], name.startswith("kl_")
+            tokens = batch.get("kl_input_ids" if kl else "input_ids")
+            per_token = name.removeprefix("kl_") in PER_TOKEN and tokens is not None
+            arguments[name] = value[:, 1:] if per_token and value.shape == tokens.shape else value
+        target = labels[:, 1:]
+        if "cu_seqlens" in arguments:
+            target, arguments = packed(target, arguments)
+        inputs = {n: batch[n] for n in names.intersection(self._inputs)}
+        if not isinstance(self.loss, _KTO) or "kl" in arguments:
+            return inputs, Request(self.loss, target, arguments)
+        if "kl_labels" not in names or "kl_input_ids" not in names:
+            raise ValueError(
+                f"batch: {self.loss} needs the column kl, or kl_input_ids and kl_labels, got {sorted(names)}"
+            )
+        arguments["kl_target"] = batch["kl_labels"][:, 1:]
+        return inputs, Request(self.loss, target, arguments, {n[3:]: batch[n] for n in mismatched})
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and the loss's count over all of them and all ranks."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples or has_two_counts(self.loss):
+            return samples, None
+        total = sum(count(self._split(batch)[1]) for batch in samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.reduce(total, "sum")
+        return samples, total.clamp(min=1)
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As `Trainer.compute_loss`; the outputs are the dict {"loss": loss}."""
+        inputs, request = self._split(inputs)
+        arguments = request.arguments
+        if self._wants_reference:
+            if "ref_logp" not in arguments:
+                arguments["ref_logp"] = self._reference(model, inputs, request.target)
+            if request.mismatched is not None and "kl_ref_logp" not in arguments:
+                arguments["kl_ref_logp"] = self._reference(model, request.mismatched, arguments["kl_target"])
+        if num_items_in_batch is not None:
+            arguments["num_items"] = num_items_in_batch
+        loss, metrics = model(**inputs, **{_REQUEST: request})
+        self._record("train" if model.training else "eval", metrics)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, inputs: dict[str, Any], target: Tensor) -> Tensor:
+        """Log-probs of target [B, T - 1] under the reference model, or the model without its adapters."""
+        asked = {**inputs, _REQUEST: Request(None, target)}
+        if self.ref_model is not None:
+            with self.accelerator.autocast():
+                return self.ref_model(**asked)
+        peft = self.accelerator.unwrap_model(model)
+        if not hasattr(peft, "disable_adapter"):
+            raise ValueError("batch: needs the column ref_logp (and kl_ref_logp), as there is no ref_model")
+        training = model.training
+        model.eval()
+        try:
+            with peft.disable_adapter():
+                return model(**asked)
+        finally:
+            model.train(training)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch alone: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # ------------------------------------------------------------------ metrics
+
+    def _record(self, mode: str, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            total, calls = self._metrics[mode].get(name, (0.0, 0))
+            self._metrics[mode][name] = total + value.detach().float().mean(), calls + 1
+
+    def _take(self, mode: str) -> dict[str, float]:
+        """Means since the last call, over micro-batches and ranks."""
+        kept, self._metrics[mode] = self._metrics[mode], {}
+        if not kept:
+            return {}
+        means = torch.stack([total / calls for total, calls in kept.values()])
+        return dict(zip(kept, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs.update(self._take("train"))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._metrics["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{n}": v for n, v in self._take("eval").items()})
+        return output
+
+
+# ---------------------------------------------------------------------- the model's side
+
+
+def _checked(model: nn.Module, loss: nn.Module | None) -> PreTrainedModel:
+    """The model of transformers, also within PEFT's; raises where HeadLoss on its hidden states is wrong."""
+    base = model
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError("model: prompt learning changes the inputs; adapters such as LoRA are supported")
+        base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel) or base.base_model is base:
+        raise TypeError(
+            "model: expected a causal language model of transformers, or PEFT's around one, "
+            f"got {type(base).__name__}"
+        )
+    check_causal(base)
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "model: config.output_router_logits adds a loss that is not computed here, expected False"
+        )
+    HeadLoss(base.get_output_embeddings(), loss)
+    return base
+
+
+def _inputs_of(model: PreTrainedModel) -> set[str]:
+    """Names of what the backbone's forward takes."""
+    return set(inspect.signature(model.base_model.forward).parameters) - _NOT_INPUTS
+
+
+def _answer_requests(model: PreTrainedModel) -> None:
+    """Makes model.forward, and so that of any wrapper around it, take a `Request`."""
+    if "_sukhops_forward" in vars(model):
+        return
+
+    def forward(self, *args, **kwargs):
+        request = kwargs.pop(_REQUEST, None)
+        return self._sukhops_forward(*args, **kwargs) if request is None else _answer(self, request, kwargs)
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # generate and Trainer read it
+    model._sukhops_forward = model.forward
+    model.forward = types.MethodType(forward, model)
+
+
+def _answer(model: PreTrainedModel, request: Request, inputs: dict[str, Any]) -> LossOutput | Tensor:
+    arguments = request.arguments
+    if request.mismatched is not None:
+        with torch.no_grad():
+            arguments = {**arguments, "kl_hidden": _hidden(model, request.mismatched)}
+    head = HeadLoss(model.get_output_embeddings(), request.loss)
+    hidden = _hidden(model, inputs)
+    return head(hidden.reshape(*request.target.shape, -1), request.target, **arguments)
+
+
+def _hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """[B, T - 1, D]: row i predicts token i + 1."""
+    backbone, names = model.base_model, _inputs_of(model)
+    given = {n: v for n, v in inputs.items() if n in names and v is not None}
+    return backbone(**given, use_cache=False)[0][:, :-1]

@@ -1,0 +1,228 @@
+"""LossTrainer: padded and packed batches, columns, evaluation and logs, the model afterwards, bad inputs."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn as tnn
+
+from sukhops import losses, nn
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from trainer_inputs import (  # noqa: E402
+    CASES,
+    LLAMA,
+    V,
+    arguments,
+    by_hand,
+    close,
+    llama,
+    reference_for,
+    row,
+    rows,
+    train,
+)
+
+from sukhops.integrations.transformers import LossTrainer  # noqa: E402
+from sukhops.integrations.transformers._batches import Collator, Request  # noqa: E402
+
+
+def test_packed_sequences(tmp_path):
+    """One row with cu_seqlens and position_ids is the padded batch."""
+    dataset, (loss, _) = rows("pairs"), CASES["dpo"]
+    _, expected = train(tmp_path, llama(), dataset, loss, llama(2))
+
+    def packed(examples):
+        sides = [(e[f"{s}_input_ids"], e[f"{s}_labels"]) for s in ("chosen", "rejected") for e in examples]
+        ids, labels = (torch.cat([torch.tensor(side[i]) for side in sides])[None] for i in (0, 1))
+        lengths = torch.tensor([len(i) for i, _ in sides])
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        labels[0, starts[:-1]] = ids[0, starts[:-1]]  # the first tokens are not predicted, whatever is said
+        places = torch.cat([torch.arange(n) for n in lengths])[None]
+        return {"input_ids": ids, "labels": labels, "position_ids": places, "cu_seqlens": starts}
+
+    options = {"data_collator": packed, "remove_unused_columns": False}
+    _, found = train(tmp_path, llama(), dataset, loss, llama(2), **options)
+    close(found, expected)
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    close(train(tmp_path, llama(), dataset, loss, llama(2), **options, **halves)[1], expected)
+
+
+def test_left_padding(tmp_path):
+    """With position_ids a batch that is padded on the left trains as one that is padded on the right."""
+
+    def left(examples):
+        batch = Collator(0, False)(examples)
+        shift = [len(batch["input_ids"][0]) - len(e["input_ids"]) for e in examples]
+        batch = {n: torch.stack([r.roll(s) for r, s in zip(t, shift, strict=True)]) for n, t in batch.items()}
+        places = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return {**batch, "position_ids": places}
+
+    dataset, loss = [{n: v for n, v in r.items() if n != "label"} for r in rows("label")], nn.CringeLoss()
+    dataset = [{**r, "label": [1] * len(r["labels"])} for r in dataset]
+    _, expected = train(tmp_path, llama(), dataset, loss)
+    _, found = train(tmp_path, llama(), dataset, loss, data_collator=left)
+    close(found, expected)
+
+
+def test_datasets_keep_their_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("dpo", "step kto", "cringe with tokens"):
+        loss, kind = CASES[name]
+        dataset = datasets.Dataset.from_list([{**r, "text": "dropped"} for r in rows(kind)])
+        _, found = train(tmp_path, llama(), dataset, loss, reference_for(name))
+        close(found, train(tmp_path, llama(), rows(kind), loss, reference_for(name))[1])
+
+
+def test_collator():
+    batch = Collator(7, True)(rows("steps")[:2])
+    assert batch["input_ids"][0, 5] == 7 and batch["labels"][0, 5] == -100 and batch["step_ids"][0, 5] == -1
+    assert batch["attention_mask"].sum(-1).tolist() == [5, 6] and batch["step_labels"].shape == (2, 2)
+    ids, target = losses.mismatched(batch["labels"][:, 1:], batch["input_ids"][:, :-1], pad_id=7)
+    assert torch.equal(batch["kl_input_ids"][:, :-1], ids) and torch.equal(batch["kl_labels"][:, 1:], target)
+    chosen = Collator(0, False)(rows("pairs"))["input_ids"]
+    assert [int((r > 0).sum()) for r in chosen] == [5, 6, 9, 12, 7, 4, 8, 11]
+
+
+# ------------------------------------------------------------------ evaluation, logs, the model afterwards
+
+
+def test_evaluation(tmp_path):
+    model, (loss, kind) = llama(), CASES["dpo"]
+    batch = Collator(0, False)(rows(kind))
+    expected, _ = by_hand("dpo", copy.deepcopy(model), llama(2), batch)
+    trainer = LossTrainer(
+        model, arguments(tmp_path), eval_dataset={"own": rows(kind)}, loss=loss, ref_model=llama(2)
+    )
+    trainer.compute_loss(
+        model.eval(), {n: t[[0, 4]] for n, t in batch.items()}
+    )  # an evaluation that was broken off
+    found = trainer.evaluate()
+    assert found["eval_own_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    for name, value in expected.metrics.items():
+        assert found[f"eval_own_{name}"] == pytest.approx(value.float().mean().item(), rel=1e-4, abs=1e-5), (
+            name
+        )
+    assert trainer.state.log_history[-1]["eval_own_margin"] == found["eval_own_margin"]
+    predicted = trainer.predict(rows(kind))
+    assert (
+        predicted.metrics["test_loss"] == pytest.approx(found["eval_own_loss"])
+        and predicted.predictions is None
+    )
+
+
+def test_training_and_evaluation_keep_their_metrics_apart(tmp_path):
+    trainer = LossTrainer(
+        llama(), arguments(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1,
+                           per_device_train_batch_size=2, learning_rate=0.0),
+        train_dataset=rows("label")[:2], eval_dataset=rows("label")[2:], loss=nn.CringeLoss(),
+    )  # fmt: skip
+    trainer.train()
+    logs = trainer.state.log_history
+    tokens = [log["ce_tokens"] + log["ct_tokens"] for log in logs if "loss" in log]
+    assert tokens == [3 + 4, 3 + 4]  # of a step, not of two
+    assert [log["eval_ce_tokens"] for log in logs if "eval_loss" in log] == [8.0] * 4
+
+
+def test_the_model_stays_what_it_was(tmp_path):
+    model = llama().eval()
+    ids = torch.randint(1, V, (2, 6))
+    plain, signature = model(ids, labels=ids), inspect.signature(model.forward)
+    decoded = model.generate(ids, max_new_tokens=4, do_sample=False)
+    train(tmp_path, model, rows("label"), nn.CringeLoss(), learning_rate=0.0)
+    model.eval()
+    assert inspect.signature(model.forward) == signature
+    again = model(ids, labels=ids)
+    assert torch.equal(again.loss, plain.loss) and torch.equal(again.logits, plain.logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), decoded)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert not other(ids).logits.any()
+    request = Request(None, ids[:, 1:])
+    uniform = -torch.log(torch.tensor(float(V)))
+    assert torch.allclose(other(input_ids=ids, sukhops_request=request), uniform)
+    _, expected = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(loss_type="cpo"))
+    _, found = train(
+        tmp_path, model, rows("pairs"), nn.DPOLoss(loss_type="cpo")
+    )  # another loss, the same model
+    close(found, expected)
+    assert torch.isfinite(model(ids, labels=ids).loss)
+
+
+def test_no_logits_are_computed(tmp_path):
+    class Head(tnn.Linear):
+        def forward(self, x):
+            raise AssertionError("logits")
+
+    model = llama()
+    head = Head(16, V, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    train(tmp_path, model, rows("label"), nn.CringeLoss())
+
+
+def test_bfloat16(tmp_path):
+    trainer, _ = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(), llama(2), bf16=True)
+    exact, _ = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(), llama(2))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(exact.state.log_history[0]["loss"], rel=0.05)
+
+
+# ------------------------------------------------------------------ bad inputs
+
+
+def test_bad_losses_and_models_raise(tmp_path):
+    args = arguments(tmp_path)
+
+    def raises(error, match, **options):
+        with pytest.raises(error, match=match):
+            LossTrainer(**{"model": llama(), "args": args, "loss": nn.CringeLoss(), **options})
+
+    raises(TypeError, "loss: expected one of .* got SegmentationLoss", loss=nn.SegmentationLoss())
+    raises(TypeError, "DirectorHead and DirectorLoss", loss=nn.DirectorLoss())
+    raises(TypeError, "causal language model of transformers.*got Linear", model=tnn.Linear(2, 2))
+    config = transformers.GraniteConfig(**LLAMA, logits_scaling=8.0)
+    raises(ValueError, "logits_scaling", model=transformers.GraniteForCausalLM(config))
+    mixture = llama()
+    mixture.config.output_router_logits = True
+    raises(ValueError, "output_router_logits", model=mixture)
+    raises(ValueError, "ref_model: give|ref_model, a PEFT model", loss=nn.DPOLoss())
+    raises(ValueError, "compares with no reference", ref_model=llama(2))
+    raises(ValueError, "compares with no reference", loss=nn.DPOLoss(loss_type="cpo"), ref_model=llama(2))
+    same = llama()
+    raises(ValueError, "the model itself", loss=nn.DPOLoss(), model=same, ref_model=same)
+    for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        raises(ValueError, name, **{name: lambda *a, **k: None})
+    raises(ValueError, "label_smoothing", args=arguments(tmp_path, label_smoothing_factor=0.1))
+
+
+def test_missing_and_unknown_columns_raise(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    plain = [row(5), row(6)]
+    for dataset in (plain, datasets.Dataset.from_list(plain)):
+        for options in ({"train_dataset": dataset}, {"eval_dataset": {"one": dataset}}):
+            with pytest.raises(ValueError, match=r"dataset.*CringeLoss.* needs the columns \['label'\]"):
+                LossTrainer(llama(), arguments(tmp_path), loss=nn.CringeLoss(), **options)
+    unlabeled = [{"input_ids": [1, 2, 3], "label": 1}]
+    with pytest.raises(ValueError, match=r"needs the columns \['labels'\]"):
+        LossTrainer(llama(), arguments(tmp_path), train_dataset=unlabeled, loss=nn.CringeLoss())
+
+    def first_batch(loss, change, kind="label", **options):
+        def collate(examples):
+            return change(Collator(0, False)(examples))
+
+        return train(tmp_path, llama(), rows(kind), loss, data_collator=collate, **options)
+
+    def without(name):
+        return lambda batch: {n: t for n, t in batch.items() if n != name}
+
+    with pytest.raises(ValueError, match=r"batch: .* needs the columns \['label'\], got \['attention_mask'"):
+        first_batch(nn.CringeLoss(), without("label"))
+    with pytest.raises(ValueError, match=r"takes the columns \['labell'\]"):
+        first_batch(nn.CringeLoss(), lambda batch: {**batch, "labell": 1})
+    with pytest.raises(ValueError, match=r"labels: expected shape \[B, T\] as input_ids"):
+        first_batch(nn.CringeLoss(), lambda batch: {**batch, "labels": batch["labels"][:, 1:]})
+    with pytest.raises(ValueError, match="needs the column kl, or kl_input_ids and kl_labels"):
+        first_batch(nn.KTOLoss(), lambda batch: batch, "desirable", ref_model=llama(2))
