@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: setup bench bench-all test test-all gpu lint docs clean
+.PHONY: setup bench bench-all test test-all test-real gpu lint docs clean
 .DEFAULT_GOAL := test
 
 setup: .venv/built
@@ -34,12 +34,15 @@ bench-all: setup .venv/peers  ## every case, which takes long; RECORD=--record w
 	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 
 test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
-	$(PY) -m pytest -q -m "not full"
+	$(PY) -m pytest -q -m "not full and not real"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "interpreter and not full"
 
 test-all: setup .venv/peers lint  ## the long matrix too
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -m "not real"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
+
+test-real: setup .venv/peers  ## on SmolLM2-135M-Instruct, fetched into .cache; SUKHOPS_MODEL takes another
+	$(PY) -m pytest -q -m real
 
 lint: setup
 	$(PY) -m ruff check .
