@@ -28,7 +28,8 @@ struct SpanCall {
   int64_t span_stride[3];
   const int64_t* key_start;
   int64_t start_stride[2];
-  const int64_t* query_start;  // [B], or null: n - m
+  const int64_t* query_start;  // [B], or null: place
+  int64_t place, step;         // of the first query; from a query to the next: 1, or 0 where they are heads
   const A* rel;  // [H or 1, S, wide]
   int64_t rel_stride;
   A* lse;        // [B, H, M]
@@ -37,7 +38,7 @@ struct SpanCall {
   bool need_q, need_kv;
   int64_t longest;  // keys that a query sees at most
 
-  int64_t start(int64_t b) const { return query_start ? query_start[b] : n - m; }  // of the queries
+  int64_t start(int64_t b) const { return query_start ? query_start[b] : place; }  // of the queries
 };
 
 // the buffers of a thread, one behind the other
@@ -108,15 +109,17 @@ struct Problem {
   Tensor rel, starts;
   std::vector<int64_t> window;  // [B, Hkv] tokens that the longest span of its query heads reaches
 
+  // `together`: one query of several heads that share a key head is taken as so many queries of one head
   Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& span,
           const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
           const std::optional<Tensor>& query_start, double ramp, double scale, int64_t skip,
-          std::optional<int64_t> max_span)
+          std::optional<int64_t> max_span, bool together)
       : q(q_, call.q, call.q_stride), k(k_, call.k, call.k_stride), v(v_, call.v, call.v_stride) {
     SpanCall<A>& c = call;
     c.batch = q_.size(0), c.heads = q_.size(1), c.m = q_.size(2), c.d = q_.size(3);
     c.group = c.heads / k_.size(1), c.n = k_.size(2), c.wide = (c.d + 15) / 16 * 16;
     c.skip = skip, c.limit = std::min(c.n, max_span.value_or(c.n));
+    c.place = c.n - c.m, c.step = 1;
     c.ramp = static_cast<A>(ramp), c.inverse_ramp = static_cast<A>(1 / ramp), c.scale = static_cast<A>(scale);
     c.span = data<A>(span);
     const bool per_head = span.dim() == 1;
@@ -141,11 +144,17 @@ struct Problem {
       c.rel = data<A>(rel);
       c.rel_stride = rel_pos->dim() == 3 ? s * c.wide : 0;
     }
+    if (together && c.m == 1 && !rel_pos) {
+      for (int64_t* stride : {c.q_stride, c.span_stride}) stride[2] = stride[1], stride[1] *= c.group;
+      c.start_stride[1] = 0, c.step = 0;
+      c.heads /= c.group, c.m = std::exchange(c.group, 1);
+    }
+    const int64_t differ = per_head ? std::min<int64_t>(c.step ? 1 : c.m, c.m) : c.m;  // queries of a head
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t h = 0; h < c.heads; h += c.group) {
         int64_t most = 0;
         for (int64_t g = h; g < h + c.group; ++g)
-          for (int64_t i = 0; i < (per_head ? std::min<int64_t>(1, c.m) : c.m); ++i) {
+          for (int64_t i = 0; i < differ; ++i) {
             const A reach = c.ramp + c.span[b * c.span_stride[0] + g * c.span_stride[1] + i * c.span_stride[2]];
             const int64_t seen = reach < -1 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 2 : c.limit;  // NaN: all
             most = std::max(most, std::min(seen, c.limit));
@@ -177,8 +186,8 @@ struct Problem {
 template <class S, class A>
 std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   SpanCall<A>& c = p.call;
-  const Tensor out = empty({c.batch, c.heads, c.m, c.d}, like.scalar_type(), like);
-  const Tensor lse = empty({c.batch, c.heads, c.m}, acc_dtype(like.scalar_type()), like);
+  const Tensor out = empty({like.size(0), like.size(1), like.size(2), c.d}, like.scalar_type(), like);
+  const Tensor lse = empty({like.size(0), like.size(1), like.size(2)}, acc_dtype(like.scalar_type()), like);
   c.out = out.data_ptr();
   c.lse = data<A>(lse);
   std::vector<Run> runs;  // of query heads here
@@ -294,7 +303,7 @@ std::tuple<Tensor, Tensor> adaptive_span(
     const std::optional<Tensor>& key_start, const std::optional<Tensor>& query_start, double ramp, double scale,
     int64_t skip, std::optional<int64_t> max_span) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
-    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span);
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span, true);
     return forward<decltype(s)>(p, q);
   });
 }
@@ -305,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
     const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& lse, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q,
     bool need_kv, bool need_span, bool need_rel_pos) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
-    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span);
+    Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span, false);
     return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),
                                  torch::stable::contiguous(lse), need_q, need_kv, need_span, need_rel_pos);
   });

@@ -121,7 +121,7 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
   for (int64_t i = 0; i < lanes; ++i) {
     w.lo[i] = kFar<A>, w.hi[i] = -kFar<A>, w.span[i] = 0;
     if (i >= count) continue;
-    const int64_t hi = c.start(b) + i0 + i - c.skip;
+    const int64_t hi = c.start(b) + (i0 + i) * c.step - c.skip;
     int64_t lo = hi - c.limit + 1;
     if (lo < 0) lo = 0;
     if (c.key_start) {

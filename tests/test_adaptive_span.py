@@ -56,6 +56,10 @@ CASES = {
     "cache": ({"m": 20}, {"query_start": torch.tensor([0, 17])}),
     "cache, one place": ({"rel": (60,)}, {"query_start": 9}),
     "one query": ({"m": 1, "rel": (50,)}, {}),
+    "one query of tokens": (
+        {"m": 1, "h": 6, "per_token": True},
+        {"key_start": torch.tensor([0, 41]), "include_self": False},
+    ),
     "one query, cache": ({"m": 1}, {"query_start": torch.tensor([0, 40]), "max_span": 30}),
     "many keys": ({"b": 1, "h": 2, "hkv": 1, "m": 150, "n": 333, "d": 80}, {}),
 }

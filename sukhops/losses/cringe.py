@@ -181,7 +181,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_gate(margin: float, temperature: float) -> None:
-    if not math.isfinite(margin):
+    if not -math.inf < margin < math.inf:
         raise ValueError(f"margin: expected a finite number, got {margin!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")

@@ -79,7 +79,7 @@ def director_loss(
         raise ValueError(f"reduction: sum_of_means needs target [B, T], got {list(target.shape)}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: reduction {reduction!r} divides per example, expected None")
-    if (norm is None) != (norm_weight == 0):
+    if norm_weight if norm is None else not norm_weight:
         raise ValueError(f"norm: expected exactly when norm_weight is not 0, got norm_weight = {norm_weight}")
     trains_lm = lm_target(target, label, train_lm_on_positive) != IGNORE  # [...]
     trains_cls = (target != IGNORE) & (label >= 0)  # [...]

@@ -73,18 +73,17 @@ class Options(NamedTuple):
             raise ValueError(
                 f"loss_weights: expected one per loss_type {types}, at least one, got {self.loss_weights!r}"
             )
-        if not all(math.isfinite(w) for w in self.weights):
+        if not all(_finite(w) for w in self.weights):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights!r}")
-        finite = math.isfinite
         for name, ok, expected in (
             ("beta", 0 < self.beta < math.inf, "a finite number > 0"),
             ("label_smoothing", 0 <= self.label_smoothing <= 1, "a number in [0, 1]"),
-            ("length_alpha", finite(self.length_alpha), "a finite number"),
+            ("length_alpha", _finite(self.length_alpha), "a finite number"),
             ("ld_alpha", 0 <= self.ld_alpha <= 1, "a number in [0, 1]"),
             ("nll_weight", 0 <= self.nll_weight < math.inf, "a finite number >= 0"),
             ("f_divergence", self.f_divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"),
-            ("f_alpha", finite(self.f_alpha), "a finite number"),
-            ("margin", finite(self.margin), "a finite number"),
+            ("f_alpha", _finite(self.f_alpha), "a finite number"),
+            ("margin", _finite(self.margin), "a finite number"),
             ("tau", 0 < self.tau < math.inf, "a finite number > 0"),
         ):
             if not ok:
@@ -119,6 +118,10 @@ class Options(NamedTuple):
         if self.nll_weight and not {"orpo", "sft"}.isdisjoint(types):
             raise ValueError(f"nll_weight: orpo and sft have this term already, got {self.nll_weight}")
         return self
+
+
+def _finite(x: float) -> bool:
+    return -math.inf < x < math.inf  # math.isfinite is not traced with dynamic numbers
 
 
 def score(ratio: Tensor, o: Options) -> Tensor:

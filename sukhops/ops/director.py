@@ -1,5 +1,6 @@
 """Director: a language-model head gated by a classifier of every next token, and what trains it."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -208,7 +209,7 @@ def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine
     strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
     affine = None if cls_affine is None else _affine(cls_affine, hidden)
     absent = hidden.new_empty(0)
-    flat = hidden.reshape(rows.numel(), hidden.shape[-1])
+    flat = hidden.reshape(math.prod(rows), hidden.shape[-1])
     biases = [absent if b is None else b for b in biases]
     return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
 
@@ -237,7 +238,7 @@ def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tenso
             f"gamma: expected a number, a tensor, or {count}, one per classifier, got {len(given)}"
         )
     dtype = _checks.accumulation_dtype(hidden.dtype)
-    n, out = rows.numel(), []
+    n, out = math.prod(rows), []
     for g in given:
         if isinstance(g, Tensor):
             _checks.check_device("hidden", hidden, "gamma", g)
@@ -284,7 +285,7 @@ def _classifier(hidden, weight, target, label, bias, group):
         _checks.check_integers(name, t)
         _checks.check_device("hidden", hidden, name, t)
         _checks.check_shape(name, t, tuple(rows), "one per row of hidden")
-    n = rows.numel()
+    n = math.prod(rows)
     flat = hidden.reshape(n, hidden.shape[-1])
     return flat, weight, bias, target.reshape(n).long(), label.reshape(n).long(), rows
 

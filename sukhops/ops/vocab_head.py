@@ -1,5 +1,6 @@
 """A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
 
+import math
 import sys
 from collections.abc import Collection
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def linear_logp(
             f"target: expected shape {[*rows]} (one per row of hidden) or {[*rows, 'K']} (K per row), "
             f"got {list(target.shape)}"
         )
-    targets = target.reshape(hidden.shape[:-1].numel(), 1 if single else target.shape[-1]).long()
+    targets = target.reshape(math.prod(hidden.shape[:-1]), 1 if single else target.shape[-1]).long()
     head = vocab_head(
         hidden, weight, targets, bias,
         softcap=softcap, scale=scale, temperature=temperature, ignore_index=ignore_index, group=group,
@@ -251,7 +252,7 @@ def linear_topk(
     if not isinstance(k, int) or k < 1 or (group is None and k > weight.shape[0]):
         raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
     rows = hidden.shape[:-1]
-    none = torch.empty(rows.numel(), 0, dtype=torch.int64, device=hidden.device)
+    none = torch.empty(math.prod(rows), 0, dtype=torch.int64, device=hidden.device)
     head = vocab_head(
         hidden, weight, none, bias,
         k=k, softcap=softcap, scale=scale, temperature=temperature, group=group,
@@ -307,7 +308,7 @@ def vocab_head(
         )  # fmt: skip
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     budget = min(get_logits_budget(), sys.maxsize)
     *outputs, _, _ = _head(
         flat, weight, targets, bias, k, bool(statistics), softcap, scale, temperature, ignore_index, budget,

@@ -1,0 +1,125 @@
+"""Every operator and loss compiled once for all lengths, and exported with dynamic shapes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+import sukhops
+from sukhops.nn import (
+    CringeLoss,
+    DirectorLoss,
+    DPOLoss,
+    KTOLoss,
+    PairwiseCringeLoss,
+    StepKTOLoss,
+)
+
+V, D, B = 40, 8, 4
+LENGTHS = (5, 6, 7, 9, 11, 13, 17)
+WEIGHT, OTHER = torch.randn(2, V, D, generator=torch.Generator().manual_seed(0))
+LABEL, SPAN = torch.tensor([1, 0, -1, 0]), torch.tensor([3.0, 4.5])
+DPO, LD, SIMPO = DPOLoss(), DPOLoss(ld_alpha=0.5, use_weighting=True), DPOLoss(loss_type="simpo")
+KTO_LOSS, STEP_KTO = KTOLoss(), StepKTOLoss()
+CRINGE, PAIRWISE = CringeLoss(k=1), PairwiseCringeLoss(k=1)
+DIRECTOR = DirectorLoss(norm_weight=0.1)
+KTO = {"desirable": torch.tensor([True, False, True, True]), "ref_weight": OTHER, "kl": torch.tensor(0.1)}
+
+
+def hidden(t: int) -> Tensor:
+    return torch.randn(B, t, D)
+
+
+def target(t: int) -> Tensor:
+    return torch.randint(0, V, (B, t)).index_fill(1, torch.tensor([0]), -100)
+
+
+def rows(t: int) -> tuple[Tensor, Tensor]:
+    return hidden(t), target(t)
+
+
+def with_reference(t: int) -> tuple[Tensor, Tensor, Tensor]:
+    return *rows(t), hidden(t)
+
+
+def with_steps(t: int) -> tuple[Tensor, ...]:
+    return *with_reference(t), (torch.arange(t) % 2).expand(B, t)
+
+
+# a call of tensors, and tensors of a length
+CASES: dict[str, tuple[Callable, Callable]] = {
+    "linear_logp": (lambda h, y: sukhops.linear_logp(h, WEIGHT, y), rows),
+    "linear_topk": (lambda h: sukhops.linear_topk(h, WEIGHT, 3).values, lambda t: (hidden(t),)),
+    "linear_token_stats": (
+        lambda h, y: sukhops.linear_token_stats(h, WEIGHT, y, outputs=("logp", "entropy")).entropy, rows,
+    ),
+    "director_logp": (lambda h: sukhops.director_logp(h, WEIGHT, OTHER, gamma=1.0), lambda t: (hidden(t),)),
+    "director_topk": (
+        lambda h: sukhops.director_topk(h, WEIGHT, OTHER, 3, gamma=1.0).values, lambda t: (hidden(t),),
+    ),
+    "adaptive_span_attention": (
+        lambda q: sukhops.adaptive_span_attention(q, q, q, SPAN),
+        lambda t: (torch.randn(1, 2, t, D),),
+    ),
+    "segmentation_logz": (sukhops.segmentation_logz, lambda t: (torch.randn(3, t, 4),)),
+    "DPOLoss": (
+        lambda h, y, r: DPO(h, WEIGHT, y, ref_hidden=r, ref_weight=OTHER).loss, with_reference,
+    ),
+    "DPOLoss, by tokens": (
+        lambda h, y, r: LD(h, WEIGHT, y, ref_hidden=r, ref_weight=OTHER).loss, with_reference,
+    ),
+    "DPOLoss, simpo": (lambda h, y: SIMPO(h, WEIGHT, y).loss, rows),
+    "KTOLoss": (lambda h, y, r: KTO_LOSS(h, WEIGHT, y, ref_hidden=r, **KTO).loss, with_reference),
+    "StepKTOLoss": (
+        lambda h, y, r, s: STEP_KTO(
+            h, WEIGHT, y, ref_hidden=r, step_ids=s, step_labels=torch.ones(B, 2, dtype=torch.int64), **KTO
+        ).loss,
+        with_steps,
+    ),
+    "CringeLoss": (lambda h, y: CRINGE(h, WEIGHT, y, LABEL).loss, rows),
+    "PairwiseCringeLoss": (lambda h, y: PAIRWISE(h, WEIGHT, y).loss, rows),
+    "DirectorLoss": (lambda h, y: DIRECTOR(h, WEIGHT, OTHER, y, LABEL).loss, rows),
+}  # fmt: skip
+cases = pytest.mark.parametrize("name", CASES)
+
+
+@cases
+def test_compiled_once_for_all_lengths(name):
+    call, make = CASES[name]
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counting)
+    for t in LENGTHS:
+        given = make(t)
+        torch.testing.assert_close(compiled(*given), call(*given))
+    assert len(graphs) == 1
+
+
+class Call(nn.Module):
+    def __init__(self, call: Callable):
+        super().__init__()
+        self.call = call
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.call(*given)
+
+
+@cases
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_all_lengths(name, strict):
+    call, make = CASES[name]
+    length = Dim("T", min=3, max=4096)
+    axis = 2 if name == "adaptive_span_attention" else 1
+    given = make(LENGTHS[0])
+    shapes = tuple({axis: length} for _ in given)
+    program = export(Call(call), given, dynamic_shapes=(shapes,), strict=strict).module()
+    for t in LENGTHS:
+        given = make(t)
+        torch.testing.assert_close(program(*given), call(*given))
