@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 transformers = pytest.importorskip("transformers")
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
@@ -11,6 +14,7 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from sukhops import testing  # noqa: E402
 from sukhops.integrations.transformers import (  # noqa: E402
+    adaptive_spans,
     add_adaptive_spans,
     add_director_head,
     from_pretrained,
@@ -224,6 +228,13 @@ def test_a_checkpoint_whose_spans_were_not_loaded(tmp_path):
         add_adaptive_spans(plain, 64)
     plain.config.sukhops_adaptive_spans = None
     add_adaptive_spans(plain, 64)
+    plain.config.sukhops_adaptive_spans = {"max_span": 64, "ramp": 4.0, "init": 1.0}
+    for name, module in list(plain.named_modules()):
+        if name.endswith("self_attn"):
+            del module.adaptive_span
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights lack: model\.layers\.0\.self_attn\.adaptive_span\.ratio"):
+        from_pretrained(tmp_path)
     build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a DirectorHead nor adaptive spans"):
         from_pretrained(tmp_path)
@@ -232,7 +243,7 @@ def test_a_checkpoint_whose_spans_were_not_loaded(tmp_path):
 def test_lora_with_spans():
     peft = pytest.importorskip("peft")
     model = build(dtype=torch.float32)
-    shortened(model)
+    spans = shortened(model)
     before = model(IDS).logits
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["adaptive_span"])
     wrapped = peft.get_peft_model(model, config)
@@ -241,6 +252,42 @@ def test_lora_with_spans():
     trained = {n for n, p in wrapped.named_parameters() if p.grad is not None and p.grad.any()}
     assert {n.rsplit(".", 2)[-2] for n in trained if "ratio" in n} == {"default"}
     assert sum("ratio" in n for n in trained) == 2 and sum("lora_B" in n for n in trained) == 2
+    for handle in (spans, adaptive_spans(wrapped)):  # the copy that learns
+        wrapped.zero_grad()
+        handle.penalty(0.5).backward()
+        copies = [p for n, p in wrapped.named_parameters() if "modules_to_save" in n]
+        assert len(copies) == 2 and all(
+            torch.equal(p.grad, torch.full_like(p, 0.5 * MAX_SPAN / 6)) for p in copies
+        )
+    with torch.no_grad():
+        copies[0].fill_(0.2)
+    assert spans.report()[0].tokens == pytest.approx([0.2 * MAX_SPAN] * 6)
+    with wrapped.disable_adapter():
+        assert spans.report()[0].tokens == pytest.approx((MAX_SPAN * RATIOS).tolist())
+    spans.freeze()
+    assert not any(p.requires_grad for p in copies)
+
+
+def sharded(rank):
+    """Gradients of loss + penalty of a model that FSDP2 shards, and its report."""
+    model = build(dtype=torch.float32)
+    add_adaptive_spans(model, 32, init=0.4)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    spans = adaptive_spans(model)
+    (model(IDS, labels=IDS, use_cache=False).loss + spans.penalty(0.1)).backward()
+    return {"grads": [s.ratio.grad.full_tensor() for s in spans.layers], "report": spans.report()[1].tokens}
+
+
+def test_sharded_by_fsdp2():
+    model = build(dtype=torch.float32)
+    spans = add_adaptive_spans(model, 32, init=0.4)
+    (model(IDS, labels=IDS, use_cache=False).loss + spans.penalty(0.1)).backward()
+    for found in on_ranks(2, sharded):
+        assert found["report"] == pytest.approx([0.4 * 32] * 6)
+        for g, layer in zip(found["grads"], spans.layers, strict=True):
+            torch.testing.assert_close(g, layer.ratio.grad)
 
 
 # ------------------------------------------------------------------ errors
@@ -268,6 +315,12 @@ BAD = {
     "twice": (lambda: again(build()), ValueError, "adaptive spans already"),
     "encoder": (lambda: other("Bert"), TypeError, "expected a causal language model .* got Bert"),
     "encoder and decoder": (lambda: other("Bart"), TypeError, "expected a causal language model .* got Bart"),
+    "cross-attention": (
+        lambda: build("GPT2", add_cross_attention=True),
+        TypeError,
+        "expected a causal language model",
+    ),
+    "both ways": (lambda: build(is_causal=False), TypeError, "expected a causal language model"),
     "no interface": (lambda: other("Bloom"), TypeError, "through AttentionInterface.* got Bloom"),
     "dropout": (lambda: build("GPT2", attn_pdrop=0.1), ValueError, r"set config.attn_pdrop to 0 .*got 0.1"),
     "soft cap": (lambda: other("Gemma2"), ValueError, "a soft cap, got attn_logit_softcapping = 50.0"),
@@ -298,6 +351,26 @@ def test_options_out_of_range_change_nothing(options):
     assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "sukhops_adaptive_spans")
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_attentions_are_not_returned(name):
+    model = build(name)
+    add_adaptive_spans(model, 64)
+    with pytest.raises(ValueError, match="output_attentions: not supported"):
+        model(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions: not supported"):
+        model.generate(IDS, output_attentions=True, max_new_tokens=2, return_dict_in_generate=True)
+
+
+def test_models_that_share_a_config():
+    first = build()
+    second = type(first)(first.config)
+    add_adaptive_spans(first, 64)
+    with pytest.raises(ValueError, match="it shares the config of a model that has"):
+        second(IDS)
+    with pytest.raises(ValueError, match="has no adaptive spans"):
+        adaptive_spans(second)
+
+
 def test_masks_that_are_not_supported():
     model = build()
     add_adaptive_spans(model, 64)
@@ -307,5 +380,3 @@ def test_masks_that_are_not_supported():
         model(IDS, attention_mask=hole)
     with pytest.raises(ValueError, match="got one of 4 axes"):
         model(IDS, attention_mask=torch.ones(2, 1, N, N, dtype=torch.bool).tril())
-    with pytest.raises(ValueError, match="output_attentions: not supported"):
-        model(IDS, output_attentions=True)

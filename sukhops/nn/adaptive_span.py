@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from sukhops import _checks
 from sukhops.ops.adaptive_span import adaptive_span_attention
@@ -116,14 +117,19 @@ class AdaptiveSpan(nn.Module):
 
     def penalty(self, coef: float) -> Tensor:
         """coef * mean of the spans in tokens: a scalar. The paper's models sum it over their layers."""
-        return coef * self.span().mean()
+        return coef * _whole(self.span()).mean()
 
     @torch.no_grad()
     def report(self) -> SpanReport:
         """What the heads have learned, as numbers of Python: waits for the device, so not for every step."""
-        span = self.span()
+        span = _whole(self.span())
         keys = (self.ramp + span).ceil().clamp(max=self.max_span).int().tolist()
         return SpanReport(span.tolist(), keys, sum(keys) / len(keys) / self.max_span)
+
+
+def _whole(span: Tensor) -> Tensor:
+    """Of a ratio that FSDP2 has sharded, the spans of all ranks."""
+    return span.full_tensor() if isinstance(span, DTensor) else span
 
 
 class SpanCache(NamedTuple):

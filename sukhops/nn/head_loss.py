@@ -84,7 +84,7 @@ def _gathers_itself(head: nn.Module) -> bool:
     return hasattr(head, "unshard") or any(hasattr(p, "ds_id") for p in head.parameters())
 
 
-def _inner(head: nn.Module) -> nn.Module | None:
+def in_use(head: nn.Module) -> nn.Module | None:
     """What a layer of PEFT wraps, as far as it is in use; None for a layer of its own."""
     if hasattr(head, "modules_to_save"):
         if head.disable_adapters or not head.active_adapters:
@@ -95,7 +95,7 @@ def _inner(head: nn.Module) -> nn.Module | None:
 
 def _plain(head: nn.Module) -> nn.Module:
     """The head under PEFT's layers; raises where it is no head."""
-    inner = _inner(head)
+    inner = in_use(head)
     if inner is not None:
         return _plain(inner)
     if isinstance(head, nn.Linear | DirectorHead) and head.weight.is_floating_point():
@@ -108,7 +108,7 @@ def _plain(head: nn.Module) -> nn.Module:
 
 def _effective(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias that the head's own forward would use."""
-    inner = _inner(head)
+    inner = in_use(head)
     if inner is None:
         return head.weight, head.bias
     if not hasattr(head, "lora_A"):

@@ -84,12 +84,15 @@ def adaptive_span_attention(
         raise ValueError(f"k: expected at least M = {m} positions, of which q has the last M, got N = {n}")
     if query_start is not None and group is not None:
         raise ValueError("query_start: with group, parts have as many queries as keys, expected None")
-    if isinstance(query_start, int):
+    if isinstance(query_start, int) and not isinstance(query_start, bool):
         if not 0 <= query_start <= n - m:
             raise ValueError(f"query_start: expected 0 to N - M = {n - m}, got {query_start}")
         k, v = k[:, :, : query_start + m], v[:, :, : query_start + m]
         query_start = None
     elif query_start is not None:
+        if not isinstance(query_start, Tensor):
+            name = type(query_start).__name__
+            raise TypeError(f"query_start: expected an int, a tensor [B] or None, got {name}")
         _checks.check_integers("query_start", query_start)
         _checks.check_device("q", q, "query_start", query_start)
         _checks.check_shape("query_start", query_start, (b,), "one per sequence, or an int")

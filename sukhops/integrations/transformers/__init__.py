@@ -3,7 +3,18 @@
 from sukhops.integrations.transformers import _requirement  # noqa: F401  (first)
 from sukhops.integrations.transformers._director import add_director_head
 from sukhops.integrations.transformers._loading import from_pretrained
-from sukhops.integrations.transformers._spans import AdaptiveSpans, add_adaptive_spans
+from sukhops.integrations.transformers._spans import (
+    AdaptiveSpans,
+    adaptive_spans,
+    add_adaptive_spans,
+)
 from sukhops.integrations.transformers._trainer import LossTrainer
 
-__all__ = ["AdaptiveSpans", "LossTrainer", "add_adaptive_spans", "add_director_head", "from_pretrained"]
+__all__ = [
+    "AdaptiveSpans",
+    "LossTrainer",
+    "adaptive_spans",
+    "add_adaptive_spans",
+    "add_director_head",
+    "from_pretrained",
+]

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sukhops.integrations.transformers._director import with_director
 from sukhops.integrations.transformers._spans import with_spans
 
+_OURS = (".adaptive_span.ratio", ".cls_weight", ".cls_bias", ".scale", ".shift")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -21,7 +22,8 @@ def from_pretrained(path: str, **kwargs) -> PreTrainedModel:
         `AutoModelForCausalLM`.
 
     Raises:
-        ValueError: a checkpoint with neither, or of an unknown class.
+        ValueError: a checkpoint with neither, or without the weights of what its config names; an unknown
+            class.
 
     Source: the library's.
     """
@@ -40,10 +42,14 @@ def from_pretrained(path: str, **kwargs) -> PreTrainedModel:
         )
     model_class = _model_class(config)
     model_class = with_director(model_class) if director else model_class
-    found = (with_spans(model_class) if spans else model_class).from_pretrained(path, **kwargs)
-    model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+    loads = with_spans(model_class) if spans else model_class
+    wants_report = kwargs.pop("output_loading_info", False)
+    model, report = loads.from_pretrained(path, output_loading_info=True, **kwargs)
     model.__class__ = model_class
-    return found
+    missing = sorted(name for name in report["missing_keys"] if name.endswith(_OURS))
+    if missing:
+        raise ValueError(f"path: the config of {path} names what its weights lack: {', '.join(missing)}")
+    return (model, report) if wants_report else model
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function
 from sukhops import adaptive_span_attention
 from sukhops.nn import AdaptiveSpan
 from sukhops.nn.adaptive_span import SpanReport
+from sukhops.nn.head_loss import in_use
 
 NAME = "sukhops_adaptive_span"
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -20,16 +21,21 @@ class AdaptiveSpans:
     """The spans of a model, layer by layer; they are parameters of its attention modules.
 
     Args:
-        layers: the `AdaptiveSpan` of each layer.
+        attention: the modules that have an `adaptive_span`.
     """
 
-    def __init__(self, layers: list[AdaptiveSpan]):
-        self.layers = layers
+    def __init__(self, attention: list[nn.Module]):
+        self._attention = attention
+
+    @property
+    def layers(self) -> list[AdaptiveSpan]:
+        """The `AdaptiveSpan` that each layer uses: with PEFT's modules_to_save the copy that learns."""
+        return [_span_of(module) for module in self._attention]
 
     def penalty(self, coef: float) -> Tensor:
         """The sum over layers of coef * mean span in tokens, a scalar: add it to the training loss."""
-        first = self.layers[0].ratio
-        return torch.stack([layer.penalty(coef).to(first.device) for layer in self.layers]).sum()
+        parts = [layer.penalty(coef) for layer in self.layers]
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     def report(self) -> list[SpanReport]:
         """Of each layer: spans in tokens, keys that a query reads, their share. Waits for the device."""
@@ -71,7 +77,8 @@ def add_adaptive_spans(
         TypeError: no causal language model of transformers, or one that PEFT has wrapped.
         ValueError: a model that has spans; attention with dropout, a soft cap, sinks, or a sliding window
             shorter than max_span; layers of another kind; an option out of its range.
-        ValueError, in forward: output_attentions; a mask that hides tokens between others, or of 4 axes.
+        ValueError, in forward: output_attentions; a mask of 4 axes; one that hides tokens between others, on
+            the CPU (on CUDA the sequence is NaN).
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
@@ -85,9 +92,30 @@ def add_adaptive_spans(
             "to start with new ones"
         )
     entry = {"max_span": max_span, "ramp": float(ramp), "init": float(init)}
-    spans = _attach(model, entry)
+    _attach(model, entry)
     model.config.sukhops_adaptive_spans = entry
-    return spans
+    return adaptive_spans(model)
+
+
+def adaptive_spans(model: nn.Module) -> AdaptiveSpans:
+    """The spans that `add_adaptive_spans` or `from_pretrained` gave a model, in any wrapper (PEFT, DDP).
+
+    Raises:
+        ValueError: a model without spans.
+
+    Source: the library's.
+    """
+    found = [m for m in model.modules() if "adaptive_span" in m._modules]
+    if not found:
+        raise ValueError("model: has no adaptive spans; add_adaptive_spans gives it some")
+    return AdaptiveSpans(found)
+
+
+def _span_of(attention: nn.Module) -> AdaptiveSpan:
+    span = attention.adaptive_span
+    while not isinstance(span, AdaptiveSpan):
+        span = in_use(span)
+    return span
 
 
 @functools.cache
@@ -113,8 +141,8 @@ def with_spans(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(model_class.__name__, (model_class,), names)
 
 
-def _attach(model: PreTrainedModel, entry: dict) -> AdaptiveSpans:
-    """Spans with the options of a config's entry."""
+def _attach(model: PreTrainedModel, entry: dict) -> None:
+    """Gives the model spans with the options of a config's entry."""
     heads = model.config.get_text_config().num_attention_heads
     layers = _attentions(model, entry["max_span"])
     made = []
@@ -125,7 +153,13 @@ def _attach(model: PreTrainedModel, entry: dict) -> AdaptiveSpans:
     for layer, span in zip(layers, made, strict=True):
         layer.adaptive_span = span
     model.set_attn_implementation(NAME)
-    return AdaptiveSpans(made)
+    model.register_forward_pre_hook(_no_attentions, with_kwargs=True)
+
+
+def _no_attentions(model: PreTrainedModel, args: tuple, options: dict) -> None:
+    wanted = options.get("output_attentions")
+    if model.config.output_attentions if wanted is None else wanted:
+        raise ValueError("output_attentions: not supported with adaptive spans")
 
 
 def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
@@ -141,10 +175,12 @@ def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
         if getattr(m, "is_causal", True)
     ]
     interface = model._supports_attention_backend and model._can_set_attn_implementation()
-    if config.is_encoder_decoder or not interface or len(found) != config.num_hidden_layers:
+    other = config is not model.config or config.is_encoder_decoder or not getattr(config, "is_causal", True)
+    other = other or getattr(config, "add_cross_attention", False)
+    if other or not interface or len(found) != config.num_hidden_layers:
         raise TypeError(
-            "model: expected a causal language model of transformers whose every layer has self-attention "
-            f"through AttentionInterface, as Llama and GPT-2, got {type(model).__name__}"
+            "model: expected a causal language model of transformers, of text alone, whose every layer has "
+            f"self-attention through AttentionInterface, as Llama and GPT-2, got {type(model).__name__}"
         )
     for reason in _reasons(config, found, max_span):
         raise ValueError(f"model: adaptive spans need attention without {reason}")
@@ -219,7 +255,12 @@ def _attention(
     dropout: float = 0.0, scaling: float | None = None, **options,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """[B, M, H, d] of query [B, H, M, d] and the keys and values of its cache [B, Hkv, N, d]."""
-    for name in ("softcap", "s_aux", "position_bias", "output_attentions"):
+    if not hasattr(module, "adaptive_span"):
+        raise ValueError(
+            "model: its config says adaptive spans and it has none: it shares the config of a model that has "
+            "(give each its own copy), or was built from one"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
         if not (options.get(name) is None or options[name] is False):
             raise ValueError(f"{name}: not supported with adaptive spans")
     if dropout:
@@ -227,12 +268,12 @@ def _attention(
     if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.shape[-1] != 2:
         raise ValueError("attention_mask: with adaptive spans expected one [B, N] or None, got one of 4 axes")
     start, place = attention_mask[:, 0].unbind(-1)
-    spans = module.adaptive_span
+    spans = _span_of(module)
     out = adaptive_span_attention(
         query, key, value, spans.span(), ramp=spans.ramp, scale=scaling, max_span=spans.max_span,
         key_start=start if start.shape[1] == query.shape[2] else None, query_start=place[:, 0],
     )  # fmt: skip
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
