@@ -53,10 +53,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder or name of a model; SmolLM2-135M-Instruct, fetched")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a training text, and max_span")
+    parser.add_argument("--tokens", type=int, default=512, help="of a training text, and max_span")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
-        "--coef", type=float, default=1e-5, help="of the penalty, nats for a token of a layer's mean"
+        "--coef", type=float, default=3e-5, help="of the penalty, nats for a token of a layer's mean"
     )
     parser.add_argument("--context", type=int, default=4096, help="tokens before those that are decoded")
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,13 +68,13 @@ def main() -> None:
     text = "\n\n".join(topics[key] for key in sorted(topics))
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     texts = ids[: len(ids) // args.tokens * args.tokens].view(-1, args.tokens)
-    held, texts = texts[-8:], texts[:-8]
+    held, texts = texts[-16:], texts[:-16]
 
     plain, model = load(name), load(name)
     spans = add_adaptive_spans(model, args.tokens)
     before = {"without spans": bits(plain, held), "spans of ratio 1": bits(model, held)}
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    optimizer = torch.optim.Adam([layer.ratio for layer in spans.layers], 5e-3)
+    optimizer = torch.optim.Adam([layer.ratio for layer in spans.layers], 1e-2)
     model.activation_checkpointing_enable()
     model.train()
     for step in trange(args.steps):

@@ -13,6 +13,7 @@
 namespace sukhops {
 
 constexpr int64_t kTile = 60;     // keys: whole blocks of 6 rows of the product
+constexpr int64_t kShare = 1024;   // keys, from a multiple of it on, of few queries that a thread takes at a time
 constexpr int64_t kRun = 1 << 20;  // terms of a product in one go
 template <class A>
 constexpr A kFar = A(1e30);       // beyond every position
@@ -33,6 +34,8 @@ struct SpanCall {
   const A* rel;  // [H or 1, S, wide]
   int64_t rel_stride;
   A* lse;        // [B, H, M]
+  int64_t shares;          // of the keys, 1 unless there are few queries
+  A *part_out, *part_lse;  // [B, H, M, shares, d] and without d, of few queries
   void* grad_q;  // like out [B, H, M, d]
   A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
   bool need_q, need_kv;
@@ -75,7 +78,7 @@ namespace {
 std::atomic<int64_t> pairs{0};
 
 struct Run {
-  int64_t b, head, first, last, lanes, phase;  // head: a key head; queries [first, last)
+  int64_t b, head, first, last, lanes, phase, share;  // head: a key head; queries [first, last)
   double cost;
 };
 
@@ -176,7 +179,7 @@ struct Problem {
       for (int64_t first = 0, phase = 0; first < c.m; first += whole, phase ^= 1) {
         const int64_t last = std::min(c.m, first + whole);
         const double cost = double(last - first) * (window[i] + lanes + 16) * (apart ? c.group : 1);
-        out.push_back({int64_t(i) / (c.heads / c.group), int64_t(i) % (c.heads / c.group), first, last, lanes, phase, cost});
+        out.push_back({int64_t(i) / (c.heads / c.group), int64_t(i) % (c.heads / c.group), first, last, lanes, phase, 0, cost});
       }
     }
     return out;
@@ -190,12 +193,21 @@ std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   const Tensor lse = empty({like.size(0), like.size(1), like.size(2)}, acc_dtype(like.scalar_type()), like);
   c.out = out.data_ptr();
   c.lse = data<A>(lse);
+  c.shares = !c.rel && c.m <= 32 && c.longest > kShare ? divide_up(c.n, kShare) : 1;
+  const int64_t rows = out.numel() / c.d, parts = c.shares > 1 ? rows * c.shares : 0;
+  const Tensor part = empty({parts, c.d + 1}, lse.scalar_type(), like);
+  c.part_out = data<A>(part), c.part_lse = c.part_out + parts * c.d;
+  std::fill_n(c.part_lse, parts, std::numeric_limits<A>::infinity());  // of a part that sees nothing
   std::vector<Run> runs;  // of query heads here
-  for (const Run& run : p.runs(64, false))
-    for (int64_t g = 0; g < c.group; ++g) {
-      runs.push_back(run);
-      runs.back().head = run.head * c.group + g;
-    }
+  for (Run run : p.runs(64, false)) {
+    const int64_t end = c.start(run.b) + (run.last - 1) * c.step - c.skip + 1;
+    const int64_t seen = p.window[run.b * (c.heads / c.group) + run.head] + (run.last - 1 - run.first) * c.step;
+    const int64_t first = run.head * c.group, from = c.shares > 1 ? std::max<int64_t>(0, end - seen) / kShare : 0;
+    const int64_t until = c.shares > 1 ? divide_up(std::max<int64_t>(0, end), kShare) : 1;
+    run.cost /= std::max<int64_t>(1, until - from);
+    for (run.head = first; run.head < first + c.group; ++run.head)
+      for (run.share = from; run.share < until; ++run.share) runs.push_back(run);
+  }
   const int64_t threads = torch::stable::get_num_threads();
   const auto hands = deal(std::move(runs), threads);
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
@@ -206,11 +218,13 @@ std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
       int64_t count = 0;
       for (const Run& run : hands[thread])
         for (int64_t i = run.first; i < run.last; i += run.lanes)
-          count += block(c, run.b, run.head, i, std::min(run.lanes, run.last - i), run.lanes,
+          count += block(c, run.b, run.head, i, std::min(run.lanes, run.last - i), run.lanes, run.share,
                          data<A>(work) + thread * size);
       pairs.fetch_add(count, std::memory_order_relaxed);
     }
   });
+  const auto join = SUKHOPS_BEST(span_join<S, A>);
+  if (parts) parallel_rows(rows, 16, [&](int64_t row) { join(c, row); });
   return {out, lse};
 }
 

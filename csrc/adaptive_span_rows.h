@@ -251,14 +251,18 @@ static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int
   return {keys, k, v, (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to};
 }
 
-// One block of queries: out and lse. Returns the pairs that it multiplied.
+// One block of queries: out and lse, or those of a share of the keys. Returns the pairs that it multiplied.
 template <class S, class A>
 static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
-                            A* base) {
+                            int64_t share, A* base) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
-  const Reach<A> r = look(c, b, h, i0, count, lanes, w);
+  Reach<A> r = look(c, b, h, i0, count, lanes, w);
+  if (c.shares > 1) {
+    if (r.first < share * kShare) r.first = share * kShare;
+    if (r.last > (share + 1) * kShare) r.last = (share + 1) * kShare;
+  }
   const Distances<A> x(c, b, h, i0, lanes, r);
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, (A*)nullptr, c.d);
   if (x.table) by_distance(c, x, w.q_panels, lanes, w.rel);
@@ -305,11 +309,33 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const A total = w.total[i], inverse = total == 0 ? A(0) : 1 / total;
     const A* out = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
-    const int64_t at = (b * c.heads + h) * c.m + i0 + i;
-    c.lse[at] = total == 0 ? (A)__builtin_inf() : w.top[i] + std::log(total);
-    for (int64_t j = 0; j < c.d; ++j) put((S*)c.out + at * c.d + j, out[j * kPanel<A>] * inverse);
+    const int64_t at = ((b * c.heads + h) * c.m + i0 + i) * c.shares + share;
+    (c.shares > 1 ? c.part_lse : c.lse)[at] = total == 0 ? (A)__builtin_inf() : w.top[i] + std::log(total);
+    for (int64_t j = 0; j < c.d; ++j) {
+      const A mean = out[j * kPanel<A>] * inverse;
+      if (c.shares > 1) c.part_out[at * c.d + j] = mean;
+      else put((S*)c.out + at * c.d + j, mean);
+    }
   }
   return r.last > r.first ? (r.last - r.first) * lanes : 0;
+}
+
+// a row's out and lse from those of its shares
+template <class S, class A>
+static void span_join(const SpanCall<A>& c, int64_t row) {
+  const A* out = c.part_out + row * c.shares * c.d;
+  A* share = c.part_lse + row * c.shares;  // lse, then weight
+  const A empty = __builtin_inf();
+  A top = -empty, total = 0;
+  for (int64_t s = 0; s < c.shares; ++s)
+    if (share[s] != empty && !(share[s] <= top)) top = share[s];
+  for (int64_t s = 0; s < c.shares; ++s) total += share[s] = share[s] == empty ? A(0) : std::exp(share[s] - top);
+  c.lse[row] = total == 0 ? empty : top + std::log(total);
+  for (int64_t j = 0; j < c.d; ++j) {
+    A sum = 0;
+    for (int64_t s = 0; s < c.shares; ++s) sum += share[s] == 0 ? A(0) : share[s] * out[s * c.d + j];
+    put((S*)c.out + row * c.d + j, total == 0 ? A(0) : sum / total);
+  }
 }
 
 // One block of queries: its dq and the gradients of its spans, and what it adds to dk, dv and the table's gradient.

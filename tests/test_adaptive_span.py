@@ -288,6 +288,37 @@ def test_a_preallocated_cache_is_its_filled_part(start):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("m", [1, 3, 30])
+def test_few_queries_share_out_their_keys(m):
+    """The same with any number of threads, whatever part of the keys a row sees."""
+    given = make(b=2, h=4, hkv=2, m=m, n=2600, d=16)
+    given["span"] = torch.tensor([-40.0, 3.0, 1500.5, 9000.0], dtype=torch.float64, requires_grad=True)
+    options = {"key_start": torch.tensor([2450, 700]), "query_start": torch.tensor([2600 - m, 1900])}
+    ours = spans_as(torch.float64, adaptive_span_attention, options)(**given)
+    exact = reference.adaptive_span_attention(**given, **options)
+    up = torch.randn(exact.shape, dtype=torch.float64)
+    names = list(given)
+    for a, b in zip(
+        [ours, *torch.autograd.grad(ours, [given[n] for n in names], up)],
+        [exact, *torch.autograd.grad(exact, [given[n] for n in names], up)],
+        strict=True,
+    ):
+        assert distance(a, b) <= 1e-12 * b.abs().max().clamp(min=1)
+    for dtype in LOW:
+        assert_close(
+            spans_as(dtype, adaptive_span_attention, options),
+            spans_as(dtype, reference.adaptive_span_attention, options), given, dtype,
+        )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = spans_as(torch.float64, adaptive_span_attention, options)(**given)
+    torch.set_num_threads(before)
+    assert torch.equal(alone, ours)
+    given["k"].data[0, 0, 2599] = torch.nan  # seen by the first two heads of one sequence
+    hit = spans_as(torch.float64, adaptive_span_attention, options)(**given).isnan()
+    assert hit[0, 1, -1].all() and not hit[1].any() and not hit[0, 2:].any()
+
+
 def _hide(given, start, m):
     """Keys and values after the last query are NaN."""
     last = torch.as_tensor(start).expand(2).view(2, 1, 1, 1) + m
