@@ -101,6 +101,27 @@ def test_a_tensor_gamma_is_a_buffer():
     assert "gamma" in DirectorHead(16, 50, gamma=gamma).state_dict()
 
 
+@pytest.mark.parametrize(
+    "gamma, error, match",
+    [
+        (-1.0, ValueError, "finite number >= 0, got -1.0"),
+        (float("nan"), ValueError, "finite number >= 0, got nan"),
+        (float("inf"), ValueError, "finite number >= 0, got inf"),
+        ("x", TypeError, "expected a number or a tensor, got str"),
+        (None, TypeError, "expected a number or a tensor, got NoneType"),
+        (torch.tensor([1]), TypeError, r"floating dtype, got torch\.int64"),
+    ],
+)
+def test_a_wrong_gamma_raises_when_it_is_set(gamma, error, match):
+    with pytest.raises(error, match=f"gamma: .*{match}"):
+        DirectorHead(4, 6, gamma=gamma)
+    for kept in (0.5, torch.tensor([0.5])):
+        head = DirectorHead(4, 6, gamma=kept)
+        with pytest.raises(error, match=match):
+            head.gamma = gamma
+        assert head.gamma is kept
+
+
 def test_trains_with_the_loss():
     """Every parameter of the head, also its biases."""
     head = DirectorHead(8, 20, bias=True)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trainer_inputs import (  # noqa: E402
     by_hand,
     close,
     llama,
+    model_for,
     reference_for,
     row,
     rows,
@@ -152,10 +154,21 @@ def test_the_model_stays_what_it_was(tmp_path):
     assert torch.isfinite(model(ids, labels=ids).loss)
 
 
+@pytest.mark.parametrize("name", ["cringe", "director"])
+def test_a_model_that_was_pickled_trains(name, tmp_path):
+    loss, kind = CASES[name]
+    model = model_for(name)
+    LossTrainer(model, arguments(tmp_path), train_dataset=rows(kind), loss=loss)
+    copied = pickle.loads(pickle.dumps(model))
+    _, found = train(tmp_path, copied, rows(kind), loss)
+    close(found, train(tmp_path, model, rows(kind), loss)[1])
+
+
 def test_no_logits_are_computed(tmp_path):
     class Head(tnn.Linear):
         def forward(self, x):
-            raise AssertionError("logits")
+            assert not self.training, "logits"
+            return super().forward(x)
 
     model = llama()
     head = Head(16, V, bias=False)
@@ -164,9 +177,23 @@ def test_no_logits_are_computed(tmp_path):
     train(tmp_path, model, rows("label"), nn.CringeLoss())
 
 
-def test_bfloat16(tmp_path):
+def test_bfloat16(tmp_path, monkeypatch):
+    """The operator computes with hidden and weight in bfloat16, to the bit."""
+    seen, operator = [], nn.dpo.linear_token_stats
+
+    def spy(hidden, weight, *args, **kwargs):
+        stats = operator(hidden, weight, *args, **kwargs)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            both = [
+                operator(hidden.to(d), weight.to(d), *args, **kwargs) for d in (torch.bfloat16, torch.float32)
+            ]
+        seen.append([torch.equal(stats.logp, one.logp) for one in both])
+        return stats
+
+    monkeypatch.setattr(nn.dpo, "linear_token_stats", spy)
     trainer, _ = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(), llama(2), bf16=True)
     exact, _ = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(), llama(2))
+    assert seen == [[True, False], [False, True]]
     assert trainer.state.log_history[0]["loss"] == pytest.approx(exact.state.log_history[0]["loss"], rel=0.05)
 
 
@@ -226,3 +253,104 @@ def test_missing_and_unknown_columns_raise(tmp_path):
         first_batch(nn.CringeLoss(), lambda batch: {**batch, "labels": batch["labels"][:, 1:]})
     with pytest.raises(ValueError, match="needs the column kl, or kl_input_ids and kl_labels"):
         first_batch(nn.KTOLoss(), lambda batch: batch, "desirable", ref_model=llama(2))
+
+
+# ------------------------------------------------------------------ rows
+
+
+def changed(kind, number, **columns):
+    """The rows, where that with this number has other columns; None drops one."""
+    made = rows(kind)
+    made[number] = {n: v for n, v in {**made[number], **columns}.items() if v is not None}
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind, column, value, match",
+    [
+        ("label", "labels", [5, 6], "labels: expected as many values as input_ids in row 2.*, 10, got 2"),
+        ("token labels", "label", [1], "label: expected as many values as input_ids in row 2.*, 10, got 1"),
+        ("steps", "step_ids", [0] * 11, "step_ids: .* as input_ids in row 2 of the batch, 10, got 11"),
+        ("label", "ref_logp", [0.5], "ref_logp: .* as input_ids in row 2 of the batch, 10, got 1"),
+        ("pairs", "chosen_labels", [5], "chosen_labels: .* as chosen_input_ids in row 2 .*, 9, got 1"),
+        (
+            "pairs",
+            "rejected_ref_logp",
+            [5.0],
+            "rejected_ref_logp: .* rejected_input_ids in row 2.*, 8, got 1",
+        ),
+        ("label", "label", None, r"row 2 of the batch: .*\['label'\] are not in all rows"),
+        ("label", "more", 1, r"row 2 of the batch: .*\['more'\] are not in all rows"),
+        ("token labels", "label", 1, "label: expected a number in each row, or a list in each, got both"),
+        ("label", "label", "bad", "label: expected a number.* in row 2 of the batch, got 'bad'"),
+    ],
+)
+def test_bad_rows_raise(kind, column, value, match):
+    made = changed(kind, 2, **{column: value})
+    if column.endswith("ref_logp"):
+        made = [{**r, column: 0.5} | ({column: value} if i == 2 else {}) for i, r in enumerate(made)]
+    with pytest.raises(ValueError, match=match):
+        Collator(0, False)(made)
+
+
+def test_a_text_that_nothing_takes_is_named(tmp_path):
+    dataset = [{**r, "text": "words"} for r in rows("label")]
+    with pytest.raises(ValueError, match=r"text: expected a number .* in row 0 of the batch, got 'words'"):
+        train(tmp_path, llama(), dataset, nn.CringeLoss(), remove_unused_columns=False)
+    train(tmp_path, llama(), dataset, nn.CringeLoss())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """With a length, as some have."""
+
+    def __init__(self, made):
+        self.rows = made
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+
+@pytest.mark.parametrize("loss", [nn.DPOLoss(loss_type="cpo"), nn.PairwiseCringeLoss()])
+def test_pairs_need_their_four_columns(loss, tmp_path):
+    half = [{n: v for n, v in r.items() if n.startswith("chosen_")} for r in rows("pairs")]
+    for dataset, missing in ((rows("label"), "chosen_input_ids"), (half, "rejected_input_ids")):
+        with pytest.raises(ValueError, match=rf"train_dataset: .* needs the columns \['{missing}'"):
+            LossTrainer(llama(), arguments(tmp_path), train_dataset=dataset, loss=loss)
+        with pytest.raises(ValueError, match=rf"row 0 of the batch: .*{missing}"):
+            train(tmp_path, llama(), Stream(dataset), loss)
+    _, expected = train(tmp_path, llama(), rows("pairs"), loss)
+    close(train(tmp_path, llama(), Stream(rows("pairs")), loss)[1], expected)
+
+
+def test_log_probs_in_one_dataset_alone_raise(tmp_path):
+    with_logp = [{**r, "chosen_ref_logp": -1.0, "rejected_ref_logp": -2.0} for r in rows("pairs")]
+    options = {"model": llama(), "args": arguments(tmp_path), "loss": nn.DPOLoss()}
+    LossTrainer(**options, train_dataset=with_logp, eval_dataset=with_logp)
+    LossTrainer(**options, train_dataset=Stream(with_logp), eval_dataset=with_logp)
+    LossTrainer(**options, train_dataset=with_logp, eval_dataset=rows("pairs"), ref_model=llama(2))
+    with pytest.raises(ValueError, match=r"eval_dataset two: .* \['chosen_ref_logp', 'rejected_ref_logp'\]"):
+        LossTrainer(**options, train_dataset=with_logp, eval_dataset={"one": with_logp, "two": rows("pairs")})
+
+
+def test_kto_needs_two_rows_in_each_batch(tmp_path):
+    dataset = rows("desirable")
+
+    def made(dataset=dataset, name="train_dataset", collate=None, **options):
+        args = arguments(tmp_path, **options)
+        return LossTrainer(llama(), args, collate, **{name: dataset}, loss=nn.KTOLoss(), ref_model=llama(2))
+
+    three = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=f"{name}: 4 rows in batches of 3 .*dataloader_drop_last"):
+            made(name=name, **three)
+    with pytest.raises(ValueError, match="4 rows in batches of 1 leave"):
+        made(per_device_train_batch_size=1, dataloader_drop_last=True)
+    made()
+    made(dataloader_drop_last=True, **three)
+    made(dataset=[{**r, "kl": 0.1} for r in dataset], **three)
+    made(collate=Collator(0, True), **three)
+    datasets = pytest.importorskip("datasets")
+    made(dataset=datasets.Dataset.from_list(dataset).to_iterable_dataset(), **three)  # of unknown length

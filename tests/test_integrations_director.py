@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import inspect
 import json
 import pickle
 import subprocess
@@ -130,16 +129,14 @@ def test_transformers_says_what_it_left_out(tmp_path):
     add_director_head(plain)
 
 
-def test_a_checkpoint_without_the_classifier_gets_a_new_one(tmp_path):
+def test_a_checkpoint_without_the_classifier_raises(tmp_path):
     model = llama()
     add_director_head(model, gamma=0.5)
     model.config.save_pretrained(tmp_path)
     weights = {n: t for n, t in model.state_dict().items() if "cls" not in n}
     transformers.LlamaForCausalLM(model.config).save_pretrained(tmp_path, state_dict=weights)
-    loaded, info = from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"lm_head.cls_weight", "lm_head.cls_bias"}
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    assert 0.01 < loaded.lm_head.cls_weight.std() < 0.25 and not loaded.lm_head.cls_bias.any()
+    with pytest.raises(ValueError, match=r"weights lack: lm_head\.cls_bias, lm_head\.cls_weight"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -171,43 +168,6 @@ def test_resize_keeps_what_is_frozen():
     assert not head.cls_weight.requires_grad and head.cls_bias.requires_grad
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_labels_give_the_plain_language_model(model, training):
-    plain = copy.deepcopy(model)
-    head = add_director_head(model, gamma=3.0)
-    labels = ids()
-    labels[:, :2] = -100
-    for one in (plain, model):
-        one.train(training)
-    for options in ({}, {"num_items_in_batch": 29}):
-        found, expected = [], []
-        for one, results in ((model, found), (plain, expected)):
-            torch.manual_seed(0)
-            one.zero_grad()
-            out = one(input_ids=ids(), labels=labels, **options)
-            out.loss.backward()
-            grads = [p.grad for n, p in one.named_parameters() if "cls_" not in n]
-            results += [out.loss, out.logits, *grads]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert head.cls_weight.grad is None
-    model.eval(), plain.eval()
-    place = list(inspect.signature(plain.forward).parameters).index("labels")
-    positional = model(ids(), *[None] * (place - 1), labels)
-    assert torch.equal(positional.loss, plain(ids(), labels=labels).loss)
-    gated = model(ids()).logits
-    torch.testing.assert_close(gated.exp().sum(-1), torch.ones(2, 7))
-    assert not torch.allclose(gated, plain(ids()).logits.log_softmax(-1))
-
-
-def test_an_error_leaves_the_head_as_it_was():
-    model = llama().eval()
-    head = add_director_head(model)
-    expected = model(ids()).logits
-    with pytest.raises((ValueError, IndexError)):
-        model(ids(), labels=ids()[:1, :3])
-    assert torch.equal(model(ids()).logits, expected) and "forward" not in vars(head)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_models_of_their_own(copied):
     model = llama().eval()
@@ -234,12 +194,39 @@ def test_in_a_peft_model(tmp_path):
     with torch.no_grad():
         dict(adapted.named_parameters())[trained[0]].normal_()
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
-    assert torch.equal(loaded(input_ids=ids()).logits, adapted(input_ids=ids()).logits)
+    fresh = copy.deepcopy(plain)
+    add_director_head(fresh)
+    for base in (from_pretrained(tmp_path / "base"), fresh):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        assert torch.equal(loaded(input_ids=ids()).logits, adapted(input_ids=ids()).logits)
     with pytest.raises(TypeError, match="resize it before PEFT"):
         model.resize_token_embeddings(70)
     with pytest.raises(TypeError, match="add the head first, then get_peft_model"):
         add_director_head(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])))
+
+
+def test_the_head_of_a_peft_model_is_a_copy():
+    """As docs/transformers.md shows it: gamma is set there, and its weight can be frozen."""
+    peft = pytest.importorskip("peft")
+    model = llama(tie_word_embeddings=True).eval()
+    added = add_director_head(model)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config).eval()
+    before = adapted(input_ids=ids()).logits
+    added.gamma = 2.0
+    assert torch.equal(adapted(input_ids=ids()).logits, before)
+    head = adapted.get_output_embeddings().modules_to_save["default"]
+    assert head.weight.requires_grad and head.weight is not model.get_input_embeddings().weight
+    head.gamma = 2.0
+    head.weight.requires_grad_(False)
+    expected = DirectorHead.from_linear(nn.Linear(16, V, bias=False), gamma=2.0)
+    expected.load_state_dict(head.state_dict())
+    hidden = adapted.get_base_model().model(ids()).last_hidden_state
+    assert torch.equal(adapted(input_ids=ids()).logits, expected(hidden))
+    trained = {
+        n.rsplit(".", 1)[1] for n, p in adapted.named_parameters() if p.requires_grad and "lm_head" in n
+    }
+    assert trained == {"cls_weight", "cls_bias"}
 
 
 # ------------------------------------------------------------------ modules in a class of one's own
@@ -327,6 +314,16 @@ def test_bad_models_raise(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a DirectorHead nor adaptive spans"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, "x"])
+def test_a_wrong_gamma_leaves_the_model_as_it_was(gamma):
+    model = llama()
+    head, kind = model.lm_head, type(model)
+    with pytest.raises((TypeError, ValueError), match="gamma: expected"):
+        add_director_head(model, gamma=gamma)
+    assert model.lm_head is head and type(model) is kind and not hasattr(model.config, "sukhops_director")
+    add_director_head(model)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,16 @@ class DirectorLoss(nn.Module):
         )
 
 
+def _check_gamma(gamma: object) -> None:
+    if isinstance(gamma, Tensor):
+        if not gamma.is_floating_point():
+            raise TypeError(f"gamma: expected a tensor of a floating dtype, got {gamma.dtype}")
+    elif isinstance(gamma, bool) or not isinstance(gamma, int | float):
+        raise TypeError(f"gamma: expected a number or a tensor, got {type(gamma).__name__}")
+    elif not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma: expected a finite number >= 0, got {gamma!r}")
+
+
 class DirectorHead(nn.Module):
     """A drop-in `lm_head` that returns the gated log-probabilities of `director_logp`.
 
@@ -163,8 +173,8 @@ class DirectorHead(nn.Module):
     trains all of them. A call of `DirectorLoss` with a head's parameters needs `lm_bias=head.bias`,
     `cls_bias=head.cls_bias` and `cls_affine=head.cls_affine` beside the two weights.
 
-    `gamma` may be set between calls. A number is an attribute; a tensor is a buffer, which `.to` moves and
-    `state_dict` holds.
+    `gamma` may be set between calls; a wrong one raises when it is set. A number is an attribute; a tensor is
+    a buffer, which `.to` moves and `state_dict` holds.
 
     A model class of transformers that builds this module in its `__init__` calls `module.reset_parameters()`
     in its `_init_weights`: `from_pretrained` then initializes what the checkpoint lacks, and nothing else. (A
@@ -177,6 +187,9 @@ class DirectorHead(nn.Module):
         shared: no second matrix: the classifier's logit is scale * lm + shift.
         bias: whether the language-model head has one.
         device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a gamma that is neither a finite number >= 0 nor a tensor of a floating dtype.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -212,6 +225,7 @@ class DirectorHead(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "gamma":  # a number after a tensor, or a tensor after a number
+            _check_gamma(value)
             for kept in (self.__dict__, self._buffers, self._parameters):
                 kept.pop(name, None)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

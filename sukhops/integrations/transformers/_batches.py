@@ -1,10 +1,11 @@
 """Batches of a LossTrainer: what the model is asked, what a loss counts in it, how rows become one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from sukhops import losses
 from sukhops.losses.director import lm_target
@@ -13,7 +14,7 @@ from sukhops.nn import CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCring
 PER_TOKEN = ("label", "step_ids", "ref_logp")  # may be [B, T] as input_ids: they are shifted with the labels
 _IGNORE = -100
 _FILL = {"labels": _IGNORE, "label": -1, "step_ids": -1, "step_labels": -1}  # padding; of the others 0
-_SIDES = ("chosen_", "rejected_")
+SIDES = ("chosen_", "rejected_")
 
 
 class Request:
@@ -68,25 +69,31 @@ def count(request: Request) -> Tensor:
 
 
 def columns(dataset: Any) -> set[str] | None:
-    """Names of a dataset's columns, where it shows them; those of a pair without their prefix."""
+    """Names of a dataset's columns, where it shows them."""
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
-        names = dataset[0] if isinstance(dataset[0], Mapping) else None
-    if names is None:
-        return None
-    return {n.removeprefix("chosen_").removeprefix("rejected_") for n in names}
+    if names is None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__getitem__"):
+        first = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else None
+        names = first if isinstance(first, Mapping) else None
+    return None if names is None else set(names)
 
 
 class Collator:
-    """Pads rows on the right; pairs become chosen, then rejected rows; KTO gets its mismatched batch."""
+    """Pads rows on the right; pairs become chosen, then rejected rows; KTO gets its mismatched batch.
 
-    def __init__(self, pad_id: int, mismatches: bool):
-        self.pad_id, self.mismatches = pad_id, mismatches
+    Args:
+        pad_id: the token to pad with.
+        mismatches: whether a batch without kl gets one of mismatched rows.
+        required: the columns that each row has.
+    """
+
+    def __init__(self, pad_id: int, mismatches: bool, required: Collection[str] = ()):
+        self.pad_id, self.mismatches, self.required = pad_id, mismatches, set(required)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [_checked(number, row, rows[0].keys() | self.required) for number, row in enumerate(rows)]
         if any(n.startswith("chosen_") for n in rows[0]):
-            rows = [_side(row, *sides) for sides in (_SIDES, _SIDES[::-1]) for row in rows]
-        batch = {name: self._column(name, [torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+            rows = [_side(row, *sides) for sides in (SIDES, SIDES[::-1]) for row in rows]
+        batch = {name: self._column(name, [row[name] for row in rows]) for name in rows[0]}
         if "attention_mask" not in batch and "input_ids" in batch:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
             places = torch.arange(batch["input_ids"].shape[1])
@@ -100,6 +107,8 @@ class Collator:
         return batch
 
     def _column(self, name: str, values: list[Tensor]) -> Tensor:
+        if len({v.dim() for v in values}) > 1:
+            raise ValueError(f"{name}: expected a number in each row, or a list in each, got both")
         if not values[0].dim():
             stacked = torch.stack(values)
             return stacked.float().mean() if name in ("kl", "step_kl") else stacked
@@ -108,5 +117,33 @@ class Collator:
         return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
 
 
-def _side(row: dict[str, Any], kept: str, other: str) -> dict[str, Any]:
+def _checked(number: int, row: dict[str, Any], names: set[str]) -> dict[str, Tensor]:
+    """The row's columns as tensors; raises where one lacks, is no number, or has not a value per token."""
+    if row.keys() != names:
+        wrong = sorted(names ^ row.keys())
+        raise ValueError(
+            f"row {number} of the batch: expected the columns {sorted(names)}, got {sorted(row)}; "
+            f"{wrong} are not in all rows"
+        )
+    made = {}
+    for name, value in row.items():
+        try:
+            made[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name}: expected a number or a list of numbers in row {number} of the batch, got {value!r}"
+            ) from None
+    for name, value in made.items():
+        prefix = next((p for p in (*SIDES, "kl_") if name.startswith(p)), "")
+        tokens = made.get(f"{prefix}input_ids")
+        per_token = name.removeprefix(prefix) in ("labels", "attention_mask", *PER_TOKEN)
+        if per_token and tokens is not None and value.dim() and len(value) != len(tokens):
+            raise ValueError(
+                f"{name}: expected as many values as {prefix}input_ids in row {number} of the batch, "
+                f"{len(tokens)}, got {len(value)}"
+            )
+    return made
+
+
+def _side(row: dict[str, Tensor], kept: str, other: str) -> dict[str, Tensor]:
     return {n.removeprefix(kept): v for n, v in row.items() if not n.startswith(other)}

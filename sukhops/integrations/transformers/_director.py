@@ -1,25 +1,15 @@
 """DirectorHead in a model of transformers: added, saved, loaded, resized, no part of the model's own loss."""
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sukhops.integrations.transformers._causal import check_causal, check_logits
+from sukhops.integrations.transformers._labels import ModelHead, bound, call
 from sukhops.nn import DirectorHead
-
-# what models multiply logits with, or bound them by; 1 and None do nothing
-_LOGITS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
 
 
 def add_director_head(
@@ -29,7 +19,8 @@ def add_director_head(
 
     Without labels the model's logits are the gated log-probabilities, so `generate` decodes from them. With
     labels the model is the plain language model: its loss and its logits are those it has without the
-    classifier. `gamma` may be set on the head between calls.
+    classifier, also where something has set a `forward` on the model or sets one later. `gamma` may be set
+    on the head between calls.
 
     `save_pretrained` writes the classifier into the checkpoint and gamma and shared into
     `config.sukhops_director`; `from_pretrained` of this module loads both. (The `from_pretrained` of
@@ -39,8 +30,9 @@ def add_director_head(
 
     Args:
         model: a causal language model whose output embeddings are an nn.Linear. PEFT comes after it:
-            `get_peft_model(model, LoraConfig(..., modules_to_save=["lm_head"]))` also trains and saves the
-            classifier; without modules_to_save it is frozen.
+            `get_peft_model(model, LoraConfig(..., modules_to_save=["lm_head"]))` trains and saves a copy of
+            the whole head, on which gamma is set from then on; without modules_to_save the classifier is
+            frozen. The model's config object must be its own.
         gamma, shared: as in `DirectorHead`.
 
     Returns:
@@ -49,8 +41,9 @@ def add_director_head(
 
     Raises:
         TypeError: a model of another kind, or one that PEFT has wrapped.
-        ValueError: a model that has a DirectorHead, or whose checkpoint has one that was not loaded; one that
-            scales or bounds its logits (Gemma 2, Cohere, Granite), as the gate would be scaled too.
+        ValueError: a model that has a DirectorHead, or whose checkpoint has one that was not loaded; one
+            whose logits are not those of its head, as it scales or bounds them (Gemma 2, Cohere, Granite):
+            the gate would be scaled too; one that is not causal. A gamma out of its range.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -66,24 +59,13 @@ def add_director_head(
             "to start with a new classifier"
         )
     check_causal(model)
+    check_logits(model)
     head = _replace_head(model, gamma, shared)
     model.__class__ = with_director(type(model))
+    if "forward" in vars(model):
+        model.forward = model.forward  # through __setattr__ of its new class
     model.config.sukhops_director = _entry(head)
     return head
-
-
-def check_causal(model: PreTrainedModel) -> None:
-    """Raises where the model's logits are not those of its head on its hidden states."""
-    config = model.config.get_text_config()
-    changed = {name: getattr(config, name, None) for name in _LOGITS}
-    changed = {name: value for name, value in changed.items() if value not in (None, 1)}
-    if changed:
-        raise ValueError(
-            "model: expected one whose logits are lm_head(hidden), as Llama's, Qwen's and GPT-2's are, "
-            f"got {changed} in its config"
-        )
-    if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
-        raise TypeError(f"model: expected a causal language model with a head, got {type(model).__name__}")
 
 
 def _heads(model: PreTrainedModel) -> list[DirectorHead]:
@@ -99,7 +81,7 @@ def _replace_head(model: PreTrainedModel, gamma: float | Tensor, shared: bool) -
             "model: expected output embeddings that are an nn.Linear of a floating dtype, "
             f"got {type(linear).__name__}"
         )
-    head = DirectorHead.from_linear(linear, gamma=gamma, shared=shared)
+    head = ModelHead.from_linear(linear, gamma=gamma, shared=shared)
     model.set_output_embeddings(head)
     return head
 
@@ -125,6 +107,11 @@ class _Director:
             if entry["tensor"]:  # has values where from_pretrained builds on the meta device
                 gamma = torch.tensor(gamma, device="cpu", dtype=torch.float32)
             _replace_head(self, gamma, entry["shared"])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "forward":  # set on the model by accelerate, liger, TRL or LossTrainer
+            value = bound(self, value)
+        super().__setattr__(name, value)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -166,38 +153,16 @@ def with_director(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(model_class.forward)
     def forward(self, *args, **kwargs):
-        labels = kwargs.get("labels", args[place] if len(args) > place else None)
-        if labels is None:
-            return model_class.forward(self, *args, **kwargs)
-        with _plain_heads(_heads(self)):
-            return model_class.forward(self, *args, **kwargs)
+        return call(functools.partial(model_class.forward, self), self, *args, **kwargs)
 
     names = {
         "forward": forward,
+        "_labels_place": place,
         "_model_class": model_class,
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
     }
     return type(model_class.__name__, (_Director, model_class), names)
-
-
-@contextlib.contextmanager
-def _plain_heads(heads: list[DirectorHead]) -> Iterator[None]:
-    """The heads return the language model's logits."""
-    before = [vars(head).get("forward") for head in heads]
-    for head in heads:
-        head.forward = functools.partial(_logits, head)
-    try:
-        yield
-    finally:
-        for head, forward in zip(heads, before, strict=True):
-            del head.forward
-            if forward is not None:
-                head.forward = forward
-
-
-def _logits(head: DirectorHead, hidden: Tensor) -> Tensor:
-    return F.linear(hidden, head.weight, head.bias)
 
 
 @torch.no_grad()

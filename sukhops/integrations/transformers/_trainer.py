@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sukhops.integrations.transformers._batches import (
     PER_TOKEN,
+    SIDES,
     Collator,
     Request,
     columns,
@@ -20,7 +21,7 @@ from sukhops.integrations.transformers._batches import (
     has_two_counts,
     packed,
 )
-from sukhops.integrations.transformers._director import check_causal
+from sukhops.integrations.transformers._causal import check_causal, check_logits
 from sukhops.losses import LossOutput
 from sukhops.nn import (
     CringeLoss,
@@ -34,6 +35,7 @@ from sukhops.nn import (
 
 _LOSSES = (CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss)
 _KTO = (KTOLoss, StepKTOLoss)
+_PAIRS = (DPOLoss, PairwiseCringeLoss)
 # arguments of a loss that the trainer gives itself
 _OWN = {
     "self", "hidden", "target", "weight", "bias", "lm_weight", "lm_bias", "cls_weight", "cls_bias",
@@ -77,8 +79,9 @@ class LossTrainer(transformers.Trainer):
 
     Raises:
         TypeError: a loss or a model of another kind.
-        ValueError: a reference that is missing or not wanted; a column that the dataset lacks; a model whose
-            logits are not those of its head (softcap, logit scale) or with a router loss; an option of
+        ValueError: a reference that is missing, not wanted or of a smaller vocabulary; a column that a
+            dataset lacks; a last batch of one row with KTO; a model that is not causal, whose logits are not
+            those of its head (softcap, logit scale) or with a router loss; an option of
             Trainer that does not go with a loss on hidden states (model_init, compute_loss_func,
             compute_metrics, preprocess_logits_for_metrics, label smoothing, DataParallel, dispatch_batches,
             tensor, context and sequence parallel). In the first step: a batch that lacks a column, or has one
@@ -109,15 +112,17 @@ class LossTrainer(transformers.Trainer):
         self._check_datasets(given)
         super().__init__(*args, **kwargs)
         self._check_options()
+        check_logits(base)
         _answer_requests(base)
         if ref_model is not None:
             _answer_requests(ref_model)
             ref_model.eval()
             if getattr(ref_model, "hf_device_map", None) is None:
                 ref_model.to(self.args.device)
+            check_logits(ref_model)
         if self._collates:
             pad_id = getattr(self.processing_class, "pad_token_id", None)
-            self.data_collator = Collator(pad_id or 0, isinstance(loss, _KTO))
+            self.data_collator = Collator(pad_id or 0, isinstance(loss, _KTO), self._row_columns)
         self.model_accepts_loss_kwargs = False  # the base class does not count tokens
         self._metrics: dict[str, dict[str, tuple[Tensor, int]]] = {"train": {}, "eval": {}}
 
@@ -131,7 +136,10 @@ class LossTrainer(transformers.Trainer):
             raise ValueError(f"ref_model: {self.loss} compares with no reference, expected None")
         if ref_model is model:
             raise ValueError("ref_model: the model itself would be trained too; give a copy of it")
-        _checked(ref_model, None)
+        base = _checked(ref_model, None)
+        own, other = (m.get_output_embeddings().out_features for m in (_base(model), base))
+        if other < own:
+            raise ValueError(f"ref_model: expected the model's vocabulary of {own} tokens, got {other}")
 
     def _check_datasets(self, given: dict) -> None:
         sets = {"train_dataset": given.get("train_dataset")}
@@ -139,27 +147,57 @@ class LossTrainer(transformers.Trainer):
         more = eval_set if isinstance(eval_set, dict) else {"": eval_set}
         sets |= {f"eval_dataset {name}".strip(): dataset for name, dataset in more.items()}
         found = {name: columns(dataset) for name, dataset in sets.items() if dataset is not None}
-        found = {name: names for name, names in found.items() if names is not None}
+        known = {name: names for name, names in found.items() if names is not None}
         reference = self.ref_model is not None or hasattr(given["model"], "disable_adapter")
-        if self._wants_reference and not reference and not any("ref_logp" in n for n in found.values()):
-            raise ValueError(
-                f"ref_model: {self.loss} compares with a reference: give ref_model, a PEFT model (its "
-                "adapters are disabled), or a dataset with the column ref_logp"
-            )
-        for name, names in found.items():
-            if self._collates:
-                self._check_columns(name, names)
+        self._needs_logp = self._wants_reference and not reference
+        if self._needs_logp and len(known) == len(found):
+            if not any(n.endswith("ref_logp") for names in known.values() for n in names):
+                raise ValueError(
+                    f"ref_model: {self.loss} compares with a reference: give ref_model, a PEFT model (its "
+                    "adapters are disabled), or a dataset with the column ref_logp"
+                )
+        if self._collates:
+            for name, names in known.items():
+                self._check_columns(name, names, self._row_columns)
 
-    def _check_columns(self, where: str, names: set[str]) -> None:
-        missing = [n for n in ("input_ids", "labels", *self._required) if n not in names]
+    @property
+    def _row_columns(self) -> list[str]:
+        """The columns that a row of the default collator has at least."""
+        names = [*self._batch_columns, *(["ref_logp"] if self._needs_logp else [])]
+        return [f"{side}{n}" for side in SIDES for n in names] if isinstance(self.loss, _PAIRS) else names
+
+    @property
+    def _batch_columns(self) -> list[str]:
+        return ["input_ids", "labels", *self._required]
+
+    def _check_columns(self, where: str, names: set[str], needed: list[str]) -> None:
+        missing = [n for n in needed if n not in names]
         if missing:
             raise ValueError(f"{where}: {self.loss} needs the columns {missing}, got {sorted(names)}")
+
+    def _check_last_batch(self, where: str, dataset: Any, size: int) -> None:
+        """The default collator needs two rows for KTO's reference point."""
+        names = None if dataset is None else columns(dataset)
+        if names is None or {"kl", "kl_input_ids"} & names or not hasattr(dataset, "__len__"):
+            return
+        if size == 1 or (len(dataset) % size == 1 and not self.args.dataloader_drop_last):
+            raise ValueError(
+                f"{where}: {len(dataset)} rows in batches of {size} leave one of a single row, and "
+                f"{self.loss} needs two for its reference point: set dataloader_drop_last=True or another "
+                "batch size, or give the column kl"
+            )
 
     def _check_options(self) -> None:
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: the loss has none, expected 0")
         if self.args.n_gpu > 1:
             raise ValueError("n_gpu: DataParallel splits pairs; start one process per GPU with torchrun")
+        if self._collates and isinstance(self.loss, _KTO) and self.args.world_size == 1:
+            self._check_last_batch("train_dataset", self.train_dataset, self.args.train_batch_size)
+            more = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for name, dataset in more.items():
+                where = f"eval_dataset {name}".strip()
+                self._check_last_batch(where, dataset, self.args.eval_batch_size)
         streams = any(isinstance(d, IterableDataset) for d in (self.train_dataset, self.eval_dataset))
         dispatches = self.args.accelerator_config.dispatch_batches is not False
         if streams and dispatches and self.args.world_size > 1:
@@ -182,7 +220,7 @@ class LossTrainer(transformers.Trainer):
     def _split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Request]:
         """The inputs of the model, and what it shall compute."""
         names = set(batch)
-        self._check_columns("batch", names)
+        self._check_columns("batch", names, self._batch_columns)
         mismatched = [n for n in names if n.startswith("kl_") and n[3:] in self._inputs]
         known = {"labels", "kl_labels", *self._inputs, *self._arguments, *mismatched}
         if not names <= known:
@@ -300,11 +338,9 @@ class LossTrainer(transformers.Trainer):
 
 def _checked(model: nn.Module, loss: nn.Module | None) -> PreTrainedModel:
     """The model of transformers, also within PEFT's; raises where HeadLoss on its hidden states is wrong."""
-    base = model
-    if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
-            raise ValueError("model: prompt learning changes the inputs; adapters such as LoRA are supported")
-        base = model.get_base_model()
+    if hasattr(model, "get_base_model") and model.active_peft_config.is_prompt_learning:
+        raise ValueError("model: prompt learning changes the inputs; adapters such as LoRA are supported")
+    base = _base(model)
     if not isinstance(base, PreTrainedModel) or base.base_model is base:
         raise TypeError(
             "model: expected a causal language model of transformers, or PEFT's around one, "
@@ -319,6 +355,11 @@ def _checked(model: nn.Module, loss: nn.Module | None) -> PreTrainedModel:
     return base
 
 
+def _base(model: nn.Module) -> nn.Module:
+    """The model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _inputs_of(model: PreTrainedModel) -> set[str]:
     """Names of what the backbone's forward takes."""
     return set(inspect.signature(model.base_model.forward).parameters) - _NOT_INPUTS
@@ -326,7 +367,8 @@ def _inputs_of(model: PreTrainedModel) -> set[str]:
 
 def _answer_requests(model: PreTrainedModel) -> None:
     """Makes model.forward, and so that of any wrapper around it, take a `Request`."""
-    if "_sukhops_forward" in vars(model):
+    unpickled = getattr(model.forward, "__func__", None) is type(model).forward  # with the class's own
+    if "_sukhops_forward" in vars(model) and not unpickled:
         return
 
     def forward(self, *args, **kwargs):
