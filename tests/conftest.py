@@ -14,10 +14,12 @@ OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_b
 
 
 def pytest_generate_tests(metafunc):
-    """Tests of CPU kernels run once for each instruction set of this CPU."""
+    """Tests of CPU kernels run for each instruction set of this CPU; portable code in the long matrix."""
     if metafunc.definition.get_closest_marker("every_isa"):
         metafunc.fixturenames.append("isa")
-        metafunc.parametrize("isa", ISAS, indirect=True)
+        long = [pytest.mark.full if isa == "portable" != OWN_ISA else () for isa in ISAS]
+        isas = [pytest.param(isa, marks=marks) for isa, marks in zip(ISAS, long, strict=True)]
+        metafunc.parametrize("isa", isas, indirect=True)
 
 
 @pytest.fixture

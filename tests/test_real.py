@@ -41,8 +41,8 @@ def load(dtype=torch.float32):
 
 
 def texts(tokenizer, sides):
-    made = tokenizer([a + b for a, b in zip(PROMPTS, sides, strict=True)], return_tensors="pt", padding=True)
-    return dict(made)
+    made = [a + b for a, b in zip(PROMPTS, sides, strict=True)]
+    return dict(tokenizer(made, return_tensors="pt", padding=True, padding_side="right"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,14 +68,13 @@ def test_trl(kind, dtype, tokenizer):
 
 def test_spans_of_ratio_1_change_nothing(tokenizer):
     inputs = texts(tokenizer, CHOSEN)
-    tokenizer.padding_side = "left"
-    prompts = dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
-    tokenizer.padding_side = "right"
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    prompts = dict(tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left"))
     model = load()
 
     def results():
         with torch.no_grad():
-            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            loss = model(**inputs, labels=labels).loss
         options = [{}, {"cache_implementation": "static"}]
         return loss, *(model.generate(**prompts, max_new_tokens=24, do_sample=False, **o) for o in options)
 
