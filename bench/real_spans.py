@@ -45,7 +45,7 @@ def decoding(models: dict, context: torch.Tensor, rounds: int) -> dict[str, floa
     for _ in range(rounds):
         for name, model in models.items():
             found[name].append((seconds(model, NEW) - seconds(model, 1)) / (NEW - 1))
-    return {name: 1e3 * harness.quantile(values, 50) for name, values in found.items()}
+    return {name: round(1e3 * harness.quantile(values, 50), 2) for name, values in found.items()}
 
 
 def main() -> None:
@@ -92,20 +92,17 @@ def main() -> None:
         "case": f"{Path(name).name}, {args.tokens} tokens", **harness.machine(), "steps": args.steps,
         "coef": args.coef, "context": args.context, "transformers": transformers.__version__,
     }  # fmt: skip
+    layers = [round(sum(layer.tokens) / len(layer.tokens), 1) for layer in report]
+    means = {"spans of ratio 1": float(args.tokens), "learned spans": round(sum(layers) / len(layers), 1)}
     rows = [
-        base | {"provider": key, "bits": round(value, 4), "mean_span": None, "token_ms": None}
+        base
+        | {"provider": key, "bits": round(value, 4), "mean_span": means.get(key), "token_ms": times.get(key)}
         for key, value in (before | {"learned spans": learned}).items()
     ]
-    for row in rows:
-        if row["provider"] in times:
-            row["token_ms"] = round(times[row["provider"]], 2)
-    rows[1]["mean_span"] = float(args.tokens)
-    heads = [s for layer in report for s in layer.tokens]
-    rows[2]["mean_span"] = round(sum(heads) / len(heads), 1)
-    rows[2]["layer_spans"] = [round(sum(layer.tokens) / len(layer.tokens), 1) for layer in report]
+    rows[-1]["layer_spans"] = layers
     for row in rows:
         print({k: row[k] for k in ("provider", "bits", "mean_span", "token_ms")})
-    print("mean span of each layer:", rows[2]["layer_spans"])
+    print("mean span of each layer:", layers)
     harness.save("real_spans", rows, args.record)
 
 

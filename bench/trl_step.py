@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import harness
+import real_model
 import torch
 import transformers
 import trl
@@ -28,10 +29,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import sukhops.integrations.trl
 
 PROVIDERS = {"TRL": nullcontext, "sukhops": sukhops.integrations.trl.enabled}
-SHAPES = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, V
-    "SmolLM2-135M": (576, 1536, 30, 9, 3, 49_152),
-    "tiny": (32, 64, 2, 2, 1, 1000),
-}
+TINY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 1000, "tie_word_embeddings": True,
+}  # fmt: skip
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference of losses and gradient norms
 
 
@@ -83,13 +84,9 @@ def gradients(trainer: transformers.Trainer) -> dict[str, torch.Tensor]:
 
 def load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    if name not in SHAPES:
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "vocab_size")  # fmt: skip
-    shape = dict(zip(fields, SHAPES[name], strict=True))
-    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=8192)
-    return transformers.LlamaForCausalLM(config).to(dtype)
+    if name == "tiny":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).to(dtype)
+    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def prepare(kind: str, method: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple:
@@ -212,9 +209,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="SmolLM2-135M",
-        help="folder or name of a model; SmolLM2-135M (default) and tiny are random Llamas of that size",
-    )  # fmt: skip
+        "--model", help="folder or name of a model, or tiny, a random Llama; SmolLM2-135M-Instruct, fetched"
+    )
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="per sequence")
     parser.add_argument("--rounds", type=int, default=5)
@@ -222,6 +218,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help='those whose "TRAINER METHOD DTYPE" contains this')
     parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
     args = parser.parse_args()
+    args.model = args.model or real_model.path()
     for dtype in ALLOWED:
         for kind in ("SFT", "DPO", "KTO"):
             for method in ("full", "LoRA"):

@@ -12,7 +12,7 @@
 
 namespace sukhops {
 
-constexpr int64_t kTile = 60;     // keys: whole blocks of 6 rows of the product
+constexpr int64_t kTile = 60;      // keys: whole blocks of 6 rows of the product
 constexpr int64_t kShare = 1024;   // keys, from a multiple of it on, of few queries that a thread takes at a time
 constexpr int64_t kRun = 1 << 20;  // terms of a product in one go
 template <class A>
@@ -325,8 +325,8 @@ std::tuple<Tensor, Tensor> adaptive_span(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
     const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
-    const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& lse, double ramp, double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q,
-    bool need_kv, bool need_span, bool need_rel_pos) {
+    const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& lse, double ramp, double scale,
+    int64_t skip, std::optional<int64_t> max_span, bool need_q, bool need_kv, bool need_span, bool need_rel_pos) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
     Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span, false);
     return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),

@@ -146,7 +146,7 @@ def test_dpo_in_a_loss_trainer(adapters, tokenizer, tmp_path):
     own, ref = torch.tensor(own), torch.tensor(ref)
     margin = (own[0] - ref[0]) - (own[1] - ref[1])
     expected = -torch.nn.functional.logsigmoid(0.5 * margin).mean()
-    assert abs(logged - expected.item()) < 1e-3 and expected.item() > 0
+    assert abs(logged - expected.item()) < 1e-4 and expected.item() > 0  # Trainer logs four digits
 
 
 def test_log_probs_are_those_of_full_logits(tokenizer):

@@ -1,4 +1,4 @@
-"""What a loss on hidden states needs of a model: it is causal, and its logits are lm_head(hidden)."""
+"""What the integrations need of a model: of transformers, causal, with logits that are lm_head(hidden)."""
 
 import contextlib
 import inspect
@@ -25,6 +25,22 @@ _LOGITS = (
 )
 _LENGTH = 8  # tokens that the model is tried on
 _ROUNDING = 16  # units in the last place of the largest logit that two calls may differ by
+
+
+def check_model(model: nn.Module, what: str) -> None:
+    """Raises where a model that shall get `what` is none of transformers, or is wrapped."""
+    if not isinstance(model, PreTrainedModel):
+        hint = f"; add the {what} first, then get_peft_model" if hasattr(model, "peft_config") else ""
+        raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}{hint}")
+
+
+def check_loaded(model: PreTrainedModel, entry: str, what: str) -> None:
+    """Raises where the config's entry says that the checkpoint has what the model has not."""
+    if getattr(model.config, entry, None) is not None:
+        raise ValueError(
+            f"model: its checkpoint has {what}, which transformers does not load: load it with "
+            f"sukhops.integrations.transformers.from_pretrained, or set config.{entry} to None to start anew"
+        )
 
 
 def check_causal(model: PreTrainedModel) -> None:

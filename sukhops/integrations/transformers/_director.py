@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sukhops.integrations.transformers._causal import check_causal, check_logits
+from sukhops.integrations.transformers._causal import (
+    check_causal,
+    check_loaded,
+    check_logits,
+    check_model,
+)
 from sukhops.integrations.transformers._labels import ModelHead, bound, call
 from sukhops.nn import DirectorHead
 
@@ -47,17 +52,10 @@ def add_director_head(
 
     Source: Arora et al. 2022 (Director).
     """
-    if not isinstance(model, PreTrainedModel):
-        hint = "; add the head first, then get_peft_model" if hasattr(model, "peft_config") else ""
-        raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}{hint}")
+    check_model(model, "head")
     if _heads(model):
         raise ValueError("model: its head is a DirectorHead already")
-    if getattr(model.config, "sukhops_director", None) is not None:
-        raise ValueError(
-            "model: its checkpoint has a DirectorHead, which transformers does not load: load it with "
-            "sukhops.integrations.transformers.from_pretrained, or set config.sukhops_director to None "
-            "to start with a new classifier"
-        )
+    check_loaded(model, "sukhops_director", "a DirectorHead")
     check_causal(model)
     check_logits(model)
     head = _replace_head(model, gamma, shared)

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function
 
 from sukhops import adaptive_span_attention
+from sukhops.integrations.transformers._causal import check_loaded, check_model
 from sukhops.nn import AdaptiveSpan
 from sukhops.nn.adaptive_span import SpanReport
 from sukhops.nn.head_loss import in_use
@@ -85,12 +86,7 @@ def add_adaptive_spans(
     layers = _attentions(model, max_span)
     if any(hasattr(layer, "adaptive_span") for layer in layers):
         raise ValueError("model: its attention has adaptive spans already")
-    if getattr(model.config, "sukhops_adaptive_spans", None) is not None:
-        raise ValueError(
-            "model: its checkpoint has adaptive spans, which transformers does not load: load it with "
-            "sukhops.integrations.transformers.from_pretrained, or set config.sukhops_adaptive_spans to None "
-            "to start with new ones"
-        )
+    check_loaded(model, "sukhops_adaptive_spans", "adaptive spans")
     entry = {"max_span": max_span, "ramp": float(ramp), "init": float(init)}
     _attach(model, entry)
     model.config.sukhops_adaptive_spans = entry
@@ -164,9 +160,7 @@ def _no_attentions(model: PreTrainedModel, args: tuple, options: dict) -> None:
 
 def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
     """The self-attention of each layer; raises where spans cannot take its place."""
-    if not isinstance(model, PreTrainedModel):
-        hint = "; add the spans first, then get_peft_model" if hasattr(model, "peft_config") else ""
-        raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}{hint}")
+    check_model(model, "spans")
     config = model.config.get_text_config()
     found = [
         m
