@@ -58,6 +58,7 @@ def _run(rank: int, count: int, folder: str, end, work: Callable, arguments: tup
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count,
         timeout=timedelta(seconds=SECONDS),
     )  # fmt: skip
+    dist.barrier()  # a rank that fails at once must not break the connections of the others
     try:
         result = work(rank, *arguments)
         dist.barrier()  # nobody leaves while another still talks to it

@@ -80,7 +80,9 @@ ON_RANKS = "docs/parallel.md"  # its first block and one of the others are a pro
 @pytest.mark.parametrize("program", CODE[ON_RANKS][1:], ids=lambda p: p.splitlines()[0].split()[-1])
 def test_programs_of_several_processes_run(program, tmp_path):
     command, file = re.fullmatch(r"# (torchrun .*) (\w+\.py)", program.splitlines()[0]).groups()
-    (tmp_path / file).write_text(CODE[ON_RANKS][0] + program)
+    # gloo's threads may abort the process while Python itself ends (DeviceMesh keeps the group for good)
+    end = "import os, sys; sys.stdout.flush(); os._exit(0)"
+    (tmp_path / file).write_text(CODE[ON_RANKS][0] + program + end)
     options = command.split()[1:]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / file)],
