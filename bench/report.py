@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/*.md and the plots from bench/results/*.jsonl.
 
-A block `<!-- table NAME -->` ... `<!-- end -->` is made from bench/results/NAME.jsonl; the tables "headline"
-and "machine" are made from several files. A case that was measured over several shapes is a plot,
+A block `<!-- table NAME -->` ... `<!-- end -->` is made from bench/results/NAME.jsonl; the tables "headline",
+"machine" and "papers" are made from several files. A case that was measured over several shapes is a plot,
 NAME_CASE_CPU.svg for each class of CPU, and not in the table. `--check` fails if a table differs from the
 results, and writes nothing; `--own` only plots what `make bench` left in bench/own.
 """
@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import papers
 from tables import TABLES, markdown, milliseconds, number, sizes
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +135,10 @@ def example(found: list[dict]) -> str:
             mean = f"{statistics.mean(values):{form}}" if values else ""
             cells.append(mean + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""))
         body.append(cells)
-    return markdown(["", *columns], body)
+    table = markdown(["", *columns], body)
+    if not found[0].get("minutes"):
+        return table
+    return f"{table}\n\nThe whole run took {found[0]['minutes']:.0f} minutes on a CPU with {found[0]['isa']}."
 
 
 def machine() -> str:
@@ -153,9 +157,11 @@ def machine() -> str:
 def block(name: str) -> str:
     if name in ("headline", "machine"):
         return {"headline": headline, "machine": machine}[name]()
+    if name == "papers":
+        return papers.table(rows)
     found = rows(name)
     if not found:
-        return ""
+        return "Not recorded yet."
     if name in TABLES:
         return TABLES[name](found)
     if name.endswith("_grid"):

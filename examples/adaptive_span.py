@@ -1,149 +1,150 @@
-"""Adaptive spans against full attention: a byte-level transformer on the source of the standard library.
+"""Adaptive spans in a pretrained model: how little of its context does each attention head need?
 
-Both models are the same, relative positions included, and start from the same weights. In one the span of
-each head starts at 0, learns, and pays the published penalty; in the other it is fixed at all of the 1024
-bytes that a model sees. Compared at equal steps and, with the full model trained for fewer, at equal time.
+Every head of the model gets a span, first of the whole 1,024 tokens of a training text. The spans alone
+learn, with the published penalty, first a weak one and then, from there, a stronger one; the model's
+weights stay. Compared with the model as it was and with one fixed window for all heads that reads as many
+keys. The text is Django's manual, and every fifth page is to test on.
 
-    python examples/adaptive_span.py [--seeds 0 1 2] [--data FILE] [--checkpoint DIR] [--tune] [--quick]
-    python examples/adaptive_span.py --paper enwik8 --data FILE [--steps N] [--split N] [--checkpoint DIR]
+    python examples/adaptive_span.py [--model NAME] [--seeds 0 1 2] [--quick]
 
-The first prints mean ± deviation over seeds, saves bench/results/example_adaptive_span.jsonl and a plot of
-the spans by layer and head beside it. Keys per query are counted in the kernels, over the held-out text. The
-second trains the published model of 12 layers, see examples/adaptive_span_paper.py.
+Prints mean ± deviation over seeds, saves bench/results/example_adaptive_span.jsonl and a plot of the spans
+by layer and head. Keys per query are the mean over a text. The last column is the time of a token that is
+decoded after 8,000 others. examples/adaptive_span_paper.py trains the published model.
 """
 
+import argparse
+import math
 import statistics
-from pathlib import Path
+import time
 
 import torch
-from adaptive_span_paper import PAPERS, train_paper
-from common import (
-    Transformer,
-    arguments,
-    as_bytes,
-    bits_per_token,
-    corpus,
-    held_out,
-    language_model_loss,
-    report,
-    train,
-    windows,
-)
+import transformers
+from common import Stages, held_out, report, train, windows
+from pretrained import arguments, load, manual
 from report import spans as span_plot
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import sukhops
+from sukhops.integrations.transformers import AdaptiveSpans, adaptive_spans, add_adaptive_spans
 
-LENGTH, BATCH, WIDTH, LAYERS, HEADS = 1024, 1, 128, 3, 4
-COEF = 2e-6  # of the penalty, in nats per token of mean span, as published for a small model
-ADAPTIVE, FULL = "adaptive spans", "full attention"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-LR = 2e-3  # the best of RATES for each variant, by --tune: on a seed and a piece of text not reported
-
-
-def transformer(seed: int, init: float) -> Transformer:
-    """Spans start at init * LENGTH; one table of relative positions for all layers, as published."""
-    torch.manual_seed(seed)
-    table = nn.Parameter(torch.randn(LENGTH, WIDTH // HEADS))
-    return Transformer(
-        256,
-        WIDTH,
-        LAYERS,
-        attention=lambda: sukhops.nn.AdaptiveSpanAttention(WIDTH, HEADS, LENGTH, init=init, rel_pos=table),
-        positions=False,
-    )
+LENGTH, CONTEXT, NEW = 1024, 8000, 16
+PENALTIES = (3e-5, 1e-4)  # nats per token of a layer's mean span
+LR = 1e-2
 
 
-def spans(model: Transformer) -> list[sukhops.nn.AdaptiveSpan]:
-    return [block.attention.adaptive_span for block in model.blocks]
+def token_loss(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean cross entropy of texts [B, T], in nats."""
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    return -sukhops.linear_logp(hidden[:, :-1], model.get_output_embeddings().weight, ids[:, 1:]).mean()
 
 
-def pieces(ids: Tensor, tests: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Text to learn from, windows of the text behind it to choose by, and of the last to report."""
-    tenth = len(ids) // 10
-    held = (held_out(part, LENGTH + 1, tests) for part in (ids[-2 * tenth : -tenth], ids[-tenth:]))
-    return ids[: -2 * tenth], *held
+def bits(model: transformers.PreTrainedModel, tests: Tensor) -> float:
+    with torch.no_grad():
+        losses = [token_loss(model, text.unsqueeze(0)).item() for text in tqdm(tests, desc="bits per token")]
+    return statistics.mean(losses) / math.log(2)
 
 
-def trained(variant: str, seed: int, text: Tensor, steps: int, lr: float, saved: Path | None = None):
-    """A model of the variant, and the seconds that it took."""
-    adaptive = variant == ADAPTIVE
-    model = transformer(seed, 0.0 if adaptive else 1.0)
-    for span in spans(model):
-        span.requires_grad_(adaptive)
-
-    def loss(step: int) -> Tensor:
-        batch = next(windows(text, LENGTH + 1, BATCH, seed * 1_000_000 + step))
-        penalty = sum(s.penalty(COEF) for s in spans(model)) if adaptive else 0.0
-        return language_model_loss(model, batch) + penalty
-
-    name = f"{variant}, seed {seed}, lr {lr:g}"
-    run = train(model, loss, steps, lr=lr, name=name, weight_decay=0.0, checkpoint=saved)
-    return model, run.seconds
+def keys_per_query(spans: AdaptiveSpans) -> float:
+    """Mean over the queries of a text and over all heads."""
+    seen = torch.arange(1, LENGTH + 1)
+    reads = [seen.clamp(max=keys).double().mean() for layer in spans.report() for keys in layer.keys]
+    return torch.stack(reads).mean().item()
 
 
-def tune(ids: Tensor, steps: int, tests: int) -> None:
-    """Prints what LR is chosen by."""
-    learn, choose, _ = pieces(ids, tests)
-    for variant in (ADAPTIVE, FULL):
-        for lr in RATES:
-            model, _ = trained(variant, 3, learn, steps, lr)
-            print(f"{variant}, lr {lr:g}: {bits_per_token(model, choose):.3f} bits per byte", flush=True)
+def fixed(spans: AdaptiveSpans, keys: float) -> None:
+    """Sets one span for all heads, the longest that reads at most so many keys per query."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        for layer in spans.layers:
+            nn.init.constant_(layer.ratio, middle)
+        low, high = (middle, high) if keys_per_query(spans) <= keys else (low, middle)
+    for layer in spans.layers:
+        nn.init.constant_(layer.ratio, low)
 
 
-def run(seed: int, ids: Tensor, steps: int, tests: int, directory: Path | None) -> list[dict]:
-    learn, _, test = pieces(ids, tests)
-    rows = []
+def measure(variant: str, seed: int, model: transformers.PreTrainedModel, tests: Tensor) -> dict:
+    spans = adaptive_spans(model)
+    tokens = [layer.tokens for layer in spans.report()]
+    return {
+        "variant": variant, "seed": seed, "bits per token": bits(model, tests),
+        "keys per query": keys_per_query(spans), "mean span": statistics.mean(map(statistics.mean, tokens)),
+        "spans": tokens,
+    }  # fmt: skip
 
-    def measure(variant: str, label: str, steps: int) -> float:
-        """Trains a model, adds its row, returns the seconds."""
-        saved = directory and directory / f"adaptive_span_{label.replace(' ', '_')}_{seed}.pt"
-        model, seconds = trained(variant, seed, learn, steps, LR, saved)
-        before = torch.ops.sukhops.adaptive_span_pairs()
-        bits = bits_per_token(model, test)
-        pairs = torch.ops.sukhops.adaptive_span_pairs() - before
-        learned = [s.report().tokens for s in spans(model)]
-        rows.append({
-            "variant": label, "seed": seed, "bits per byte": bits,
-            "mean span": statistics.mean(t for layer in learned for t in layer),
-            "keys per query": pairs / (len(test) * LENGTH * LAYERS * HEADS),
-            "steps": steps, "seconds": seconds, "ms per step": 1000 * seconds / steps,
-        })  # fmt: skip
-        if variant == ADAPTIVE:
-            rows[-1]["spans"] = learned
-        return seconds
 
-    short = measure(ADAPTIVE, ADAPTIVE, steps)
-    long = measure(FULL, f"{FULL}, equal steps", steps)
-    measure(FULL, f"{FULL}, equal time", max(1, round(steps * short / long)))
+def learn(
+    name: str | None, state: dict | None, text: Tensor, tests: Tensor, coef: float, steps: int, seed: int
+) -> tuple[dict, list[dict]]:
+    """Spans trained from a state: their state, and the rows of them and of one window for all heads."""
+    model = with_spans(name, state)
+    batches, spans = windows(text, LENGTH, 1, seed), adaptive_spans(model)
+
+    def loss(_: int) -> Tensor:
+        return token_loss(model, next(batches)) + spans.penalty(coef)
+
+    train(model, loss, steps, lr=LR, name=f"penalty {coef:g}, seed {seed}", weight_decay=0.0)
+    found = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    learned = measure(f"spans, penalty {coef:g}", seed, model, tests)
+    fixed(spans, learned["keys per query"])
+    window = measure(f"one window, keys of {coef:g}", seed, model, tests)
+    del window["spans"]  # for the plot of learned ones
+    return found, [learned, window]
+
+
+def decoding(models: tuple, context: Tensor, rounds: int) -> list[float]:
+    """Milliseconds a token of each model after a context [N], in turns."""
+    found = [[] for _ in models]
+    for _ in range(rounds):
+        for model, values in zip(models, found, strict=True):
+            times = []
+            for new in (1, NEW):
+                cache = transformers.StaticCache(model.config, max_cache_len=len(context) + NEW)
+                options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+                began = time.perf_counter()
+                model.generate(context.unsqueeze(0), past_key_values=cache, **options)
+                times.append(time.perf_counter() - began)
+            values.append(1000 * (times[1] - times[0]) / (NEW - 1))
+    return [statistics.median(values) for values in found]
+
+
+def with_spans(name: str | None, state: dict | None = None) -> transformers.PreTrainedModel:
+    """The model, of whose parameters only the spans learn."""
+    model = load(name)[0].requires_grad_(False)
+    add_adaptive_spans(model, LENGTH)
+    for layer in adaptive_spans(model).layers:
+        layer.ratio.requires_grad_(True)
+    model.load_state_dict(state or {}, strict=False)
+    return model
+
+
+def run(options: argparse.Namespace, stages: Stages) -> list[dict]:
+    text, test = manual(load(options.model)[1])
+    steps, tests, rounds, context = (2, 2, 1, 1100) if options.quick else (80, 24, 3, CONTEXT)
+    tests = held_out(test, LENGTH, tests)
+    rows = [stages("full", lambda: measure("full attention", 0, with_spans(options.model), tests))]
+    del rows[0]["spans"]
+    for seed in options.seeds:
+        state = None
+        for coef in PENALTIES:
+            arguments = options.model, state, text, tests, coef, steps, seed
+            state, found = stages(f"{coef:g}-{seed}", lambda given=arguments: learn(*given))
+            rows += found
+    models = load(options.model)[0], with_spans(options.model, state)
+    times = stages("decoding", lambda: decoding(models, text[:context], rounds))
+    rows[0]["ms per token"], rows[-2]["ms per token"] = times
     return rows
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, help="a text file, for instance enwik8 or text8")
-    parser.add_argument("--checkpoint", type=Path, help="a directory to save to, and to go on from")
-    parser.add_argument("--tune", action="store_true", help="compare learning rates: LR is chosen so")
-    parser.add_argument("--paper", choices=sorted(PAPERS), help="train the published model instead")
-    parser.add_argument("--steps", type=int, help="of the published model, fewer than published")
-    parser.add_argument("--split", type=int, default=8, help="parts that its batch is computed in")
-    options = parser.parse_args()
-    if options.checkpoint:
-        options.checkpoint.mkdir(parents=True, exist_ok=True)
-    if options.paper:
-        train_paper(options.paper, options.data, options.steps, options.split, options.checkpoint)
-        return
-    ids = as_bytes(corpus(options.data))
-    steps, tests = (6, 2) if options.quick else (500, 64)
-    if options.tune:
-        tune(ids, steps, tests)
-        return
-    rows = [row for seed in options.seeds for row in run(seed, ids, steps, tests, options.checkpoint)]
+    options = arguments(__doc__).parse_args()
+    stages = Stages("adaptive_span", options)
+    rows = run(options, stages)
     columns = {
-        "bits per byte": ".3f", "mean span": ",.0f", "keys per query": ",.0f", "ms per step": ",.0f",
-        "steps": ",.0f", "seconds": ",.0f",
+        "bits per token": ".3f", "keys per query": ",.0f", "mean span": ",.0f", "ms per token": ",.0f",
     }  # fmt: skip
-    report("adaptive_span", rows, columns, save=not options.quick)
+    report("adaptive_span", rows, columns, save=not options.quick, minutes=stages.end())
     if not options.quick:
         span_plot("example_adaptive_span", rows)
 

@@ -1,4 +1,6 @@
-"""The published adaptive-span model of 12 layers: `examples/adaptive_span.py --paper enwik8`.
+"""The published adaptive-span model of 12 layers, on enwik8.
+
+    python examples/adaptive_span_paper.py --data enwik8 [--steps N] [--split N] [--checkpoint DIR]
 
 Post-norm blocks with ReLU, one table of relative positions for all layers and heads, spans that start before
 the token itself, Adagrad with a linear warm-up, each tensor's gradient clipped by itself, and text read in
@@ -10,6 +12,7 @@ It is meant for a GPU. On 2 CPU cores a step takes one to two minutes while span
 with the batch in 8 parts; the caches of all 64 sequences grow to 26 GB over the first 16 steps.
 """
 
+import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +40,10 @@ class Paper(NamedTuple):
     steps: int
 
 
-PAPERS = {
-    "enwik8": Paper(
-        layers=12, width=512, inner=2048, heads=8, max_span=8192, block=512, batch=64, coef=5e-7, dropout=0.3,
-        lr=0.07, warmup=32_000, clip=0.03, steps=600_000,
-    )
-}  # fmt: skip
+ENWIK8 = Paper(
+    layers=12, width=512, inner=2048, heads=8, max_span=8192, block=512, batch=64, coef=5e-7, dropout=0.3,
+    lr=0.07, warmup=32_000, clip=0.03, steps=600_000,
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -112,28 +113,25 @@ def bits_per_byte(model: PaperModel, text: Text, blocks: int) -> float:
     return total / blocks / math.log(2)
 
 
-def train_paper(name: str, data: Path | None, steps: int | None, split: int, directory: Path | None) -> None:
+def train(data: Path, steps: int, split: int, directory: Path | None) -> None:
     """Trains, saving a thousand steps apart, and prints bits per byte of the held-out 5% and the spans."""
-    if data is None:
-        raise SystemExit(f"--paper {name} needs --data FILE")
-    paper, device = PAPERS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paper, device = ENWIK8, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = torch.frombuffer(bytearray(data.read_bytes()), dtype=torch.uint8)
     learn, held = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) : int(0.95 * len(text))]
     torch.manual_seed(0)
     model = PaperModel(paper).to(device)
-    optimiser = torch.optim.Adagrad(model.parameters(), lr=paper.lr)
-    steps, first = min(steps or paper.steps, paper.steps), 0
-    saved = directory and directory / f"{name}.pt"
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=paper.lr)
+    first, saved = 0, directory and directory / "enwik8.pt"
     if saved and saved.exists():  # the caches start empty and fill up again
         state = torch.load(saved, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     batches = Text(learn, paper, split, device)
-    with tqdm(range(first, steps), initial=first, total=steps, desc=name) as bar:
+    with tqdm(range(first, steps), initial=first, total=steps, desc="enwik8") as bar:
         for step in bar:
-            optimiser.param_groups[0]["lr"] = paper.lr * min(1.0, (step + 1) / paper.warmup)
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = paper.lr * min(1.0, (step + 1) / paper.warmup)
+            optimizer.zero_grad()
             loss = 0.0
             for part in batches.step(model, step):
                 part.backward()
@@ -141,11 +139,11 @@ def train_paper(name: str, data: Path | None, steps: int | None, split: int, dir
             model.penalty(paper.coef).backward()
             for parameter in model.parameters():
                 nn.utils.clip_grad_norm_([parameter], paper.clip)
-            optimiser.step()
+            optimizer.step()
             bar.set_postfix(bits=f"{loss / math.log(2):.3f}")
             if saved and ((step + 1) % 1000 == 0 or step + 1 == steps):
                 fresh = saved.with_suffix(".new")
-                state = {"model": model.state_dict(), "optimizer": optimiser.state_dict(), "step": step + 1}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state, fresh)
                 fresh.replace(saved)
     test = Text(held, paper, split, device)
@@ -153,3 +151,21 @@ def train_paper(name: str, data: Path | None, steps: int | None, split: int, dir
     print(f"{bits_per_byte(model, test, blocks):.3f} bits per byte of {blocks} blocks held out")
     for i, block in enumerate(model.blocks):
         print(f"layer {i:2}: spans", *(f"{t:.0f}" for t in block.attention.adaptive_span.report().tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the file enwik8, or another text")
+    parser.add_argument("--steps", type=int, default=ENWIK8.steps, help="fewer than published")
+    parser.add_argument("--split", type=int, default=8, help="parts that a batch is computed in")
+    parser.add_argument("--checkpoint", type=Path, help="a directory to save to, and to go on from")
+    options = parser.parse_args()
+    if options.checkpoint:
+        options.checkpoint.mkdir(parents=True, exist_ok=True)
+    train(options.data, options.steps, options.split, options.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,13 +4,11 @@ import argparse
 import json
 import math
 import re
+import shutil
 import sys
-import sysconfig
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,11 @@ from tqdm import tqdm
 import sukhops
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+from harness import machine
 from report import RESULTS
 from report import example as summary
+
+CACHE = Path(__file__).parent.parent / ".cache" / "examples"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -33,37 +34,37 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def standard_library(characters: int = 2_000_000) -> str:
-    """Source files of Python's standard library, in the order of their names, up to `characters`."""
-    parts, total = [], 0
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        parts.append(text)
-        total += len(text)
-        if total >= characters:
-            break
-    return "".join(parts)[:characters]
+class Stages:
+    """The stages of a run, kept in .cache until it ends: one that was stopped goes on from the last of them.
 
+    Args:
+        example: its name.
+        options: of the command line; those that change the results are in the folder's name.
+    """
 
-def corpus(data: Path | None = None, characters: int = 2_000_000) -> str:
-    """The text of a file, or of the standard library."""
-    if data is None:
-        return standard_library(characters)
-    with open(data, encoding="utf-8", errors="replace") as file:
-        return file.read(characters)
+    def __init__(self, example: str, options: argparse.Namespace):
+        words = [example, getattr(options, "model", None) or "", "quick" if options.quick else "whole"]
+        self.folder = CACHE / "-".join(re.sub(r"\W+", "_", word) for word in words if word)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seconds = 0.0
 
+    def __call__(self, name: str, make: Callable):
+        """What `make()` returned, now or before the stop: tensors, numbers, texts and containers of them."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            began = time.perf_counter()
+            found = make()
+            fresh = path.with_suffix(".new")
+            torch.save({"found": found, "seconds": time.perf_counter() - began}, fresh)
+            fresh.replace(path)
+        kept = torch.load(path)
+        self.seconds += kept["seconds"]
+        return kept["found"]
 
-def as_bytes(text: str) -> Tensor:
-    """UTF-8 bytes of a text: [N], int64 below 256."""
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-
-
-def words(text: str, size: int) -> tuple[Tensor, list[str]]:
-    """A text as words, runs of space and single marks: ids [N] of the `size` commonest, 0 for any other."""
-    found = re.findall(r"\w+|\s+|[^\w\s]", text)
-    units = ["?", *(unit for unit, _ in Counter(found).most_common(size - 1))]
-    index = {unit: i for i, unit in enumerate(units)}
-    return torch.tensor([index.get(unit, 0) for unit in found]), units
+    def end(self) -> float:
+        """Minutes of all stages. The next run starts from the beginning."""
+        shutil.rmtree(self.folder)
+        return self.seconds / 60
 
 
 def windows(ids: Tensor, length: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -196,11 +197,6 @@ def repeats(ids: Tensor, n: int) -> Tensor:
     return found
 
 
-class Training(NamedTuple):
-    losses: list[float]
-    seconds: float
-
-
 def train(
     model: nn.Module,
     loss: Callable[[int], Tensor],
@@ -209,56 +205,21 @@ def train(
     lr: float = 2e-3,
     name: str = "",
     weight_decay: float = 0.01,
-    checkpoint: Path | None = None,
-) -> Training:
-    """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss.
-
-    With a checkpoint it saves there ten times and goes on from it; `loss` must depend on nothing but the
-    model and the step then.
-    """
+) -> None:
+    """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    losses: list[float] = []
-    before = 0.0
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses, before = state["losses"], state["seconds"]
-    began = time.perf_counter()
     warm = max(1, steps // 20)
-    with tqdm(total=steps, initial=len(losses), desc=name, mininterval=1.0) as bar:
-        for step in range(len(losses), steps):
-            cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / warm) * cosine
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(step)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            losses.append(value.item())
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            if checkpoint is not None and (step + 1) % max(1, steps // 10) == 0:
-                fresh = checkpoint.with_suffix(".new")
-                state = {
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
-                    "seconds": before + time.perf_counter() - began,
-                }  # fmt: skip
-                torch.save(state, fresh)
-                fresh.replace(checkpoint)
-    return Training(losses, before + time.perf_counter() - began)
-
-
-@torch.no_grad()
-def bits_per_token(model: Transformer, ids: Tensor, batch: int = 32) -> float:
-    """Cross entropy of windows [W, T + 1], in bits per token."""
-    total = 0.0
-    for part in ids.split(batch):
-        logits = model.head(model.backbone(part[:, :-1]))
-        total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-    return total / (ids.shape[0] * (ids.shape[1] - 1)) / math.log(2)
+    for step in (bar := tqdm(range(steps), desc=name, mininterval=1.0)):
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warm) * cosine
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
 
 
 def held_out(ids: Tensor, length: int, count: int) -> Tensor:
@@ -273,14 +234,15 @@ def report(
     columns: dict[str, str],
     *,
     plot: tuple[str, str] | None = None,
+    minutes: float | None = None,
     save: bool = True,
 ) -> None:
     """Prints mean ± deviation over seeds of each row["variant"]; columns: field -> format.
 
-    plot: the two columns of a plot of the trade-off. Saves it all to bench/results/example_<name>.jsonl,
-    from which bench/report.py makes the README's table and the plot.
+    plot: the two columns of a plot of the trade-off. minutes: what the whole run took. Saves it all to
+    bench/results/example_<name>.jsonl, from which bench/report.py makes the table of docs and the plot.
     """
-    found = [{"columns": columns, "plot": plot}, *rows]
+    found = [{"columns": columns, "plot": plot, "minutes": minutes, **machine()}, *rows]
     print(summary(found))
     if not save:
         return

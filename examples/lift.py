@@ -1,209 +1,200 @@
-"""LIFT-DPO: a model that keeps the number of words it is told to keep.
+"""LIFT-DPO: an instruction model that keeps the number of words it is told to keep.
 
-An instruction is the first words of one of the standard library's docstrings, the answer is the rest. A small
-transformer learns to answer, with and without a limit of words that the answer keeps. Preference pairs, the
-docstring's own answer over a sample of the model's, then train it four ways: not at all, with DPO, with R-DPO
-(which pays for length), and with LIFT-DPO, which adds each pair once more under a limit between the lengths
-of its two answers, so that the shorter one wins. All three have the same options, among them a share of the
-chosen answers' likelihood, without which DPO forgets what it was taught. Some limits are in no training text.
+The model answers instructions about everyday things, at length and in a sentence or two. Annotators like
+full answers, so the full one is chosen and the short one rejected, and the model, which ignores word limits
+already, is trained on such pairs: with DPO, with R-DPO, which pays for length, and with LIFT-DPO, which has
+half of its pairs under a limit between the lengths of the two answers, where the short one wins. All three
+see as many pairs. DPO and LIFT-DPO train in TRL's DPOTrainer on the head of sukhops, R-DPO, which TRL does
+not have, in LossTrainer; all with LoRA. Tested on things and, in part, on limits that are in no training
+pair.
 
-    python examples/lift.py [--seeds 0 1 2] [--quick]
+    python examples/lift.py [--model NAME] [--seeds 0 1 2] [--quick]
 
-Prints mean ± deviation over seeds and saves bench/results/example_lift.jsonl: per cent of answers to held-out
-instructions that are longer than their limit, for limits seen and unseen in training; words of answers
-without a limit; bits per token of the docstrings' own answers.
+Prints mean ± deviation over seeds and saves bench/results/example_lift.jsonl: per cent of greedy answers
+that are longer than their limit, and their words with and without a limit. An answer is cut after 128
+tokens.
 """
 
-import ast
-import copy
-import math
+import argparse
 import random
-import re
-import sysconfig
-from collections import Counter
-from pathlib import Path
 
+import peft
 import torch
-from common import Transformer, arguments, generate, report, train
-from torch import Tensor
+import transformers
+import trl
+from common import Stages, report
+from datasets import Dataset
+from pretrained import ROWS, arguments, learned, load, with_adapters
+from torch import nn
 from tqdm import tqdm
 
-import sukhops
+import sukhops.integrations.trl
+from sukhops.integrations.transformers import LossTrainer
 from sukhops.pairs import count_words, lift_pairs, lift_prompt, violation_rate
 
-OPENING, ANSWER, VOCABULARY = 3, 56, 4096  # tokens of an instruction, of an answer; kinds of tokens
-CONTEXT = 80
-WORDS = range(4, 41)  # of an answer
-UNSEEN = (5, 9, 13, 17, 21, 25)  # limits in no training text
-TESTED = (7, 11, 15, 19, 23, 27)
-SEEN = [n for n in WORDS if n not in UNSEEN]
-END = 1  # token 0 is any other word
+THINGS = (
+    "bicycles", "volcanoes", "the printing press", "honey bees", "coffee", "chess", "rainbows", "bridges",
+    "sleep", "whales", "bread", "glass", "the moon", "maps", "clocks", "paper", "salt", "wind power",
+    "libraries", "earthquakes", "tea", "trains", "music", "gardens", "soap", "mirrors", "money", "vaccines",
+    "deserts", "penguins",
+)  # fmt: skip
+QUESTIONS = (
+    "Explain {} to a ten-year-old.", "Write a short introduction to {} for a magazine.",
+    "What role do {} play in everyday life?", "Tell me about the history of {}.",
+    "List some surprising facts about {}.", "Give advice to someone who wants to learn about {}.",
+    "What do scientists know about {}?", "Why do people care about {}?",
+)  # fmt: skip
+TESTED = 5  # the last things are in no training pair: 25 * 8 = 200 instructions to learn from
+LENGTH = 128  # tokens of an answer
+SEEN, UNSEEN = (20, 40), (15, 30)  # limits that are tested; UNSEEN are in no pair
+LIMITS = [n for n in range(10, 91) if n not in UNSEEN]
 
 
-def tokens(text: str) -> list[str]:
-    return re.findall(r"\d|[^\W\d]+|[^\w\s]", text)
-
-
-def docstrings() -> list[tuple[str, str]]:
-    """(instruction, answer) of the standard library's docstrings, tokens parted by single spaces."""
-    root, found = Path(sysconfig.get_path("stdlib")), {}
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(path.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
-                parts = tokens(ast.get_docstring(node) or "")
-                answer = " ".join(parts[OPENING:])
-                if count_words(answer) in WORDS and len(parts) < OPENING + ANSWER:
-                    found[" ".join(parts[:OPENING]), answer] = None
-    return list(found)
-
-
-class Text:
-    """Texts as ids, and back."""
-
-    def __init__(self, texts: list[tuple[str, str]]):
-        counts = Counter(token for pair in texts for text in pair for token in tokens(text))
-        template = [*tokens(lift_prompt("", 1)), *"0123456789"]
-        common = [token for token, _ in counts.most_common(VOCABULARY) if token not in template]
-        self.units = ["other", "", *dict.fromkeys(template), *common][:VOCABULARY]
-        self.index = {unit: i for i, unit in enumerate(self.units)}
-
-    def ids(self, text: str) -> list[int]:
-        return [self.index.get(token, 0) for token in tokens(text)]
-
-    def answer(self, ids: list[int]) -> str:
-        """Up to the end."""
-        cut = ids.index(END) if END in ids else len(ids)
-        return " ".join(self.units[i] for i in ids[:cut])
-
-    def rows(self, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """(prompt, answer) pairs as inputs and targets [B, T], the prompts not counted."""
-        texts = [(self.ids(prompt), [*self.ids(answer), END]) for prompt, answer in pairs]
-        width = max(len(before) + len(after) for before, after in texts)
-        ids, target = torch.full((len(pairs), width), END), torch.full((len(pairs), width), -100)
-        for row, (before, after) in enumerate(texts):
-            whole = torch.tensor(before + after)
-            ids[row, : len(whole)] = whole
-            target[row, len(before) : len(whole)] = whole[len(before) :]
-        return ids[:, :-1], target[:, 1:]
-
-
-def sample(model: Transformer, text: Text, prompts: list[str], seed: int) -> list[str]:
-    """One answer to each prompt."""
-    g, ids = torch.Generator().manual_seed(seed), [text.ids(prompt) for prompt in prompts]
-    answers = [""] * len(prompts)
-    for length in sorted({len(row) for row in ids}):
-        alike = torch.tensor([i for i, row in enumerate(ids) if len(row) == length])
-        for part in tqdm(alike.split(512), desc=f"prompts of {length} tokens"):
-            prompt = torch.tensor([ids[i] for i in part])
-            found = generate(model, prompt, ANSWER, generator=g, temperature=0.8)
-            for i, row in zip(part, found.tolist(), strict=True):
-                answers[i] = text.answer(row)
-    return answers
-
-
-def supervised(text: Text, learn: list[tuple[str, str]], steps: int, numbers: random.Random) -> Transformer:
-    model = Transformer(len(text.units), 128, context=CONTEXT)
-
-    def step(_: int) -> Tensor:
-        batch = numbers.sample(learn, 32)
-        for i, (instruction, answer) in enumerate(batch[:16]):
-            kept = [n for n in SEEN if n >= count_words(answer)]
-            if kept:
-                batch[i] = lift_prompt(instruction, numbers.choice(kept)), answer
-        ids, target = text.rows(batch)
-        logp = sukhops.linear_logp(model.backbone(ids), model.head.weight, target)
-        return -logp.sum() / (target != -100).sum()
-
-    train(model, step, steps, name="supervised")
-    return model
-
-
-def preference(
-    reference: Transformer, text: Text, pairs: list[tuple[str, str, str]], steps: int, name: str,
-    numbers: random.Random, **options: float,
-) -> Transformer:  # fmt: skip
-    """A copy of the model after DPO on (prompt, chosen, rejected)."""
-    model = copy.deepcopy(reference)
-    loss = sukhops.nn.DPOLoss(beta=0.1, nll_weight=1.0, **options)
-
-    def step(_: int) -> Tensor:
-        batch = numbers.sample(pairs, 24)
-        ids, target = text.rows([(p, c) for p, c, _ in batch] + [(p, r) for p, _, r in batch])
-        with torch.no_grad():
-            before = {"ref_hidden": reference.backbone(ids), "ref_weight": reference.head.weight}
-        return loss(model.backbone(ids), model.head.weight, target, **before).loss
-
-    train(model, step, steps, lr=2e-4, name=name)
-    return model
-
-
-def lifted(pairs: list[tuple[str, str, str]], numbers: random.Random) -> list[tuple[str, str, str]]:
-    """The pairs, and each again under a limit that one of its two answers breaks."""
-    limits = []
-    for _, *answers in pairs:
-        short, long = sorted(map(count_words, answers))
-        limits.append([n for n in SEEN if short <= n < long])
-    some = [i for i, n in enumerate(limits) if n]
-    instructions, chosen, rejected = ([pairs[i][part] for i in some] for part in range(3))
-    table = lift_pairs(instructions, chosen, rejected, [numbers.choice(limits[i]) for i in some])
-    return pairs + list(zip(table["prompt"], table["chosen"], table["rejected"], strict=True))
+def instructions(things: tuple[str, ...]) -> list[str]:
+    return [question.format(thing) for thing in things for question in QUESTIONS]
 
 
 @torch.no_grad()
-def measure(model: Transformer, text: Text, tests: list[tuple[str, str]], seed: int) -> dict:
-    limits = torch.tensor([*TESTED, *UNSEEN])
-    limited = [lift_prompt(instruction, n) for n in limits.tolist() for instruction, _ in tests]
-    lengths = torch.tensor([count_words(answer) for answer in sample(model, text, limited, seed)])
-    lengths = lengths.view(len(limits), len(tests))
-
-    def violations(rows: slice) -> float:
-        return 100 * violation_rate(lengths[rows], limits[rows].unsqueeze(1)).item()
-
-    free = sample(model, text, [instruction for instruction, _ in tests], seed)
-    ids, target = text.rows(tests)
-    logp = sukhops.linear_logp(model.backbone(ids), model.head.weight, target)
-    return {
-        "violations %, limits seen": violations(slice(len(TESTED))),
-        "violations %, limits unseen": violations(slice(len(TESTED), None)),
-        "words without a limit": sum(map(count_words, free)) / len(free),
-        "bits per token": -(logp.sum() / (target != -100).sum()).item() / math.log(2),
-    }
+def answers(model: nn.Module, tokenizer, prompts: list[str], **options) -> list[str]:
+    """One to each instruction, greedy unless the options differ."""
+    model.eval()
+    found = []
+    texts = [template(tokenizer, prompt) for prompt in prompts]
+    for i in tqdm(range(0, len(texts), ROWS), desc="answers"):
+        batch = tokenizer(
+            texts[i : i + ROWS],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
+        out = model.generate(**batch, **{"max_new_tokens": LENGTH, "do_sample": False} | options)
+        found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]
 
 
-def run(seed: int, quick: bool) -> list[dict]:
+def template(tokenizer, prompt: str) -> str:
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def make_pairs(model: nn.Module, tokenizer, prompts: list[str], seed: int) -> list[dict]:
+    """The full answer to each instruction over the short one, where it is longer."""
     torch.manual_seed(seed)
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 0}
+    full = answers(model, tokenizer, prompts, **sampled)
+    brief = [f"{prompt} Answer in one or two sentences." for prompt in prompts]
+    short = answers(model, tokenizer, brief, max_new_tokens=LENGTH // 2, **sampled)
+    found = zip(prompts, full, short, strict=True)
+    return [
+        {"prompt": p, "chosen": f, "rejected": s}
+        for p, f, s in found
+        if s and count_words(s) < count_words(f)
+    ]
+
+
+def lifted(pairs: list[dict], numbers: random.Random) -> list[dict]:
+    """The pairs, and each once more under a limit that only the rejected answer keeps."""
+    limited = []
+    for pair in pairs:
+        short, long = count_words(pair["rejected"]), count_words(pair["chosen"])
+        between = [n for n in LIMITS if short <= n < long]
+        if between:
+            columns = [pair["prompt"]], [pair["chosen"]], [pair["rejected"]], [numbers.choice(between)]
+            row = lift_pairs(*columns)
+            limited.append({name: row[name][0] for name in ("prompt", "chosen", "rejected")})
+    return pairs + limited
+
+
+def train_in_trl(model: nn.Module, tokenizer, pairs: list[dict], given: dict) -> nn.Module:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": pair["prompt"]}],
+            **{s: [{"role": "assistant", "content": pair[s]}] for s in ("chosen", "rejected")},
+        }
+        for pair in pairs
+    ]  # fmt: skip
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trl.DPOTrainer(
+        model, args=trl.DPOConfig(beta=0.1, bf16=False, gradient_checkpointing=False, **given),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=config,
+    )  # fmt: skip
+    with sukhops.integrations.trl.enabled():
+        trainer.train()
+    return trainer.model
+
+
+def train_in_loss_trainer(model: nn.Module, tokenizer, pairs: list[dict], given: dict) -> nn.Module:
+    rows = []
+    for pair in pairs:
+        prompt, row = tokenizer(template(tokenizer, pair["prompt"]), add_special_tokens=False).input_ids, {}
+        for side in ("chosen", "rejected"):
+            answer = [*tokenizer(pair[side], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            row |= {f"{side}_input_ids": prompt + answer, f"{side}_labels": [-100] * len(prompt) + answer}
+        rows.append(row)
+    adapted = with_adapters(model, given["seed"])
+    loss = sukhops.nn.DPOLoss(beta=0.1, length_alpha=0.05)
+    LossTrainer(adapted, transformers.TrainingArguments(**given), train_dataset=rows, loss=loss).train()
+    return adapted
+
+
+def measure(model: nn.Module, tokenizer, tests: list[str]) -> dict:
+    words = {}
+    for limit in (*SEEN, *UNSEEN, None):
+        prompts = tests if limit is None else [lift_prompt(test, limit) for test in tests]
+        words[limit] = torch.tensor([count_words(text) for text in answers(model, tokenizer, prompts)])
+
+    def violations(limits: tuple[int, ...]) -> float:
+        return 100 * sum(violation_rate(words[n], n).item() for n in limits) / len(limits)
+
+    return {
+        "violations %, limits seen": violations(SEEN), "violations %, limits unseen": violations(UNSEEN),
+        "words, limit of 30": words[30].double().mean().item(),
+        "words, no limit": words[None].double().mean().item(),
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
+    model, tokenizer = load(options.model)
+    if tokenizer.chat_template is None:
+        raise SystemExit("--model: its tokenizer has no chat template, so it takes no instructions")
     numbers = random.Random(seed)
-    texts = docstrings()
-    random.Random(7).shuffle(texts)
-    tests, learn = texts[:128], texts[128:]
-    steps, count = (20, 100) if quick else (500, 1500)
-    tests = tests[:20] if quick else tests
-    text = Text(learn)
-    base = supervised(text, learn, steps, numbers)
-    own = numbers.sample(learn, count)
-    answers = sample(base, text, [instruction for instruction, _ in own], seed)
-    pairs = [(i, better, worse) for (i, better), worse in zip(own, answers, strict=True) if better != worse]
-    rows = [{"variant": "supervised", "seed": seed, **measure(base, text, tests, seed)}]
-    for name, data, options in (
-        ("DPO", pairs, {}),
-        ("R-DPO", pairs, {"length_alpha": 0.05}),
-        ("LIFT-DPO", lifted(pairs, numbers), {}),
+    train, tests = instructions(THINGS[:-TESTED]), instructions(THINGS[-TESTED:])
+    steps, train, tests = (2, train[:12], tests[:2]) if options.quick else (32, train, tests)
+    pairs = stages(f"pairs-{seed}", lambda: make_pairs(model, tokenizer, train, seed))
+    given = {
+        "output_dir": str(stages.folder), "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
+        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 2, "logging_steps": 4,
+        "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    rows = []
+    if seed == options.seeds[0]:
+        found = stages("before", lambda: measure(model, tokenizer, tests))
+        rows.append({"variant": "the model as it is", "seed": seed, **found})
+    for variant, data, trainer in (
+        ("DPO", pairs, train_in_trl),
+        ("R-DPO", pairs, train_in_loss_trainer),
+        ("LIFT-DPO", lifted(pairs, numbers), train_in_trl),
     ):
-        model = preference(base, text, data, steps // 4, name, numbers, **options)
-        rows.append({"variant": name, "seed": seed, **measure(model, text, tests, seed)})
+        name = f"{variant}-{seed}"
+        state = stages(
+            name, lambda t=trainer, d=data: learned(t(load(options.model)[0], tokenizer, d, given))
+        )
+        tuned = with_adapters(load(options.model)[0], seed, state).merge_and_unload()
+        found = stages(f"{name}-measured", lambda m=tuned: measure(m, tokenizer, tests))
+        rows.append({"variant": variant, "seed": seed, **found})
     return rows
 
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    rows = [row for seed in options.seeds for row in run(seed, options.quick)]
+    stages = Stages("lift", options)
+    rows = [row for seed in options.seeds for row in run(options, seed, stages)]
     columns = {
         "violations %, limits seen": ".1f", "violations %, limits unseen": ".1f",
-        "words without a limit": ".1f", "bits per token": ".3f",
+        "words, limit of 30": ".1f", "words, no limit": ".1f",
     }  # fmt: skip
-    report("lift", rows, columns, save=not options.quick)
+    report("lift", rows, columns, save=not options.quick, minutes=stages.end())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import copy
 import random
 
 import torch
-from common import Transformer, arguments, generate, report, train
+from common import Stages, Transformer, arguments, generate, report, train
 from torch import Tensor
 
 import sukhops
@@ -197,12 +197,15 @@ def run(seed: int, quick: bool) -> list[dict]:
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    rows = [row for seed in options.seeds for row in run(seed, options.quick)]
+    stages = Stages("meta_rewarding", options)
+    rows = []
+    for seed in options.seeds:
+        rows += stages(f"seed-{seed}", lambda s=seed: run(s, options.quick))
     columns = {
         "right digits %": ".1f", "characters": ".1f", "right marks %": ".1f",
         "judge pairs right %, weighted": ".1f", "judge pairs right %, counted": ".1f",
     }  # fmt: skip
-    report("meta_rewarding", rows, columns, save=not options.quick)
+    report("meta_rewarding", rows, columns, save=not options.quick, minutes=stages.end())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import copy
 import random
 
 import torch
-from common import Transformer, arguments, generate, language_model_loss, report, train
+from common import Stages, Transformer, arguments, generate, language_model_loss, report, train
 from torch import Tensor
 
 import sukhops
@@ -147,11 +147,14 @@ def run(seed: int, quick: bool) -> list[dict]:
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    rows = [row for seed in options.seeds for row in run(seed, options.quick)]
+    stages = Stages("step_kto", options)
+    rows = []
+    for seed in options.seeds:
+        rows += stages(f"seed-{seed}", lambda s=seed: run(s, options.quick))
     columns = {
         "right answers %": ".1f", "right answers with a wrong step %": ".1f", "right steps %": ".1f",
     }  # fmt: skip
-    report("step_kto", rows, columns, save=not options.quick)
+    report("step_kto", rows, columns, save=not options.quick, minutes=stages.end())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The integrations on a pretrained model, SmolLM2-135M-Instruct or that of SUKHOPS_MODEL: make test-real."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
 import real_model  # noqa: E402
+from report import RESULTS  # noqa: E402
 from trl_step import gradients, make_trainer, training_step  # noqa: E402
 
 import sukhops  # noqa: E402
@@ -164,3 +168,16 @@ def test_log_probs_are_those_of_full_logits(tokenizer):
         exact, eager = log_probs(torch.float64), log_probs(torch.float32)
         ours = sukhops.linear_logp(hidden, model.lm_head.weight, target)
     assert testing.distance(ours, exact) <= testing.budget(ours, eager, exact)
+
+
+@pytest.mark.parametrize(
+    "name", ["adaptive_span", "hybrid_lm", "lift", "meta_rewarding", "repetition", "step_kto"]
+)
+def test_examples_run(name):
+    """A quick run of one seed prints its table and changes no recorded one."""
+    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    command = [sys.executable, f"examples/{name}.py", "--quick", "--seeds", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent, timeout=400)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("\n|") > 3 and "nan" not in run.stdout
+    assert before == {path: path.read_bytes() for path in RESULTS.iterdir()}
