@@ -13,8 +13,10 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("SUKHOPS_SANITIZE") else []  # make sanitize
+SPEED = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3", "-g0"]
 # no -ffast-math: it drops NaN semantics and sets flush-to-zero for the user's whole process
-CXX = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+CXX = ["-std=c++20", *SPEED, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
        "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function"]  # fmt: skip
 LEXICON = "sukhops._lexicon"
 HEADERS = [str(p) for p in Path("csrc").glob("*.h")]
@@ -24,7 +26,12 @@ def extensions():
     cpu = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.name != "lexicon.cpp")
     built = [
         CppExtension(
-            "sukhops._C", cpu, depends=HEADERS, py_limited_api=True, extra_compile_args={"cxx": CXX + STABLE}
+            "sukhops._C",
+            cpu,
+            depends=HEADERS,
+            py_limited_api=True,
+            extra_compile_args={"cxx": CXX + STABLE},
+            extra_link_args=SANITIZE,
         ),
         Extension(
             LEXICON,
@@ -32,6 +39,7 @@ def extensions():
             include_dirs=include_paths(),
             language="c++",
             extra_compile_args={"cxx": CXX},
+            extra_link_args=SANITIZE,
         ),
     ]
     cuda = sorted(str(p) for p in Path("csrc").glob("*.cu"))

@@ -50,12 +50,12 @@ struct Heads {
   std::vector<A> gamma;  // [gates, n]
   std::vector<A> affine_kept;
   const A* affine = nullptr;
-  int64_t n, v, d;
+  int64_t n, v, d, gates;
 
   Heads(const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& g,
         const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
         const std::optional<Tensor>& cls_affine)
-      : n(hidden.size(0)), v(lm_weight.size(0)), d(lm_weight.size(1)) {
+      : n(hidden.size(0)), v(lm_weight.size(0)), d(lm_weight.size(1)), gates(g.size(0)) {
     const ScalarType acc = acc_dtype(hidden.scalar_type());
     weight.emplace_back(lm_weight);
     for (const Tensor& w : cls_weight) weight.emplace_back(w);
@@ -64,7 +64,7 @@ struct Heads {
       bias_kept.push_back(as_acc(has ? std::optional(h == 0 ? *lm_bias : cls_bias[h - 1]) : std::nullopt, acc, hidden));
       bias.push_back(has ? data<A>(bias_kept.back()) : nullptr);
     }
-    const int64_t gates = g.size(0), s0 = g.stride(0), s1 = g.stride(1);
+    const int64_t s0 = g.stride(0), s1 = g.stride(1);
     gamma.resize(gates * n);
     for (int64_t i = 0; i < gates * n; ++i) {
       gamma[i] = data<A>(g)[i / n * s0 + i % n * s1];
@@ -237,7 +237,7 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     for (int64_t i = 0; i < gates; ++i) grad_gamma[i] += grad_gamma[part * gates + i];
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };
   Gradients out{need_hidden ? torch::stable::to(dh, dtype) : or_none(Tensor()), or_none(weight_grad[0]), {},
-                empty({gates / std::max<int64_t>(1, n), n}, acc, hidden),
+                empty({heads.gates, n}, acc, hidden),
                 torch::stable::to(bias_grad[0], dtype), {}, empty({0}, acc, hidden)};
   for (int64_t i = 1; i < count; ++i) {
     out.cls_weight.push_back(or_none(weight_grad[i]));

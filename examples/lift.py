@@ -44,7 +44,7 @@ QUESTIONS = (
     "List some surprising facts about {}.", "Give advice to someone who wants to learn about {}.",
     "What do scientists know about {}?", "Why do people care about {}?",
 )  # fmt: skip
-TESTED = 5  # the last things are in no training pair: 25 * 8 = 200 instructions to learn from
+TESTED = 4  # the last things are in no training pair: 26 * 8 = 208 instructions to learn from
 LENGTH = 128  # tokens of an answer
 SEEN, UNSEEN = (20, 40), (15, 30)  # limits that are tested; UNSEEN are in no pair
 LIMITS = [n for n in range(10, 91) if n not in UNSEEN]
@@ -139,10 +139,10 @@ def train_in_loss_trainer(model: nn.Module, tokenizer, pairs: list[dict], given:
 
 
 def measure(model: nn.Module, tokenizer, tests: list[str]) -> dict:
-    words = {}
-    for limit in (*SEEN, *UNSEEN, None):
-        prompts = tests if limit is None else [lift_prompt(test, limit) for test in tests]
-        words[limit] = torch.tensor([count_words(text) for text in answers(model, tokenizer, prompts)])
+    limits = (*SEEN, *UNSEEN)
+    prompts = [lift_prompt(test, limit) for limit in limits for test in tests] + tests
+    counts = torch.tensor([count_words(text) for text in answers(model, tokenizer, prompts)])
+    words = dict(zip((*limits, None), counts.unflatten(0, (-1, len(tests))), strict=True))
 
     def violations(limits: tuple[int, ...]) -> float:
         return 100 * sum(violation_rate(words[n], n).item() for n in limits) / len(limits)
@@ -160,11 +160,11 @@ def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
         raise SystemExit("--model: its tokenizer has no chat template, so it takes no instructions")
     numbers = random.Random(seed)
     train, tests = instructions(THINGS[:-TESTED]), instructions(THINGS[-TESTED:])
-    steps, train, tests = (2, train[:12], tests[:2]) if options.quick else (32, train, tests)
+    steps, train, tests = (2, train[:12], tests[:2]) if options.quick else (16, train, tests)
     pairs = stages(f"pairs-{seed}", lambda: make_pairs(model, tokenizer, train, seed))
     given = {
         "output_dir": str(stages.folder), "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
-        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 2, "logging_steps": 4,
+        "learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 2, "logging_steps": 4,
         "report_to": "none", "save_strategy": "no",
     }  # fmt: skip
     rows = []

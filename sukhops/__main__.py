@@ -5,8 +5,10 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata, util
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import sukhops
 from sukhops import _checks, _library, losses, nn, reference, testing
@@ -35,7 +37,7 @@ def token_stats_inputs() -> dict:
 def director_inputs() -> dict:
     generator = torch.Generator().manual_seed(1)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return 0.2 * torch.randn(*shape, generator=generator)
 
     return {
@@ -77,7 +79,7 @@ def dpo_inputs() -> dict:
     }
 
 
-def dpo_reference(hidden, weight, target, bias, ref_logp) -> torch.Tensor:
+def dpo_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, ref_logp: Tensor) -> Tensor:
     logp = reference.linear_logp(hidden, weight, target, bias)
     return losses.dpo_loss(logp, target, ref_logp).loss
 
@@ -93,7 +95,7 @@ def kto_inputs() -> dict:
     }
 
 
-def kto_reference(hidden, weight, target, bias, **given) -> torch.Tensor:
+def kto_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, **given: Any) -> Tensor:
     logp = reference.linear_logp(hidden, weight, target, bias)
     return losses.step_kto_loss(logp, target, **given).loss
 
@@ -104,7 +106,7 @@ def cringe_inputs() -> dict:
     return given
 
 
-def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
+def cringe_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, label: Tensor) -> Tensor:
     logp = reference.linear_logp(hidden, weight, target, bias)
     best = reference.linear_topk(hidden, weight, 2, bias)
     rival = torch.where(best.indices[:, 0] == target, best.values[:, 1], best.values[:, 0])
@@ -114,7 +116,7 @@ def cringe_reference(hidden, weight, target, bias, label) -> torch.Tensor:
 def span_inputs() -> dict:
     generator = torch.Generator().manual_seed(2)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     inputs = {"q": normal(2, 4, 70, 48), "k": normal(2, 2, 90, 48), "v": normal(2, 2, 90, 48)}
@@ -123,7 +125,7 @@ def span_inputs() -> dict:
 
 
 def span_attention(op: Callable) -> Callable:
-    def call(span, **given):
+    def call(span: Tensor, **given: Any) -> Tensor:
         spans = span if span.dtype == torch.float64 else span.float()
         return op(span=spans, ramp=16.0, key_start=torch.tensor([0, 30], device=span.device), **given)
 
@@ -137,13 +139,13 @@ def segmentation_inputs() -> dict:
     return {"scores": scores.requires_grad_(), "lengths": torch.tensor([60, 0, 17, 59])}
 
 
-def samples_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def samples_covered(scores: Tensor, lengths: Tensor) -> Tensor:
     """How many positions each of three samples covers; the reference: all of them."""
     samples = sukhops.segmentation_sample(scores, 3, lengths)
     return samples.sum(-1).to(_checks.accumulation_dtype(scores.dtype))
 
 
-def lengths_covered(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def lengths_covered(scores: Tensor, lengths: Tensor) -> Tensor:
     return lengths.expand(3, -1).to(_checks.accumulation_dtype(scores.dtype))
 
 
@@ -160,7 +162,9 @@ def segmentation_loss_inputs() -> dict:
     }
 
 
-def segmentation_loss_reference(hidden, weight, unit_ids, bias, lengths) -> torch.Tensor:
+def segmentation_loss_reference(
+    hidden: Tensor, weight: Tensor, unit_ids: Tensor, bias: Tensor, lengths: Tensor
+) -> Tensor:
     logp = reference.linear_logp(hidden, weight, losses.unit_targets(unit_ids, lengths), bias)
     return losses.segmentation_loss(logp, unit_ids, lengths=lengths).loss
 
@@ -247,9 +251,7 @@ def check() -> int:
             for dtype in DTYPES:
                 torch.manual_seed(0)
                 inputs = {
-                    n: t.detach().to(device).requires_grad_(t.requires_grad)
-                    if isinstance(t, torch.Tensor)
-                    else t
+                    n: t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
                     for n, t in make().items()
                 }
                 for row in testing.compare(op, ref, inputs, dtype):

@@ -1,5 +1,7 @@
 """The checks that public functions share. Each names the argument, what it got and what it expected."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -55,10 +57,10 @@ def check_floats(**tensors: Tensor) -> None:
             check_device(like, first, name, t)
 
 
-def as_floats(**tensors: Tensor | None) -> list[Tensor | None]:
+def as_floats(**tensors: Tensor | None) -> list[Any]:
     """The tensors, checked as by `check_floats`, cast where autocast is on, and of one dtype.
 
-    Autocast leaves float64 alone, as torch does. None passes through.
+    Autocast leaves float64 alone, as torch does. None passes through (Any: a Tensor for a Tensor).
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     check_floats(**given)

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def launcher(name: str) -> Callable:
     """
     module, function = name.split(":")
 
-    def launch(*args):
+    def launch(*args: Any) -> Any:
         tensors = (
             t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)
         )
@@ -56,7 +57,7 @@ def cuda_launcher(op: str, name: str) -> None:
 def not_differentiable_twice(op: str) -> None:
     """Makes a gradient of the backward operator `op` raise, instead of being silently absent."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise NotImplementedError(f"sukhops::{op}: second derivatives are not implemented")
 
     torch.library.register_autograd(f"sukhops::{op}", backward)
@@ -65,7 +66,7 @@ def not_differentiable_twice(op: str) -> None:
 def not_vmappable(op: str) -> None:
     """Makes `torch.vmap` over `op` raise with what to do instead."""
 
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
         raise NotImplementedError(
             f"sukhops::{op} does not support torch.vmap: its leading axes are a batch already"
         )

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ class Lexicon:
         """The units by id. Number 0, the unknown character, is the empty str or bytes."""
         trie = self._trie
         if trie.unicode:
-            units = ["", *map(chr, trie.codes.tolist())]
+            units: list[Any] = ["", *map(chr, trie.codes.tolist())]
         else:
             units = [b"", *(bytes([code]) for code in trie.codes.tolist())]
         for parent, symbol in zip(trie.parents.tolist(), trie.symbols.tolist(), strict=True):
@@ -164,12 +165,12 @@ class Lexicon:
             f"characters, {len(trie.parents):,} n-grams of 2 to {trie.max_length})"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         trie = self._trie
         return _restore, (trie.unicode, trie.max_length, trie.codes, trie.parents, trie.symbols)
 
 
-def _restore(*state) -> Lexicon:
+def _restore(*state: Any) -> Lexicon:
     return Lexicon(Trie.of(*state))
 
 

@@ -6,7 +6,7 @@ the reference is off in the operator's own precision, plus four roundings of the
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def finite_max(t: Tensor) -> float:
 
 
 def compare(
-    op: Callable, reference: Callable, inputs: dict[str, object], dtype: torch.dtype, seed: int = 0
+    op: Callable, reference: Callable, inputs: dict[str, Any], dtype: torch.dtype, seed: int = 0
 ) -> list[Comparison]:
     """Runs `op` and `reference` on `inputs` in `dtype`, and the reference in float64 as the truth.
 
@@ -108,7 +108,7 @@ def compare(
 
 
 def assert_close(
-    op: Callable, reference: Callable, inputs: dict[str, object], dtype: torch.dtype, seed: int = 0
+    op: Callable, reference: Callable, inputs: dict[str, Any], dtype: torch.dtype, seed: int = 0
 ) -> None:
     """`compare`, raising an AssertionError that lists every result over its budget."""
     rows = compare(op, reference, inputs, dtype, seed)

@@ -274,3 +274,10 @@ def test_lower_precisions(dtype):
 def test_bad_input_names_the_argument(make, name):
     with pytest.raises(ValueError, match=name):
         make(model_batch())
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_token_is_a_loss_of_0(shape):
+    hidden, target = torch.zeros(*shape, 3), torch.zeros(shape, dtype=torch.int64)
+    assert CringeLoss()(hidden, torch.randn(5, 3), target, torch.zeros(shape[0]).long()).loss == 0
+    assert PairwiseCringeLoss()(hidden, torch.randn(5, 3), target).loss == 0

@@ -182,3 +182,11 @@ def test_without_width_every_entry_is_as_likely():
     logp = linear_logp(hidden, lm, torch.arange(40))
     torch.testing.assert_close(logp, torch.full((40,), 1 / 70).log())
     assert [g.shape for g in torch.autograd.grad(logp.sum(), (hidden, lm))] == [(40, 0), (70, 0)]
+
+
+def test_no_rows_and_a_gamma_that_learns():
+    """Two classifiers share a gamma, whose gradient has a place for each."""
+    gamma = torch.tensor(1.0, requires_grad=True)
+    weights = [torch.randn(5, 3), torch.randn(5, 3)]
+    logp = director_logp(torch.zeros(0, 3), torch.randn(5, 3), weights, gamma=gamma)
+    assert logp.shape == (0, 5) and torch.autograd.grad(logp.sum(), gamma)[0] == 0

@@ -319,3 +319,9 @@ def test_the_mean_runs_over_ranks_before_the_clamp(tmp_path):
     command = [sys.executable, "-c", RANK, str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     assert [r.communicate(timeout=120)[0].strip() for r in ranks] == ["1.0", "1.0"]
+
+
+def test_mismatched_sequences_without_a_token():
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    assert mismatched(ids).shape == (2, 0)
+    assert [t.shape for t in mismatched(ids, ids)] == [(2, 0), (2, 0)]

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def log_probs(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     hidden = hidden.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
-    options = {
+    options: dict[str, Any] = {
         "outputs": ("logp", *(ours for theirs, ours in _NAMES.items() if theirs in outputs)),
         "softcap": final_logit_softcapping,
         "scale": logit_scale,
@@ -140,7 +141,14 @@ class _Partitioned(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, options):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.parameters = [p for p in (weight, bias) if p is not None]
         rows, *heads = (
@@ -155,7 +163,7 @@ class _Partitioned(torch.autograd.Function):
         return *(None if t is None else t.detach() for t in results[:2]), *constants
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         from trl.trainer import utils
 
         used = [(t, g) for t, g in zip(ctx.results, upstream[:2], strict=True) if g is not None]

@@ -105,7 +105,7 @@ def per_token(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> 
     if cu_seqlens is None:
         return per_sequence.unsqueeze(-1).expand(like.shape)
     token = torch.arange(like.shape[0], device=like.device)
-    owner = torch.bucketize(token, cu_seqlens[1:], right=True)
+    owner = torch.bucketize(token, cu_seqlens[1:].contiguous(), right=True)
     return per_sequence[owner.clamp(max=per_sequence.shape[0] - 1)]
 
 

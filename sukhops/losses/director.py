@@ -103,7 +103,10 @@ def director_loss(
     return LossOutput(loss, metrics)
 
 
-def _metrics(nll, bce, norm, cls_logit, positive, trains_lm, trains_cls) -> dict[str, Tensor]:
+def _metrics(
+    nll: Tensor, bce: Tensor, norm: Tensor | None, cls_logit: Tensor, positive: Tensor, trains_lm: Tensor,
+    trains_cls: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
     lm_tokens, cls_tokens = trains_lm.sum(), trains_cls.sum()
     guess = cls_logit > 0  # [...]
     metrics = {

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ def dpo_loss(
     cu_seqlens: Tensor | None = None,
     log_sum_squares: Tensor | None = None,
     num_items: int | Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> LossOutput:
     """Preference loss of B pairs: the mean over pairs of a formula on log-ratios of policy and reference.
 
@@ -244,18 +244,20 @@ def dpo_loss(
     chosen = policy_w if weight is None else total(logp).chunk(2)[0]
     nll = -chosen.sum() / n_w.sum().clamp(min=1)
     score_a, score_b = score(a, o), score(b, o)
+    ref_w, ref_l = reference.chunk(2)
     pairs = Pairs(
         a, b, score_a, score_b, o.beta * (score_a - score_b) + o.length_alpha * (n_w - n_l),
-        policy_w, policy_l, *reference.chunk(2), n_w.clamp(min=1), n_l.clamp(min=1),
+        policy_w, policy_l, ref_w, ref_l, n_w.clamp(min=1), n_l.clamp(min=1),
         (n_w > 0) & (n_l > 0), nll, o.beta, o.label_smoothing, o.margin, o.tau,
     )  # fmt: skip
-    losses = sum(w * LOSSES[name](pairs) for w, name in zip(o.weights, o.types, strict=True))  # [B]
+    first, *others = (w * LOSSES[name](pairs) for w, name in zip(o.weights, o.types, strict=True))
+    losses = sum(others, first)  # [B]
     if o.use_weighting:
         if log_sum_squares is None:
             raise ValueError("log_sum_squares: use_weighting needs it, got None")
         (squares,) = as_scores(target, log_sum_squares=log_sum_squares)
-        likely = total((logp - squares).detach()) / tokens.clamp(min=1)
-        losses = losses * torch.exp(sum(likely.chunk(2)))
+        likely_w, likely_l = (total((logp - squares).detach()) / tokens.clamp(min=1)).chunk(2)
+        losses = losses * torch.exp(likely_w + likely_l)
     elif log_sum_squares is not None:
         raise ValueError("log_sum_squares: used with use_weighting only, expected None")
     if num_items is not None and (o.nll_weight or not {"sft", "orpo"}.isdisjoint(o.types)):

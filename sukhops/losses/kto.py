@@ -1,7 +1,7 @@
 """KTO and Step-KTO on log-probs: value functions of log-ratios against a detached reference point."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def kto_loss(
     kl: float | Tensor | Mismatched,
     cu_seqlens: Tensor | None = None,
     num_items: int | Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> LossOutput:
     """Value of unpaired completions against a reference point z that has no gradient.
 
@@ -167,7 +167,7 @@ def step_kto_loss(
     step_kl: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: int | Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> LossOutput:
     """KTO on whole completions plus step_weight times KTO on their labelled steps.
 
@@ -218,7 +218,7 @@ def step_kto_loss(
     if isinstance(kl, Mismatched) and kl.step_ids is not None:
         if step_kl is not None:
             raise ValueError("step_kl: given beside kl_step_ids, which estimate it; expected one of the two")
-        z = _step_reference_point(kl).to(per_step)
+        z = _step_reference_point(kl, kl.step_ids).to(per_step)
     else:
         z = outcome.metrics["kl"] if step_kl is None else reference_point(step_kl, per_step.flatten())
     losses = value_loss(per_step, label, z, o.step)
@@ -239,10 +239,10 @@ def step_kto_loss(
 
 
 @torch.no_grad()
-def _step_reference_point(kl: Mismatched) -> Tensor:
+def _step_reference_point(kl: Mismatched, step_ids: Tensor) -> Tensor:
     logp, ref_logp = as_scores(kl.target, kl_logp=kl.logp, kl_ref_logp=kl.ref_logp)
     most = max(1, kl.target.shape[-1])  # a sequence has no more steps than tokens
-    per_step, tokens = step_sums(logp - ref_logp, kl.target, kl.step_ids, most, kl.cu_seqlens, "kl_step_ids")
+    per_step, tokens = step_sums(logp - ref_logp, kl.target, step_ids, most, kl.cu_seqlens, "kl_step_ids")
     said = tokens > 0
     return mean_over_ranks(per_step.where(said, 0.0).sum(), said.sum()).clamp(min=0)
 
@@ -279,6 +279,10 @@ def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
     return values.where(chosen, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
+@overload
+def mismatched(target: Tensor, ids: None = None, *, pad_id: int = 0) -> Tensor: ...
+@overload
+def mismatched(target: Tensor, ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]: ...
 def mismatched(
     target: Tensor, ids: Tensor | None = None, *, pad_id: int = 0
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -309,6 +313,8 @@ def mismatched(
         _checks.check_integers("ids", ids)
         _checks.check_shape("ids", ids, target.shape, "as target")
         _checks.check_device("target", target, "ids", ids)
+    if t == 0:
+        return target if ids is None else (ids, target)
     counted = target != IGNORE
     said = counted.any(-1)
     start = counted.int().argmax(-1).where(said, t)  # [B]
@@ -320,11 +326,11 @@ def mismatched(
     taken = (to >= start.unsqueeze(1)) & (source < end[other].unsqueeze(1))
 
     def rolled(values: Tensor, fill: int) -> Tensor:
-        return values[other].gather(1, source.clamp(0, t - 1)).where(taken, fill) if t else values
+        return values[other].gather(1, source.clamp(0, t - 1)).where(taken, fill)
 
     new_target = rolled(target, IGNORE)
     if ids is None:
         return new_target
     prompt = to <= start.unsqueeze(1)  # the last prompt token predicts the completion's first
-    own = ids[:, to.clamp(max=t - 1)] if t else ids
+    own = ids[:, to.clamp(max=t - 1)]
     return torch.where(prompt & (to < t), own, rolled(ids, pad_id)), new_target

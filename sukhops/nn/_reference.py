@@ -20,8 +20,8 @@ def reference_logp(
     Raises:
         ValueError: ref_logp beside a reference head, or half of a reference head.
     """
-    head = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
-    given = [name for name, t in (head | {"ref_bias": ref_bias}).items() if t is not None]
+    head = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    given = [name for name, t in head.items() if t is not None]
     if ref_logp is not None:
         if given:
             raise ValueError(
@@ -30,8 +30,8 @@ def reference_logp(
         return ref_logp.detach()
     if not given:
         return None
-    for name, t in head.items():
-        if t is None:
-            raise ValueError(f"{name}: the reference's head needs ref_hidden and ref_weight, got {given}")
+    if ref_hidden is None or ref_weight is None:
+        name = "ref_hidden" if ref_hidden is None else "ref_weight"
+        raise ValueError(f"{name}: the reference's head needs ref_hidden and ref_weight, got {given}")
     with torch.no_grad():
         return linear_logp(ref_hidden, ref_weight, target, ref_bias, group=group)

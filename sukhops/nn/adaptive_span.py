@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,11 @@ class _Clamp(torch.autograd.Function):
         return ratio.clamp(0, 1)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (ratio,) = ctx.saved_tensors
         outward = ((ratio < -_SLACK) & (grad > 0)) | ((ratio > 1 + _SLACK) & (grad < 0))
         return grad.masked_fill(outward, 0.0)
@@ -79,7 +79,7 @@ class AdaptiveSpan(nn.Module):
         *,
         ramp: float = 32.0,
         init: float = 0.0,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -101,7 +101,7 @@ class AdaptiveSpan(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_heads}, max_span={self.max_span}, ramp={self.ramp:g}, init={self.init:g}"
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveSpan":
         """What `.to`, `.half` and the like call: the ratio follows to devices, not to half precision."""
 
         def keep(t: Tensor) -> Tensor:
@@ -169,6 +169,10 @@ class AdaptiveSpanAttention(nn.Module):
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
 
+    rel_pos: nn.Parameter | None
+    _order: Tensor  # of the heads of keys, group by group; None until spans are frozen
+    _place: Tensor  # of each in that order
+
     def __init__(
         self,
         d_model: int,
@@ -180,11 +184,11 @@ class AdaptiveSpanAttention(nn.Module):
         rel_pos: bool | nn.Parameter = True,
         include_self: bool = True,
         num_kv_heads: int | None = None,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.adaptive_span = AdaptiveSpan(num_heads, max_span, ramp=ramp, init=init, **options)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if not isinstance(kv_heads, int) or kv_heads < 1 or num_heads % kv_heads:
@@ -207,8 +211,8 @@ class AdaptiveSpanAttention(nn.Module):
             self.rel_pos = self._checked_table(rel_pos, d)
         self.windows: tuple[int, ...] | None = None  # keys that each head sees, once frozen
         self._groups = [(kv_heads, max_span)]  # heads of keys, and the window they are kept for
-        self.register_buffer("_order", None, persistent=False)  # of the heads of keys, group by group
-        self.register_buffer("_place", None, persistent=False)  # of each in that order
+        self.register_buffer("_order", None, persistent=False)
+        self.register_buffer("_place", None, persistent=False)
         self.register_load_state_dict_post_hook(_freeze_again)
 
     def _checked_table(self, rel_pos: nn.Parameter, d: int) -> nn.Parameter:
@@ -360,7 +364,7 @@ class AdaptiveSpanAttention(nn.Module):
         return self
 
 
-def _freeze_again(layer: AdaptiveSpanAttention, _) -> None:
+def _freeze_again(layer: AdaptiveSpanAttention, _: object) -> None:
     if layer.windows is not None:
         layer.freeze_spans()
 

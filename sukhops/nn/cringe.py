@@ -186,7 +186,7 @@ def _logp_and_gap(
     logp = head.logp(head.target_logit).reshape(target.shape)
     if head.topk_value.shape[-1] < 2:
         return logp, torch.full_like(logp, -torch.inf)
-    value, index = (t.reshape(*target.shape, -1) for t in (head.topk_value, head.topk_index))
+    value, index = (t.reshape(*target.shape, t.shape[-1]) for t in (head.topk_value, head.topk_index))
     place = sample_rival(value, index, target, generator=generator).unsqueeze(-1)
     rival = value.gather(-1, place).squeeze(-1)
     logit = head.target_logit.reshape(target.shape)

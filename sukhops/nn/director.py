@@ -1,6 +1,7 @@
 """Director as modules: the training loss, and a head that takes the place of a model's `lm_head`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class DirectorLoss(nn.Module):
             raise ValueError(f"reduction: expected one of {losses.REDUCTIONS}, got {reduction!r}")
         self.gamma = gamma
         self.norm_weight = norm_weight
-        self.class_weight = tuple(class_weight)
+        self.class_weight = (class_weight[0], class_weight[1])
         self.reduction = reduction
         self.train_lm_on_positive = train_lm_on_positive
         self.detach_hidden = detach_hidden
@@ -125,10 +126,9 @@ class DirectorLoss(nn.Module):
             label = label.unsqueeze(1).expand(target.shape)
         if self.detach_hidden:
             hidden = hidden.detach()
-        shared = cls_affine is not None
-        weight, bias = (lm_weight, lm_bias) if shared else (cls_weight, cls_bias)
+        weight, bias = (lm_weight, lm_bias) if cls_weight is None else (cls_weight, cls_bias)
         cls_logit = classifier_logit(hidden, weight, target, label, bias, group)
-        if shared:
+        if cls_affine is not None:
             a, b = cls_affine
             cls_logit = (a * cls_logit + b).where((target != losses.IGNORE) & (label >= 0), 0.0)
         norm = None
@@ -195,6 +195,10 @@ class DirectorHead(nn.Module):
     """
 
     gamma: float | Tensor
+    weight: Tensor
+    bias: Tensor | None
+    cls_weight: Tensor | None
+    cls_bias: Tensor | None
 
     def __init__(
         self,
@@ -204,11 +208,11 @@ class DirectorHead(nn.Module):
         gamma: float | Tensor = 1.0,
         shared: bool = False,
         bias: bool = False,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features, self.out_features = d_model, vocab_size
         self.gamma = gamma
         self.shared = shared
@@ -223,7 +227,7 @@ class DirectorHead(nn.Module):
             self.cls_bias = nn.Parameter(torch.empty(vocab_size, **options))
         self.reset_parameters()
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "gamma":  # a number after a tensor, or a tensor after a number
             _check_gamma(value)
             for kept in (self.__dict__, self._buffers, self._parameters):
@@ -258,7 +262,7 @@ class DirectorHead(nn.Module):
 
     def reset_classifier(self) -> None:
         """The same of the classifier alone: the language model keeps its weight."""
-        if self.shared:
+        if self.cls_weight is None or self.cls_bias is None:  # a shared head
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)
         else:

@@ -127,7 +127,7 @@ class DPOLoss(nn.Module):
         outputs = ("logp", "log_sum_sq") if o.use_weighting else ("logp",)
         stats = linear_token_stats(hidden, weight, target, bias, outputs=outputs, group=group)
         return dpo_loss(
-            stats.logp,
+            stats.logp,  # type: ignore[arg-type]  # one of outputs
             target,
             reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group),
             cu_seqlens=cu_seqlens,

@@ -1,5 +1,7 @@
 """A loss and the head that it trains, in one module: what FSDP2, DDP, ZeRO-3 and PEFT need."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sukhops.losses._output import LossOutput
@@ -41,7 +43,7 @@ class HeadLoss(nn.Module):
             )
         self.head, self.loss = head, loss
 
-    def forward(self, hidden: Tensor, target: Tensor, *args, **kwargs) -> LossOutput | Tensor:
+    def forward(self, hidden: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossOutput | Tensor:
         """
         Args:
             hidden, target: as in the loss, or in `sukhops.linear_logp`.
@@ -84,7 +86,7 @@ def _gathers_itself(head: nn.Module) -> bool:
     return hasattr(head, "unshard") or any(hasattr(p, "ds_id") for p in head.parameters())
 
 
-def in_use(head: nn.Module) -> nn.Module | None:
+def in_use(head: Any) -> nn.Module | None:  # Any: layers of PEFT have attributes of their own
     """What a layer of PEFT wraps, as far as it is in use; None for a layer of its own."""
     if hasattr(head, "modules_to_save"):
         if head.disable_adapters or not head.active_adapters:
@@ -106,7 +108,7 @@ def _plain(head: nn.Module) -> nn.Module:
     )
 
 
-def _effective(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _effective(head: Any) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias that the head's own forward would use."""
     inner = in_use(head)
     if inner is None:

@@ -195,7 +195,10 @@ class StepKTOLoss(nn.Module):
         )  # fmt: skip
 
 
-def _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias, group) -> Tensor:
+def _reference(
+    target: Tensor, ref_logp: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, group: ProcessGroup | None,
+) -> Tensor:  # fmt: skip
     found = reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group)
     if found is None:
         raise ValueError(
@@ -205,8 +208,10 @@ def _reference(target, ref_logp, ref_hidden, ref_weight, ref_bias, group) -> Ten
 
 
 def _reference_point(
-    kl, kl_hidden, kl_target, kl_ref_hidden, kl_ref_logp, kl_cu_seqlens, kl_step_ids, weight, bias,
-    ref_weight, ref_bias, group,
+    kl: float | Tensor | None, kl_hidden: Tensor | None, kl_target: Tensor | None,
+    kl_ref_hidden: Tensor | None, kl_ref_logp: Tensor | None, kl_cu_seqlens: Tensor | None,
+    kl_step_ids: Tensor | None, weight: Tensor, bias: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, group: ProcessGroup | None,
 ) -> float | Tensor | Mismatched:  # fmt: skip
     """kl as given, or the mismatched batch's log-probs."""
     batch = {
@@ -222,10 +227,10 @@ def _reference_point(
         raise ValueError(f"kl: expected a number, or a mismatched batch (kl_hidden, kl_target), got {given}")
     if (kl_ref_hidden is None) == (kl_ref_logp is None):
         raise ValueError(f"kl_ref_logp: expected exactly one of kl_ref_logp and kl_ref_hidden, got {given}")
-    if kl_ref_hidden is not None and ref_weight is None:
-        raise ValueError("kl_ref_hidden: needs the reference's head, ref_weight beside ref_hidden")
     with torch.no_grad():
-        logp = linear_logp(kl_hidden, weight, kl_target, bias, group=group)
         if kl_ref_logp is None:
+            if kl_ref_hidden is None or ref_weight is None:
+                raise ValueError("kl_ref_hidden: needs the reference's head, ref_weight beside ref_hidden")
             kl_ref_logp = linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias, group=group)
+        logp = linear_logp(kl_hidden, weight, kl_target, bias, group=group)
     return Mismatched(kl_target, logp, kl_ref_logp, kl_cu_seqlens, kl_step_ids)

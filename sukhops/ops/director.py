@@ -15,6 +15,8 @@ from sukhops.parallel._dtensor import takes_dtensors
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
 IGNORE = -100
+# hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine of the operator
+Arguments = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor], Tensor | None]
 
 
 class DirectorTopK(NamedTuple):
@@ -176,7 +178,11 @@ def as_list(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group):
+def _prepare(
+    hidden: Tensor, lm_weight: Tensor, cls_weight: Tensor | list[Tensor] | None, gamma: float | Tensor | list,
+    lm_bias: Tensor | None, cls_bias: Tensor | list | None, cls_affine: tuple | None,
+    group: ProcessGroup | None,
+) -> tuple[Arguments, torch.Size]:  # fmt: skip
     """The operator's checked arguments, and the leading axes of hidden."""
     if (cls_weight is None) == (cls_affine is None):
         got = "both" if cls_affine is not None else "neither"
@@ -192,12 +198,9 @@ def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine
     several = isinstance(cls_weight, (list, tuple))
     names = [f"cls_weight[{i}]" if several else "cls_weight" for i in range(len(weights))]
     bias_names = [f"cls_bias[{i}]" if several else "cls_bias" for i in range(len(weights))]
+    named = dict(zip((*names, *bias_names), (*weights, *biases), strict=True))
     hidden, lm_weight, lm_bias, *rest = _checks.as_floats(
-        hidden=hidden,
-        lm_weight=lm_weight,
-        lm_bias=lm_bias,
-        **dict(zip(names, weights, strict=True)),
-        **dict(zip(bias_names, biases, strict=True)),
+        hidden=hidden, lm_weight=lm_weight, lm_bias=lm_bias, **named
     )
     weights, biases = rest[: len(weights)], rest[len(weights) :]
     v = _check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias", group)
@@ -208,10 +211,9 @@ def _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine
     rows = hidden.shape[:-1]
     strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
     affine = None if cls_affine is None else _affine(cls_affine, hidden)
-    absent = hidden.new_empty(0)
     flat = hidden.reshape(math.prod(rows), hidden.shape[-1])
-    biases = [absent if b is None else b for b in biases]
-    return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
+    shifts = [hidden.new_empty(0) if b is None else b for b in biases]
+    return (flat, lm_weight, weights, strengths, lm_bias, shifts, affine), rows
 
 
 def _check_weight(
@@ -277,7 +279,10 @@ def _affine(affine: object, hidden: Tensor) -> Tensor:
     return torch.stack(pair)
 
 
-def _classifier(hidden, weight, target, label, bias, group):
+def _classifier(
+    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, torch.Size]:  # fmt: skip
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _check_weight("weight", hidden, weight, bias, "bias", group)
     rows = hidden.shape[:-1]
@@ -421,12 +426,8 @@ for _name in ("director_backward", "director_dot_backward", "director_norm_backw
 for _name in ("director", "director_topk", "director_dot", "director_norm"):
     _library.not_vmappable(_name)
 for _name, _launcher in (
-    ("director", "logp"),
-    ("director_topk", "topk"),
-    ("director_backward", "backward"),
-    ("director_dot", "dot"),
-    ("director_dot_backward", "dot_backward"),
-    ("director_norm", "norm"),
-    ("director_norm_backward", "norm_backward"),
-):
+    ("director", "logp"), ("director_topk", "topk"), ("director_backward", "backward"),
+    ("director_dot", "dot"), ("director_dot_backward", "dot_backward"),
+    ("director_norm", "norm"), ("director_norm_backward", "norm_backward"),
+):  # fmt: skip
     _library.cuda_launcher(_name, f"{_LAUNCHERS}:{_launcher}")

@@ -267,10 +267,10 @@ class _Logz(torch.autograd.Function):
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of checkpoints, say
         with torch._C._AutoDispatchBelowAutograd():
             if scores.is_cpu and hooks is None:
-                logz, *saved = _ops.segmentation_logz_kept(scores, lengths)
+                logz, alpha, exponent, kept = _ops.segmentation_logz_kept(scores, lengths)
             else:
-                logz, *saved = *_ops.segmentation_logz(scores, lengths, True), None
-        ctx.save_for_backward(scores, lengths, *saved)
+                (logz, alpha, exponent), kept = _ops.segmentation_logz(scores, lengths, True), None
+        ctx.save_for_backward(scores, lengths, alpha, exponent, kept)
         return logz
 
     @staticmethod

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -66,6 +66,18 @@ class Head(NamedTuple):
         return (logit - self.maximum.unsqueeze(-1)) - self.log_sum.unsqueeze(-1)
 
 
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0, ignore_index: int = -100,
+    return_lse: Literal[False] = False, group: ProcessGroup | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0, ignore_index: int = -100,
+    return_lse: Literal[True], group: ProcessGroup | None = None,
+) -> LogpAndLse: ...  # fmt: skip
 @takes_dtensors
 def linear_logp(
     hidden: Tensor,
@@ -88,10 +100,9 @@ def linear_logp(
     Without softcap logits = scale * (hidden @ weight.T + bias) / temperature. A log-prob is right to a few
     roundings of max(1, |logp|), whatever offset the logits of a row share.
 
-    Rows whose targets are all ignored are dropped before any product. The gradient is exact for
-    any upstream gradient; what needs none is not computed, and a weight that needs none takes two
-    products in all instead of four, or three where `set_logits_budget` holds the logits. First derivatives
-    only.
+    Rows whose targets are all ignored are dropped before any product. The gradient is exact for any upstream
+    gradient; what needs none is not computed, and a weight that needs none takes two products in all instead
+    of four, or three where `set_logits_budget` holds the logits. First derivatives only.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
@@ -109,9 +120,8 @@ def linear_logp(
             the gradient of hidden are the same on every rank.
 
     Returns:
-        Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with
-        `return_lse` the named tuple (logp, lse [...]), both differentiable. A row whose targets
-        are all ignored has lse 0.
+        Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with `return_lse` the
+        named tuple (logp, lse [...]), both differentiable. A row whose targets are all ignored has lse 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -120,8 +130,7 @@ def linear_logp(
     Source: the log-probabilities under every loss here; one target per row as in Rafailov et al. 2023
     (DPO), several as in Grave et al. 2019 (hybrid language models).
     """
-    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     single = target.dim() == hidden.dim() - 1
@@ -185,8 +194,7 @@ def linear_token_stats(
     2024 (WPO).
     """
     check_outputs(outputs)
-    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
@@ -237,26 +245,23 @@ def linear_topk(
         bias, softcap, scale, temperature, group: as in `linear_logp`.
 
     Returns:
-        The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order
-        (their log-probs are `values - lse[..., None]`, to the rounding of lse), the lower index first
-            among equals; float32
-        (float64 for float64 inputs). Differentiable in values and lse.
+        The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order (their
+        log-probs are `values - lse[..., None]`, to the rounding of lse), the lower index first among equals;
+        float32 (float64 for float64 inputs). Differentiable in values and lse.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; k out of range.
 
     Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
     """
-    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, softcap, scale, temperature, group)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
     if not isinstance(k, int) or k < 1 or (group is None and k > weight.shape[0]):
         raise ValueError(f"k: expected an int in [1, V = {weight.shape[0]}], got {k!r}")
     rows = hidden.shape[:-1]
     none = torch.empty(math.prod(rows), 0, dtype=torch.int64, device=hidden.device)
     head = vocab_head(
-        hidden, weight, none, bias,
-        k=k, softcap=softcap, scale=scale, temperature=temperature, group=group,
-    )  # fmt: skip
+        hidden, weight, none, bias, k=k, softcap=softcap, scale=scale, temperature=temperature, group=group
+    )
     if head.topk_value.shape[-1] < k:  # slices of a vocabulary know its size only now
         raise ValueError(f"k: expected an int in [1, V = {head.topk_value.shape[-1]}], got {k!r}")
     shape = (*rows, k)
@@ -273,8 +278,7 @@ def target_and_topk(
     is -100 are dropped before the product and are 0. A loss that uses neither log-sum-exp nor log-probs has a
     gradient of k + 1 rows of the weight. k may exceed V: then there are V.
     """
-    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_head(hidden, weight, bias, group=group)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, group=group)
     _checks.check_integers("target", target)
     _checks.check_device("hidden", hidden, "target", target)
     rows = hidden.shape[:-1]
@@ -306,21 +310,20 @@ def vocab_head(
             vocab_head, group, hidden, weight, targets, bias, k=k, statistics=statistics, softcap=softcap,
             scale=scale, temperature=temperature, ignore_index=ignore_index,
         )  # fmt: skip
-    grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    need = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
-    budget = min(get_logits_budget(), sys.maxsize)
     *outputs, _, _ = _head(
-        flat, weight, targets, bias, k, bool(statistics), softcap, scale, temperature, ignore_index, budget,
-        *need,
+        flat, weight, targets, bias, k, bool(statistics), softcap, scale, temperature, ignore_index,
+        min(get_logits_budget(), sys.maxsize), *need,
     )  # fmt: skip
     return Head(*outputs)
 
 
-def _check_head(
+def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None, scale: float = 1.0,
     temperature: float = 1.0, group: ProcessGroup | None = None,
-) -> None:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape [..., D], got a scalar")
     if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
@@ -338,6 +341,7 @@ def _check_head(
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    return hidden, weight, bias
 
 
 @torch.library.register_fake("sukhops::vocab_head")

@@ -1,6 +1,7 @@
 """Bradley-Terry scores of many small sets of battles at once."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ STEPS = 200  # where one only wins, scores part by about 1 a step, as far as log
 CONVERGED = 1e-7  # largest Newton step; the error after it is its square
 
 
+@overload
+def bradley_terry(
+    battles: Tensor, *, ridge: float = 1e-2, return_errors: Literal[False] = False
+) -> Tensor: ...
+@overload
+def bradley_terry(
+    battles: Tensor, *, ridge: float = 1e-2, return_errors: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def bradley_terry(
     battles: Tensor, *, ridge: float = 1e-2, return_errors: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def lift_pairs(
     rows = []
     for instruction, better, worse, limit in zip(*columns.values(), strict=True):
         words = count_words(better), count_words(worse)
-        rule = lift_relabel(*words, limit).item()
+        rule = int(lift_relabel(*words, limit))
         if rule == -1:
             better, worse, words = worse, better, words[::-1]
         rows.append((lift_prompt(instruction, limit), better, worse, limit, *words, _RULES[rule]))

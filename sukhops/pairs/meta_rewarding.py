@@ -44,7 +44,10 @@ def length_controlled_pairs(
     if max_length is not None and not max_length >= 0:
         raise ValueError(f"max_length: expected >= 0, got {max_length}")
     parts = zip(scores.split(PROMPTS), lengths.split(PROMPTS), strict=True)
-    found = [_length_controlled(*map(_responses_first, part), rho, max_length) for part in parts]
+    found = [
+        _length_controlled(_responses_first(some), _responses_first(their), rho, max_length)
+        for some, their in parts
+    ]
     return Pairs(*(torch.cat(columns) for columns in zip(*found, strict=True)))
 
 

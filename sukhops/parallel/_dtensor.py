@@ -3,15 +3,18 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 WEIGHTS = {"weight", "bias", "lm_weight", "lm_bias", "cls_weight", "cls_bias", "ref_weight", "ref_bias"}
 ROWS = {"hidden", "ref_hidden", "kl_hidden", "kl_ref_hidden"}
 
 
-def takes_dtensors(call: Callable) -> Callable:
+def takes_dtensors(call: Callable[P, R]) -> Callable[P, R]:
     """`call`, a function with the argument group, for DTensors too.
 
     Weights are Shard(0) or Replicate() on a mesh of one dimension, hidden is Replicate() or Shard(i) of a
@@ -20,7 +23,7 @@ def takes_dtensors(call: Callable) -> Callable:
     signature = inspect.signature(call)
 
     @functools.wraps(call)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if not any(map(_is_dtensor, _tensors((*args, *kwargs.values())))):
             return call(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
@@ -38,7 +41,7 @@ def _is_dtensor(t: Tensor) -> bool:
     return hasattr(t, "device_mesh")  # torch.distributed.tensor takes half a second to import
 
 
-def _unwrapped(call: Callable, bound: inspect.BoundArguments):
+def _unwrapped(call: Callable, bound: inspect.BoundArguments) -> Any:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     given = bound.arguments
@@ -68,7 +71,7 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments):
             "generator: k > 1 with DTensors needs one, in the same state on every rank, got None"
         )
 
-    def local(name: str, t: object):
+    def local(name: str, t: object) -> object:
         if isinstance(t, list | tuple) and not isinstance(t, torch.Size):
             return [local(name, x) for x in t]
         if not isinstance(t, Tensor):
@@ -101,7 +104,7 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments):
             out, mesh, [Shard(out.dim() - 1)], run_check=False, shape=shape, stride=strides
         )
 
-    def replicated(out: object):
+    def replicated(out: Any) -> Any:
         if isinstance(out, Tensor):
             return DTensor.from_local(out, mesh, [Replicate()], run_check=False)
         if isinstance(out, dict):

@@ -4,7 +4,7 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sukhops import _checks, testing
+
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 class Slices(NamedTuple):
@@ -65,7 +67,7 @@ def agreed(group: dist.ProcessGroup, like: Tensor, own: int, **equal: int) -> tu
     return tuple(found[0])
 
 
-def one_row(t: Tensor | None, where: Slices) -> Tensor | None:
+def one_row(t: Given, where: Slices) -> Given:
     """t, or for an empty slice one row whose results are dropped, so that every rank's graph holds hidden."""
     return t if t is None or where.size else torch.cat([t, t.new_zeros(1, *t.shape[1:])])
 
@@ -177,4 +179,4 @@ def _digest_of_values(t: Tensor) -> int:
     """A number that tells tensors apart, the same for the same bits."""
     numbers = t.detach().contiguous().view(torch.uint8).flatten().long()
     places = torch.arange(1, numbers.numel() + 1, device=t.device)
-    return (numbers * (places * 0x9E3779B1 % 0x7FFFFFFF)).sum().item()
+    return int((numbers * (places * 0x9E3779B1 % 0x7FFFFFFF)).sum())

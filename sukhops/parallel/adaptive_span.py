@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ class Parts(NamedTuple):
 def attention(
     local: Callable, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, span: Tensor, *,
     ramp: float, rel_pos: Tensor | None, include_self: bool, max_span: int | None, key_start: Tensor | None,
-    **options,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
     """`local`, attention of one process, on this rank's part of every sequence; see `ops.adaptive_span`."""
     b, h, m, d = q.shape
@@ -86,7 +86,7 @@ def attention(
     early = before if apart else m
     keys, values = torch.cat([*received, kv[..., :early, :]], 3).unbind(0)
     first = part(slice(0, early), keys, values, -before)
-    return torch.cat([first, later], 2) if apart else first
+    return first if later is None else torch.cat([first, later], 2)
 
 
 class _Exchange(Function):

@@ -1,6 +1,7 @@
 """Director in slices of the vocabulary: log-probs, their k largest, and what trains the classifier."""
 
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sukhops.parallel._slices import (
+    Slices,
     Sum,
     best,
     digest,
@@ -103,20 +105,28 @@ def classifier_norm(
     return (total / max(1, where.total - 1)).masked_fill(wrong, torch.nan)
 
 
-def _director(group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine, **equal):
+def _director(
+    group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
+    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None, **equal: int,
+) -> tuple[
+    Slices, Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor], Tensor | None
+]:  # fmt: skip
     """The slices, and the operator's arguments with gradients that are summed over the group."""
-    biases = (lm_bias is None, *(b.numel() > 0 for b in cls_bias), affine is None)
+    given = (lm_bias is None, *(b.numel() > 0 for b in cls_bias), affine is None)
     where = slices(
-        group, hidden, lm_weight, classifiers=len(cls_weight), gamma=gamma, options=digest(biases),
+        group, hidden, lm_weight, classifiers=len(cls_weight), gamma=gamma, options=digest(given),
         gradients=gradients(hidden, lm_weight, *cls_weight, gamma, lm_bias, *cls_bias, affine), **equal,
     )  # fmt: skip
-    shared = [None if t is None else whole_gradient(t, group) for t in (hidden, gamma, affine)]
+    shared: list[Any] = [None if t is None else whole_gradient(t, group) for t in (hidden, gamma, affine)]
     weights = [one_row(w, where) for w in (lm_weight, *cls_weight)]
-    biases = [b if b is None or not b.numel() else one_row(b, where) for b in (lm_bias, *cls_bias)]
+    biases: list[Any] = [b if b is None or not b.numel() else one_row(b, where) for b in (lm_bias, *cls_bias)]
     return where, shared[0], weights[0], weights[1:], shared[1], biases[0], biases[1:], shared[2]
 
 
-def _classifier(group, hidden, weight, target, label, affine=None):
+def _classifier(
+    group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
+    affine: Tensor | None = None,
+) -> tuple[Slices, Tensor, Tensor, Tensor]:  # fmt: skip
     """The slices; which targets are this rank's, its places for them, 0 for the others; which are wrong."""
     where = slices(group, hidden, weight, target=target, label=label, gradients=gradients(hidden, affine))
     given = target != IGNORE
@@ -128,7 +138,7 @@ def _classifier(group, hidden, weight, target, label, affine=None):
             ("label", wrong_label, label, "1, 0 or -1"),
         ):
             if wrong.any():
-                row = wrong.nonzero()[0].item()
+                row = int(wrong.nonzero()[0])
                 raise RuntimeError(f"{name}: expected {expected}, got {t[row].item()} at row {row}")
     inside = given & (target >= where.start) & (target < where.start + where.size)
     own = torch.where(inside, target - where.start, 0).where(given, IGNORE)

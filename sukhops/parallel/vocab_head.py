@@ -1,6 +1,7 @@
 """The vocabulary head in slices: every rank computes its own with the operator, and combines all of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ IGNORE = -100  # of a slice's own targets; the caller's ignore_index may be a pl
 
 def head(
     local: Callable, group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, targets: Tensor,
-    bias: Tensor | None, *, k: int, statistics: tuple[str, ...], ignore_index: int, **curve,
-):  # fmt: skip
+    bias: Tensor | None, *, k: int, statistics: tuple[str, ...], ignore_index: int, **curve: Any,
+) -> Any:  # fmt: skip
     """The Head of the whole vocabulary from `local`, which computes that of a slice; see `ops.vocab_head`."""
     where = slices(
         group, hidden, weight,

@@ -6,6 +6,8 @@ Segment (t, k) covers positions t .. t+k; a segmentation covers [0, length) with
     posterior[t, k] = d logz / d scores[t, k]
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def _lengths(scores: Tensor, lengths: Tensor | None) -> Tensor:
     return lengths.long()
 
 
-def _alphas(scores: Tensor, combine) -> Tensor:
+def _alphas(scores: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """[B, T + 1]; what `combine` makes of the K ways into each boundary."""
     s = _wide(scores)
     b, t, k = s.shape

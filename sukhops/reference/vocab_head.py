@@ -5,6 +5,7 @@ lse    = log sum_v exp(logits[v]),  logp = logits[target] - lse, by log_softmax
 """
 
 from collections.abc import Collection
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ def logits(
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0, ignore_index: int = -100,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0, ignore_index: int = -100,
+    return_lse: Literal[True],
+) -> LogpAndLse: ...  # fmt: skip
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from sukhops import losses
 from sukhops.losses.director import lm_target
-from sukhops.nn import CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss
+from sukhops.nn import DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss
 
 PER_TOKEN = ("label", "step_ids", "ref_logp")  # may be [B, T] as input_ids: they are shifted with the labels
 _IGNORE = -100
@@ -60,12 +60,13 @@ def count(request: Request) -> Tensor:
         return torch.tensor((target.shape[0] if ends is None else len(ends) - 1) // 2)
     if isinstance(loss, KTOLoss | StepKTOLoss):
         return (arguments["desirable"].long() != -1).sum()
-    if isinstance(loss, CringeLoss):
-        return (target != _IGNORE).sum()
+    counted = target != _IGNORE
+    if not isinstance(loss, DirectorLoss):  # CRINGE
+        return counted.sum()
     label = arguments["label"]
     label = label.unsqueeze(1).expand(target.shape) if label.dim() == 1 else label
     trains_lm = lm_target(target, label, loss.train_lm_on_positive) != _IGNORE
-    return trains_lm.sum() + ((target != _IGNORE) & (label >= 0)).sum()
+    return trains_lm.sum() + (counted & (label >= 0)).sum()
 
 
 def columns(dataset: Any) -> set[str] | None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def add_director_head(
     check_causal(model)
     check_logits(model)
     head = _replace_head(model, gamma, shared)
-    model.__class__ = with_director(type(model))
+    model.__class__ = with_director(model.__class__)
     if "forward" in vars(model):
         model.forward = model.forward  # through __setattr__ of its new class
     model.config.sukhops_director = _entry(head)
@@ -86,18 +87,21 @@ def _replace_head(model: PreTrainedModel, gamma: float | Tensor, shared: bool) -
 
 def _entry(head: DirectorHead) -> dict:
     """What the config keeps, in JSON's types; a tensor's values are in the checkpoint too."""
-    tensor = isinstance(head.gamma, Tensor)
+    gamma = head.gamma
     return {
-        "gamma": head.gamma.tolist() if tensor else float(head.gamma),
-        "tensor": tensor,
+        "gamma": gamma.tolist() if isinstance(gamma, Tensor) else float(gamma),
+        "tensor": isinstance(gamma, Tensor),
         "shared": head.shared,
     }
 
 
-class _Director:
+_Mixin: Any = object  # Any: the class of a model follows
+
+
+class _Director(_Mixin):
     """What a model with a DirectorHead does besides: mixed into its class, before it."""
 
-    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         entry = getattr(config, "sukhops_director", None)
         if entry is not None:
@@ -106,7 +110,7 @@ class _Director:
                 gamma = torch.tensor(gamma, device="cpu", dtype=torch.float32)
             _replace_head(self, gamma, entry["shared"])
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":  # set on the model by accelerate, liger, TRL or LossTrainer
             value = bound(self, value)
         super().__setattr__(name, value)
@@ -116,16 +120,17 @@ class _Director:
         if isinstance(module, DirectorHead):
             module.reset_parameters()
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         for head in _heads(self)[:1]:
             self.config.sukhops_director = _entry(head)
         return super().save_pretrained(*args, **kwargs)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         head = self.get_output_embeddings()
         if not isinstance(head, DirectorHead):
             raise TypeError(f"model: resize it before PEFT wraps its head, got {type(head).__name__}")
-        plain = nn.Linear(*head.weight.shape[::-1], device="meta")
+        rows, width = head.weight.shape
+        plain: Any = nn.Linear(width, rows, device="meta")
         plain.weight, plain.bias = head.weight, head.bias
         self.set_output_embeddings(plain)
         try:
@@ -135,12 +140,12 @@ class _Director:
             self.set_output_embeddings(head)
         return embeddings
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (self._model_class,), self.__dict__
 
 
-def _empty(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    made = with_director(model_class)
+def _empty(model_class: Any) -> PreTrainedModel:
+    made: Any = with_director(model_class)
     return made.__new__(made)
 
 
@@ -150,7 +155,7 @@ def with_director(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     place = list(inspect.signature(model_class.forward).parameters).index("labels") - 1
 
     @functools.wraps(model_class.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return call(functools.partial(model_class.forward, self), self, *args, **kwargs)
 
     names = {

@@ -6,6 +6,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +32,7 @@ def plain_logits(plain: bool) -> Iterator[None]:
         _MODE.plain = before
 
 
-def call(forward: Callable, model: PreTrainedModel, /, *args, **kwargs):
+def call(forward: Callable, model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
     """Calls forward; where it has labels, by name or by place, the head returns plain logits."""
     place = model._labels_place
     labels = kwargs.get("labels", args[place] if len(args) > place else None)
@@ -41,7 +42,7 @@ def call(forward: Callable, model: PreTrainedModel, /, *args, **kwargs):
 
 def bound(model: PreTrainedModel, forward: Callable) -> types.MethodType:
     """The method of the model that calls forward through `call`."""
-    method = functools.partial(call, forward)
+    method: Any = functools.partial(call, forward)
     method.__name__ = "forward"  # a pickle gets the method of the class
     method.__wrapped__ = getattr(forward, "__func__", forward)  # accelerate follows it
     signature = inspect.signature(forward)

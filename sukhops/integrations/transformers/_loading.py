@@ -1,5 +1,7 @@
 """Loads what `add_director_head` and `add_adaptive_spans` made, as `save_pretrained` wrote it."""
 
+from typing import Any
+
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -10,7 +12,7 @@ _OURS = (".adaptive_span.ratio", ".cls_weight", ".cls_bias", ".scale", ".shift")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def from_pretrained(path: str, **kwargs) -> PreTrainedModel:
+def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     """A model with a DirectorHead, adaptive spans or both, as its `save_pretrained` wrote it.
 
     Args:
@@ -40,7 +42,7 @@ def from_pretrained(path: str, **kwargs) -> PreTrainedModel:
             f"path: {path} has neither a DirectorHead nor adaptive spans (sukhops_director, "
             "sukhops_adaptive_spans) in its config"
         )
-    model_class = _model_class(config)
+    model_class: Any = _model_class(config)
     model_class = with_director(model_class) if director else model_class
     loads = with_spans(model_class) if spans else model_class
     wants_report = kwargs.pop("output_loading_info", False)

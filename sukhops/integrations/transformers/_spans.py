@@ -1,6 +1,8 @@
 """Adaptive spans in a model of transformers: one for each self-attention, through its attention interface."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +110,7 @@ def adaptive_spans(model: nn.Module) -> AdaptiveSpans:
 
 
 def _span_of(attention: nn.Module) -> AdaptiveSpan:
-    span = attention.adaptive_span
+    span: Any = attention.adaptive_span
     while not isinstance(span, AdaptiveSpan):
         span = in_use(span)
     return span
@@ -118,11 +120,11 @@ def _span_of(attention: nn.Module) -> AdaptiveSpan:
 def with_spans(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class whose models are made with the spans that their config names: what loading needs."""
 
-    def init(self, config: PreTrainedConfig, *args, **kwargs):
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         _attach(self, config.sukhops_adaptive_spans)
 
-    def init_weights(self, module: nn.Module) -> None:
+    def init_weights(self: PreTrainedModel, module: nn.Module) -> None:
         model_class._init_weights(self, module)
         if isinstance(module, AdaptiveSpan):
             module.reset_parameters()
@@ -208,8 +210,9 @@ def _reasons(config: PreTrainedConfig, layers: list[nn.Module], max_span: int) -
 
 
 def _places(
-    *, batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
-    attention_mask=None, use_vmap=False, device=None, **_,
+    *, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function, attention_mask: Tensor | None = None,
+    use_vmap: bool = False, device: torch.device | str | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """The layers' mask [B, 1, M, 2], int64: the first key of each query, and the place of the first query.
 
@@ -246,7 +249,7 @@ def _places(
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, **options,
+    dropout: float = 0.0, scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """[B, M, H, d] of query [B, H, M, d] and the keys and values of its cache [B, Hkv, N, d]."""
     if not hasattr(module, "adaptive_span"):

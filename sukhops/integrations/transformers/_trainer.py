@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,15 +23,7 @@ from sukhops.integrations.transformers._batches import (
 )
 from sukhops.integrations.transformers._causal import check_causal, check_logits
 from sukhops.losses import LossOutput
-from sukhops.nn import (
-    CringeLoss,
-    DirectorLoss,
-    DPOLoss,
-    HeadLoss,
-    KTOLoss,
-    PairwiseCringeLoss,
-    StepKTOLoss,
-)
+from sukhops.nn import CringeLoss, DirectorLoss, DPOLoss, HeadLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss
 
 _LOSSES = (CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss)
 _KTO = (KTOLoss, StepKTOLoss)
@@ -90,7 +82,7 @@ class LossTrainer(transformers.Trainer):
     Source: the library's.
     """
 
-    def __init__(self, *args, loss: nn.Module, ref_model: PreTrainedModel | None = None, **kwargs):
+    def __init__(self, *args: Any, loss: nn.Module, ref_model: PreTrainedModel | None = None, **kwargs: Any):
         if not isinstance(loss, _LOSSES):
             names = ", ".join(c.__name__ for c in _LOSSES)
             raise TypeError(f"loss: expected one of {names}, got {type(loss).__name__}")
@@ -98,7 +90,7 @@ class LossTrainer(transformers.Trainer):
         for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if given.get(name) is not None:
                 raise ValueError(f"{name}: LossTrainer takes a model and has no logits, expected None")
-        model = given.get("model")
+        model: Any = given.get("model")
         base = _checked(model, loss)
         self.loss = loss
         accepted = inspect.signature(loss.forward).parameters
@@ -128,8 +120,9 @@ class LossTrainer(transformers.Trainer):
 
     @property
     def _wants_reference(self) -> bool:
-        dpo = isinstance(self.loss, DPOLoss)
-        return self.loss.options.needs_reference if dpo else isinstance(self.loss, _KTO)
+        if isinstance(self.loss, DPOLoss):
+            return self.loss.options.needs_reference
+        return isinstance(self.loss, _KTO)
 
     def _check_reference(self, model: nn.Module, ref_model: PreTrainedModel) -> None:
         if not self._wants_reference:
@@ -211,9 +204,9 @@ class LossTrainer(transformers.Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            names = [*self._signature_columns, *self._arguments]
+            names = [*(self._signature_columns or ()), *self._arguments]
             more = [f"{p}{n}" for p in ("chosen_", "rejected_", "kl_") for n in names]
-            self._signature_columns = [*names, *more]
+            self._signature_columns: list[str] | None = [*names, *more]
 
     # ------------------------------------------------------------------ batches
 
@@ -236,7 +229,7 @@ class LossTrainer(transformers.Trainer):
         arguments = {}
         for name in names.intersection(self._arguments):
             value, kl = batch[name], name.startswith("kl_")
-            tokens = batch.get("kl_input_ids" if kl else "input_ids")
+            tokens: Any = batch.get("kl_input_ids" if kl else "input_ids")
             per_token = name.removeprefix("kl_") in PER_TOKEN and tokens is not None
             arguments[name] = value[:, 1:] if per_token and value.shape == tokens.shape else value
         target = labels[:, 1:]
@@ -252,19 +245,27 @@ class LossTrainer(transformers.Trainer):
         arguments["kl_target"] = batch["kl_labels"][:, 1:]
         return inputs, Request(self.loss, target, arguments, {n[3:]: batch[n] for n in mismatched})
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of a step, and the loss's count over all of them and all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples or has_two_counts(self.loss):
             return samples, None
-        total = sum(count(self._split(batch)[1]) for batch in samples).to(device)
+        total = torch.stack([count(self._split(batch)[1]) for batch in samples]).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
         return samples, total.clamp(min=1)
 
     # ------------------------------------------------------------------ loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """As `Trainer.compute_loss`; the outputs are the dict {"loss": loss}."""
         inputs, request = self._split(inputs)
         arguments = request.arguments
@@ -300,7 +301,9 @@ class LossTrainer(transformers.Trainer):
         finally:
             model.train(training)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
         """The loss of a batch alone: there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -321,12 +324,12 @@ class LossTrainer(transformers.Trainer):
         means = torch.stack([total / calls for total, calls in kept.values()])
         return dict(zip(kept, self.accelerator.reduce(means, "mean").tolist(), strict=True))
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._take("train"))
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._metrics["eval"] = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_{n}": v for n, v in self._take("eval").items()})
@@ -336,7 +339,7 @@ class LossTrainer(transformers.Trainer):
 # ---------------------------------------------------------------------- the model's side
 
 
-def _checked(model: nn.Module, loss: nn.Module | None) -> PreTrainedModel:
+def _checked(model: Any, loss: nn.Module | None) -> PreTrainedModel:
     """The model of transformers, also within PEFT's; raises where HeadLoss on its hidden states is wrong."""
     if hasattr(model, "get_base_model") and model.active_peft_config.is_prompt_learning:
         raise ValueError("model: prompt learning changes the inputs; adapters such as LoRA are supported")
@@ -355,7 +358,7 @@ def _checked(model: nn.Module, loss: nn.Module | None) -> PreTrainedModel:
     return base
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     """The model itself, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -371,11 +374,11 @@ def _answer_requests(model: PreTrainedModel) -> None:
     if "_sukhops_forward" in vars(model) and not unpickled:
         return
 
-    def forward(self, *args, **kwargs):
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         request = kwargs.pop(_REQUEST, None)
         return self._sukhops_forward(*args, **kwargs) if request is None else _answer(self, request, kwargs)
 
-    forward.__signature__ = inspect.signature(type(model).forward)  # generate and Trainer read it
+    vars(forward)["__signature__"] = inspect.signature(type(model).forward)  # generate and Trainer read it
     model._sukhops_forward = model.forward
     model.forward = types.MethodType(forward, model)
 

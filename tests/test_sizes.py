@@ -1,0 +1,90 @@
+"""Sizes beyond 2^31 elements: the last elements of each tensor are those of a small call. pytest -m large."""
+
+import os
+
+import pytest
+import torch
+
+import sukhops
+from sukhops import testing
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+pytestmark = [
+    pytest.mark.large,
+    pytest.mark.skipif(MEMORY < 20 * 2**30, reason="needs 20 GiB of memory"),
+]
+EPS = torch.finfo(torch.float32).eps
+
+
+def close(ours, alone, eps=EPS):
+    """Within a few roundings: a small call may sum in another order."""
+    assert testing.distance(ours, alone) <= 64 * eps * max(1.0, testing.finite_max(alone))
+
+
+def test_rows_by_vocabulary():
+    """[N, V] has 2^31 + 2^17 entries, which only indices see: no such tensor is made."""
+    rows, v, d = 2**16 + 4, 2**15, 8
+    hidden, weight = torch.randn(rows, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    target = torch.arange(rows) % v
+    last = slice(rows - 3, rows)
+    logp = sukhops.linear_logp(hidden, weight, target)
+    logp[last].sum().backward()
+    few = hidden[last].detach().requires_grad_()
+    own = weight.detach().requires_grad_()
+    alone = sukhops.linear_logp(few, own, target[last])
+    alone.sum().backward()
+    close(logp[last], alone)
+    close(hidden.grad[last], few.grad)
+    close(weight.grad, own.grad)
+    values, ids = sukhops.linear_topk(hidden.detach(), weight.detach(), 2)[:2]
+    assert torch.equal(ids[last], sukhops.linear_topk(few.detach(), own.detach(), 2)[1])
+    close(values[last], sukhops.linear_topk(few.detach(), own.detach(), 2)[0])
+
+
+def test_vocabulary_by_width():
+    """A weight of 2^31 + 2^13 entries, and its gradient."""
+    v, d = 2**18 + 1, 2**13
+    weight = torch.empty(v, d, dtype=torch.bfloat16).normal_(std=d**-0.5).requires_grad_()
+    hidden = torch.randn(3, d, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.tensor([v - 1, v - 2, 5])
+    logp = sukhops.linear_logp(hidden, weight, target)
+    logp.sum().backward()
+    logits = torch.cat([(hidden.float() @ part.float().T) for part in weight.detach().split(2**14)], 1)
+    expected = logits.log_softmax(-1)
+    close(logp, expected.gather(1, target[:, None])[:, 0])
+    share = -expected.detach()[:, -2:].exp()
+    share[0, 1] += 1
+    share[1, 0] += 1
+    close(weight.grad[-2:], (share.T @ hidden.detach().float()), torch.finfo(torch.bfloat16).eps)
+
+
+def test_attention():
+    """Queries, results and their gradients of 2^31 + 2^19 entries; all heads share a key head."""
+    b, h, t, d = 64, 64, 2**13 + 2, 64
+    q = torch.empty(b, h, t, d, dtype=torch.bfloat16).normal_().requires_grad_()
+    k, v = torch.randn(2, b, 1, t, d, dtype=torch.bfloat16)
+    span = torch.full((h,), 8.0)
+    out = sukhops.adaptive_span_attention(q, k, v, span, ramp=8.0, max_span=16)
+    last = out[-1:, -1:, -5:]
+    (grad,) = torch.autograd.grad(last.float().sum(), q)
+    few = q.detach()[-1:, -1:].clone().requires_grad_()
+    alone = sukhops.adaptive_span_attention(few, k[-1:], v[-1:], span[-1:], ramp=8.0, max_span=16)
+    (own,) = torch.autograd.grad(alone[:, :, -5:].float().sum(), few)
+    eps = torch.finfo(torch.bfloat16).eps
+    close(last, alone[:, :, -5:], eps)
+    close(grad[-1:, -1:, -5:], own[:, :, -5:], eps)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_segmentations(lengths):
+    """Scores and marginals of 2^31 + 2^16 entries."""
+    b, t, k = 2**10, 2**16 + 2, 32
+    scores = torch.empty(b, t, k).normal_().sub_(3.0)
+    given = torch.full((b,), t - 7) if lengths else None
+    marginals = sukhops.segmentation_marginals(scores, given)
+    alone = sukhops.segmentation_marginals(scores[-1:].clone(), None if given is None else given[-1:])
+    close(marginals[-1:], alone)
+    close(
+        sukhops.segmentation_logz(scores, given)[-1:],
+        sukhops.segmentation_logz(scores[-1:].clone(), None if given is None else given[-1:]),
+    )
