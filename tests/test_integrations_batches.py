@@ -335,6 +335,15 @@ def test_log_probs_in_one_dataset_alone_raise(tmp_path):
         LossTrainer(**options, train_dataset=with_logp, eval_dataset={"one": with_logp, "two": rows("pairs")})
 
 
+def test_kto_with_log_probs_needs_its_reference_point(tmp_path):
+    """There is no reference to compare completions of other rows with."""
+    with_logp = [{**r, "ref_logp": -1.0} for r in rows("desirable")]
+    options = {"model": llama(), "args": arguments(tmp_path), "loss": nn.KTOLoss()}
+    with pytest.raises(ValueError, match=r"without ref_model KTOLoss.* needs the column kl"):
+        LossTrainer(**options, train_dataset=with_logp)
+    LossTrainer(**options, train_dataset=[{**r, "kl": 0.1} for r in with_logp]).train()
+
+
 def test_kto_needs_two_rows_in_each_batch(tmp_path):
     dataset = rows("desirable")
 

@@ -28,7 +28,7 @@ def head(rank, sizes, dtype, bias=False, frozen=False, more=(), unused=()):
         given["bias"][sizes[0] // 2 :: 3] = -torch.inf
         if sizes[0] == 1:
             given["bias"][0] = -torch.inf  # a slice without a finite logit
-    others = {"second": normal(V, D), "gamma": normal(N).abs(), "affine": normal(2)}
+    others = {"second": normal(V, D), "gamma": normal(N).abs(), "affine": normal(2), "shift": normal(V)}
     given = {n: t for n, t in given.items() if n not in unused} | {n: others[n] for n in more}
     target = torch.randint(0, V, (N,), generator=g)
     target[::5] = -100
@@ -79,7 +79,7 @@ def director(op, *arguments):
     def call(given, target, **group):
         return op(
             given["hidden"], given["weight"], given["second"], *arguments, gamma=given["gamma"],
-            lm_bias=given.get("bias"), **group,
+            lm_bias=given.get("bias"), cls_bias=given.get("shift"), **group,
         )  # fmt: skip
 
     return call
@@ -121,18 +121,18 @@ HEADS = {
     "top k": (topk, {}),
     "top k, bias": (topk, {"bias": True}),
     "director": (director(director_logp), {"more": ("second", "gamma")}),
-    "director, bias": (director(director_logp), {"more": ("second", "gamma"), "bias": True}),
+    "director, bias": (director(director_logp), {"more": ("second", "gamma", "shift"), "bias": True}),
     "director, shared": (shared_director, {"more": ("affine",)}),
     "director top k": (director(director_topk, 5), {"more": ("second", "gamma"), "frozen": True}),
     "director top k, bias": (
         director(director_topk, 5),
-        {"more": ("second", "gamma"), "frozen": True, "bias": True},
+        {"more": ("second", "gamma", "shift"), "frozen": True, "bias": True},
     ),
     "classifier": (classifier(classifier_logit), {"more": ("second",), "unused": ("weight",)}),
     "classifier norm": (classifier(classifier_norm), {"more": ("second",), "unused": ("weight",)}),
     "classifier norm, shared": (shared_norm, {"more": ("affine",)}),
 }
-SLICED = ("weight", "bias", "second", "columns")
+SLICED = ("weight", "bias", "second", "shift", "columns")
 
 
 def outcome(name, call, given, target, rank=None, sizes=None, **group):

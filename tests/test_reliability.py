@@ -182,7 +182,7 @@ class Computed(Dataset):
         return [gradients(name, inputs(seed))[0] for name in CALLS], ids.sum()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
 def test_data_loaders_of_several_processes(method):
     """Workers forked from a process that has used its threads, or started anew."""
     data = Computed()

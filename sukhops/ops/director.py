@@ -16,7 +16,7 @@ _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
 IGNORE = -100
 # hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine of the operator
-Arguments = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor], Tensor | None]
+Arguments = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor | None], Tensor | None]
 
 
 class DirectorTopK(NamedTuple):
@@ -212,8 +212,9 @@ def _prepare(
     strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
     affine = None if cls_affine is None else _affine(cls_affine, hidden)
     flat = hidden.reshape(math.prod(rows), hidden.shape[-1])
-    shifts = [hidden.new_empty(0) if b is None else b for b in biases]
-    return (flat, lm_weight, weights, strengths, lm_bias, shifts, affine), rows
+    if group is None:  # the operator takes a list of tensors, of which an empty one is no bias
+        biases = [hidden.new_empty(0) if b is None else b for b in biases]
+    return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
 
 
 def _check_weight(

@@ -31,19 +31,19 @@ IGNORE = -100
 
 def director_logp(
     group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
-    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None,
+    lm_bias: Tensor | None, cls_bias: list[Tensor | None], affine: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """This rank's columns of Director's log-probs over the whole vocabulary."""
-    where, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine = _director(
+    where, hidden, lm_weight, cls_weight, gamma, lm_bias, shifts, affine = _director(
         group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
     )
     heads = len(cls_weight)
-    return _Logp.apply(where, heads, hidden, lm_weight, gamma, lm_bias, affine, *cls_weight, *cls_bias)
+    return _Logp.apply(where, heads, hidden, lm_weight, gamma, lm_bias, affine, *cls_weight, *shifts)
 
 
 def director_topk(
     group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
-    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None, k: int,
+    lm_bias: Tensor | None, cls_bias: list[Tensor | None], affine: Tensor | None, k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k most probable tokens of the whole vocabulary: values and indices [N, k]."""
     where, *arguments = _director(group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine, k=k)
@@ -107,20 +107,21 @@ def classifier_norm(
 
 def _director(
     group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
-    lm_bias: Tensor | None, cls_bias: list[Tensor], affine: Tensor | None, **equal: int,
+    lm_bias: Tensor | None, cls_bias: list[Tensor | None], affine: Tensor | None, **equal: int,
 ) -> tuple[
     Slices, Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor], Tensor | None
 ]:  # fmt: skip
     """The slices, and the operator's arguments with gradients that are summed over the group."""
-    given = (lm_bias is None, *(b.numel() > 0 for b in cls_bias), affine is None)
+    given = tuple(t is None for t in (lm_bias, *cls_bias, affine))
     where = slices(
         group, hidden, lm_weight, classifiers=len(cls_weight), gamma=gamma, options=digest(given),
         gradients=gradients(hidden, lm_weight, *cls_weight, gamma, lm_bias, *cls_bias, affine), **equal,
     )  # fmt: skip
     shared: list[Any] = [None if t is None else whole_gradient(t, group) for t in (hidden, gamma, affine)]
     weights = [one_row(w, where) for w in (lm_weight, *cls_weight)]
-    biases: list[Any] = [b if b is None or not b.numel() else one_row(b, where) for b in (lm_bias, *cls_bias)]
-    return where, shared[0], weights[0], weights[1:], shared[1], biases[0], biases[1:], shared[2]
+    shifts = [hidden.new_empty(0) if b is None else one_row(b, where) for b in cls_bias]
+    lm_shift = one_row(lm_bias, where)
+    return where, shared[0], weights[0], weights[1:], shared[1], lm_shift, shifts, shared[2]
 
 
 def _classifier(

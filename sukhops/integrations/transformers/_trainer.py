@@ -152,6 +152,8 @@ class LossTrainer(transformers.Trainer):
         if self._collates:
             for name, names in known.items():
                 self._check_columns(name, names, self._row_columns)
+                if self._needs_logp and isinstance(self.loss, _KTO) and not {"kl", "kl_ref_logp"} & names:
+                    raise ValueError(f"{name}: without ref_model {self.loss} needs the column kl too")
 
     @property
     def _row_columns(self) -> list[str]:
