@@ -103,7 +103,7 @@ def decoding(models: tuple, context: Tensor, rounds: int) -> list[float]:
                 cache = transformers.StaticCache(model.config, max_cache_len=len(context) + NEW)
                 options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
                 began = time.perf_counter()
-                model.generate(context.unsqueeze(0), past_key_values=cache, **options)
+                model.generate(context.unsqueeze(0), cache=cache, **options)
                 times.append(time.perf_counter() - began)
             values.append(1000 * (times[1] - times[0]) / (NEW - 1))
     return [statistics.median(values) for values in found]

@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
 def task(options: argparse.Namespace) -> Task:
     learn, test = manual(load(options.model)[1])
-    texts, prompts = (8, 8) if options.quick else (128, 200)
+    texts, prompts = (8, 4) if options.quick else (128, 200)
     tests = held_out(test, PROMPT + LENGTH, prompts)
     return Task(options.model, learn, tests[:, :PROMPT], tests, texts)
 
