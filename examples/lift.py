@@ -160,7 +160,7 @@ def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
         raise SystemExit("--model: its tokenizer has no chat template, so it takes no instructions")
     numbers = random.Random(seed)
     train, tests = instructions(THINGS[:-TESTED]), instructions(THINGS[-TESTED:])
-    steps, train, tests = (2, train[:12], tests[:2]) if options.quick else (16, train, tests)
+    steps, train, tests = (2, train[:8], tests[:1]) if options.quick else (16, train, tests)
     pairs = stages(f"pairs-{seed}", lambda: make_pairs(model, tokenizer, train, seed))
     given = {
         "output_dir": str(stages.folder), "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
