@@ -195,9 +195,9 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     total[i] = static_cast<A>(sum);
   });
   const Tiling tiling(n, v, sizeof(A), count);
-  const int64_t size = n * tiling.width, gates = heads.gamma.size(), parts = tiling.parts();
+  const int64_t size = n * tiling.width, gammas = heads.gamma.size(), parts = tiling.parts();
   const Tensor tile = empty({count * size}, acc, hidden);
-  std::vector<double> grad_gamma(gates * parts), grad_affine(heads.affine ? 2 * n * parts : 0);
+  std::vector<double> grad_gamma(gammas * parts), grad_affine(heads.affine ? 2 * n * parts : 0);
   const Matrix x(hidden);
   for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
     width = std::min(tiling.width, v - v0);
@@ -216,7 +216,7 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
       }
       const GateBackwardRows<A> g{at.data(), heads.bias.data(), count, n, row0, v0 + col, cols, width, v,
                                   heads.gamma.data(), heads.affine, data<A>(grad), data<A>(logp), total.data(),
-                                  grad_gamma.data() + part * gates, grad_affine.data() + part * 2 * n};
+                                  grad_gamma.data() + part * gammas, grad_affine.data() + part * 2 * n};
       SUKHOPS_BEST(gate_backward_rows<A>)(g, 0, rows);
     });
     std::vector<Product> products;
@@ -234,7 +234,7 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
   const int64_t given = heads.affine ? count : count - 1;  // heads whose logits are computed again
   count_products(n > 0 ? given + count * need_hidden + need_lm + (count - 1) * need_cls : 0);
   for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < gates; ++i) grad_gamma[i] += grad_gamma[part * gates + i];
+    for (int64_t i = 0; i < gammas; ++i) grad_gamma[i] += grad_gamma[part * gammas + i];
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };
   Gradients out{need_hidden ? torch::stable::to(dh, dtype) : or_none(Tensor()), or_none(weight_grad[0]), {},
                 empty({heads.gates, n}, acc, hidden),
@@ -243,7 +243,7 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     out.cls_weight.push_back(or_none(weight_grad[i]));
     out.cls_bias.push_back(torch::stable::to(bias_grad[i], dtype));
   }
-  for (int64_t i = 0; i < gates; ++i) data<A>(out.gamma)[i] = static_cast<A>(grad_gamma[i]);
+  for (int64_t i = 0; i < gammas; ++i) data<A>(out.gamma)[i] = static_cast<A>(grad_gamma[i]);
   if (heads.affine) out.affine = sum_of_rows(grad_affine, n * parts, acc, hidden);
   return out;
 }

@@ -1,4 +1,4 @@
-"""What the examples share: text, a small transformer, a training loop, and the report over seeds."""
+"""What the examples share: stages of a run, a small transformer, a training loop, the report over seeds."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="a few seconds: shows that it runs, no more")
+    parser.add_argument("--quick", action="store_true", help="at most minutes: shows that it runs, no more")
     return parser
 
 
@@ -39,12 +39,13 @@ class Stages:
 
     Args:
         example: its name.
-        options: of the command line; those that change the results are in the folder's name.
+        options: of the command line; all but the seeds, which name stages, are in the folder's name.
     """
 
     def __init__(self, example: str, options: argparse.Namespace):
-        words = [example, getattr(options, "model", None) or "", "quick" if options.quick else "whole"]
-        self.folder = CACHE / "-".join(re.sub(r"\W+", "_", word) for word in words if word)
+        given = {name: value for name, value in vars(options).items() if name != "seeds" and value}
+        words = [example, *(f"{name}_{value}" for name, value in sorted(given.items()))]
+        self.folder = CACHE / "-".join(re.sub(r"\W+", "_", word) for word in words)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seconds = 0.0
 
@@ -107,11 +108,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small causal transformer: `backbone(ids [B, T]) -> hidden [B, T, D]`, and a head [V, D].
-
-    `attention()` makes the attention of one layer, a module (x, cache) -> (y, cache); a layer that knows
-    positions itself goes with positions=False.
-    """
+    """A small causal transformer: `backbone(ids [B, T]) -> hidden [B, T, D]`, and a head [V, D]."""
 
     def __init__(
         self,
@@ -120,31 +117,23 @@ class Transformer(nn.Module):
         layers: int = 3,
         heads: int = 4,
         context: int = 256,
-        *,
-        attention: Callable[[], nn.Module] | None = None,
-        positions: bool = True,
     ):
         super().__init__()
         self.context = context
         self.embedding = nn.Embedding(vocab, d_model)
-        self.position = nn.Embedding(context, d_model) if positions else None
-        make = attention or (lambda: Attention(d_model, heads))
-        self.blocks = nn.ModuleList(Block(d_model, make()) for _ in range(layers))
+        self.position = nn.Embedding(context, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, Attention(d_model, heads)) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab, bias=False)
         for module in (self.embedding, self.position, self.head):
-            if module is not None:
-                nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
 
     def backbone(self, ids: Tensor) -> Tensor:
         return self.extend(ids, None)[0]
 
     def extend(self, ids: Tensor, caches: list | None, start: int = 0) -> tuple[Tensor, list]:
         """Hidden states of `ids` that follow `start` tokens kept in the caches."""
-        x = self.embedding(ids)
-        if self.position is not None:
-            x = x + self.position.weight[start : start + ids.shape[1]]
-        new = []
+        x, new = self.embedding(ids) + self.position.weight[start : start + ids.shape[1]], []
         for i, block in enumerate(self.blocks):
             x, cache = block(x, caches[i] if caches else None)
             new.append(cache)

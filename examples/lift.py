@@ -1,8 +1,8 @@
 """LIFT-DPO: an instruction model that keeps the number of words it is told to keep.
 
 The model answers instructions about everyday things, at length and in a sentence or two. Annotators like
-full answers, so the full one is chosen and the short one rejected, and the model, which ignores word limits
-already, is trained on such pairs: with DPO, with R-DPO, which pays for length, and with LIFT-DPO, which has
+full answers, so the full one is chosen and the short one rejected. The model, which breaks word limits at
+times, is trained on such pairs: with DPO, with R-DPO, which pays for length, and with LIFT-DPO, which has
 half of its pairs under a limit between the lengths of the two answers, where the short one wins. All three
 see as many pairs. DPO and LIFT-DPO train in TRL's DPOTrainer on the head of sukhops, R-DPO, which TRL does
 not have, in LossTrainer; all with LoRA. Tested on things and, in part, on limits that are in no training
@@ -18,7 +18,6 @@ tokens.
 import argparse
 import random
 
-import peft
 import torch
 import transformers
 import trl
@@ -40,7 +39,7 @@ THINGS = (
 )  # fmt: skip
 QUESTIONS = (
     "Explain {} to a ten-year-old.", "Write a short introduction to {} for a magazine.",
-    "What role do {} play in everyday life?", "Tell me about the history of {}.",
+    "What is the role of {} in everyday life?", "Tell me about the history of {}.",
     "List some surprising facts about {}.", "Give advice to someone who wants to learn about {}.",
     "What do scientists know about {}?", "Why do people care about {}?",
 )  # fmt: skip
@@ -114,14 +113,14 @@ def train_in_trl(model: nn.Module, tokenizer, pairs: list[dict], given: dict) ->
         }
         for pair in pairs
     ]  # fmt: skip
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = with_adapters(model, given["seed"])
     trainer = trl.DPOTrainer(
-        model, args=trl.DPOConfig(beta=0.1, bf16=False, gradient_checkpointing=False, **given),
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=config,
+        adapted, args=trl.DPOConfig(beta=0.1, bf16=False, gradient_checkpointing=False, **given),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
     )  # fmt: skip
     with sukhops.integrations.trl.enabled():
         trainer.train()
-    return trainer.model
+    return adapted
 
 
 def train_in_loss_trainer(model: nn.Module, tokenizer, pairs: list[dict], given: dict) -> nn.Module:

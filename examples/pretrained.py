@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,10 @@ ROWS = 50  # sequences of a batch in generation
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = common.arguments(description)
-    parser.add_argument("--model", help="folder or name of a causal model; SmolLM2-135M-Instruct, fetched")
+    parser.add_argument(
+        "--model", default=os.environ.get("SUKHOPS_MODEL"),
+        help="folder or name of a causal model; SmolLM2-135M-Instruct, fetched",
+    )  # fmt: skip
     return parser
 
 
@@ -85,12 +89,10 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def fit(
-    model: nn.Module, loss: nn.Module, rows: list[dict], folder: Path, seed: int, lr: float, **options
-) -> None:
+def fit(model: nn.Module, loss: nn.Module, rows: list[dict], folder: Path, seed: int, lr: float) -> None:
     """One pass over the rows, in batches of 8."""
     arguments = transformers.TrainingArguments(
         str(folder), num_train_epochs=1, per_device_train_batch_size=8, learning_rate=lr, warmup_steps=2,
-        lr_scheduler_type="cosine", seed=seed, logging_steps=4, save_strategy="no", report_to=[], **options,
+        lr_scheduler_type="cosine", seed=seed, logging_steps=4, save_strategy="no", report_to=[],
     )  # fmt: skip
     LossTrainer(model, arguments, train_dataset=rows, loss=loss).train()

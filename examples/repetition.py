@@ -97,8 +97,9 @@ def director(task: Task, seed: int, stages: Stages) -> transformers.PreTrainedMo
         hidden = [model.base_model(part).last_hidden_state[:, PROMPT - 1 :] for part in parts]
         return torch.cat(hidden), text, (~repeated(prompts, text)).long()
 
+    hidden, text, label = stages(f"texts-{seed}", prepare)
+
     def learn() -> dict:
-        hidden, text, label = stages(f"texts-{seed}", prepare)
         torch.manual_seed(seed)
         mix = nn.Linear(hidden.shape[-1], hidden.shape[-1], bias=False)
         nn.init.zeros_(mix.weight)

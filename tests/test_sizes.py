@@ -1,4 +1,7 @@
-"""Sizes beyond 2^31 elements: the last elements of each tensor are those of a small call. pytest -m large."""
+"""Tensors of more than 2^31 elements: the last ones are those of a small call. make test-large.
+
+Rows x vocabulary, of which there is no tensor, are in test_vocab_head.py.
+"""
 
 import os
 
@@ -19,26 +22,6 @@ EPS = torch.finfo(torch.float32).eps
 def close(ours, alone, eps=EPS):
     """Within a few roundings: a small call may sum in another order."""
     assert testing.distance(ours, alone) <= 64 * eps * max(1.0, testing.finite_max(alone))
-
-
-def test_rows_by_vocabulary():
-    """[N, V] has 2^31 + 2^17 entries, which only indices see: no such tensor is made."""
-    rows, v, d = 2**16 + 4, 2**15, 8
-    hidden, weight = torch.randn(rows, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    target = torch.arange(rows) % v
-    last = slice(rows - 3, rows)
-    logp = sukhops.linear_logp(hidden, weight, target)
-    logp[last].sum().backward()
-    few = hidden[last].detach().requires_grad_()
-    own = weight.detach().requires_grad_()
-    alone = sukhops.linear_logp(few, own, target[last])
-    alone.sum().backward()
-    close(logp[last], alone)
-    close(hidden.grad[last], few.grad)
-    close(weight.grad, own.grad)
-    values, ids = sukhops.linear_topk(hidden.detach(), weight.detach(), 2)[:2]
-    assert torch.equal(ids[last], sukhops.linear_topk(few.detach(), own.detach(), 2)[1])
-    close(values[last], sukhops.linear_topk(few.detach(), own.detach(), 2)[0])
 
 
 def test_vocabulary_by_width():
@@ -82,9 +65,6 @@ def test_segmentations(lengths):
     scores = torch.empty(b, t, k).normal_().sub_(3.0)
     given = torch.full((b,), t - 7) if lengths else None
     marginals = sukhops.segmentation_marginals(scores, given)
-    alone = sukhops.segmentation_marginals(scores[-1:].clone(), None if given is None else given[-1:])
-    close(marginals[-1:], alone)
-    close(
-        sukhops.segmentation_logz(scores, given)[-1:],
-        sukhops.segmentation_logz(scores[-1:].clone(), None if given is None else given[-1:]),
-    )
+    last = scores[-1:].clone(), None if given is None else given[-1:]
+    close(marginals[-1:], sukhops.segmentation_marginals(*last))
+    close(sukhops.segmentation_logz(scores, given)[-1:], sukhops.segmentation_logz(*last))
