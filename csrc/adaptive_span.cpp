@@ -33,9 +33,9 @@ struct SpanCall {
   int64_t place, step;         // of the first query; from a query to the next: 1, or 0 where they are heads
   const A* rel;  // [H or 1, S, wide]
   int64_t rel_stride;
-  A* lse;        // [B, H, M]
+  A *maximum, *sum;  // [B, H, M]: of the scores; of their weights relative to it
   int64_t shares;          // of the keys, 1 unless there are few queries
-  A *part_out, *part_lse;  // [B, H, M, shares, d] and without d, of few queries
+  A *part_out, *part_maximum, *part_sum;  // [B, H, M, shares, d] and twice without d, of few queries
   void* grad_q;  // like out [B, H, M, d]
   A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
   bool need_q, need_kv;
@@ -48,7 +48,7 @@ struct SpanCall {
 template <class A>
 struct SpanWork {
   A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *slope, *keys, *values;
-  A *lo, *hi, *span, *top, *total, *fade, *rel, *grad_rel;
+  A *lo, *hi, *span, *top, *total, *log_sum, *fade, *rel, *grad_rel;
   int64_t size = 0;
 
   SpanWork(A* base, const SpanCall<A>& c, int64_t lanes) {
@@ -60,7 +60,7 @@ struct SpanWork {
     for (A** p : {&q_rows, &g_rows}) take(*p, c.wide * lanes);
     for (A** p : {&score, &slope}) take(*p, kTile * lanes);
     for (A** p : {&keys, &values}) take(*p, kTile * c.d);
-    for (A** p : {&lo, &hi, &span, &top, &total, &fade}) take(*p, lanes);
+    for (A** p : {&lo, &hi, &span, &top, &total, &log_sum, &fade}) take(*p, lanes);
     const int64_t distances = c.rel ? (c.longest + 2 * lanes) * lanes : 0;
     take(rel, distances);
     take(grad_rel, distances);
@@ -187,17 +187,19 @@ struct Problem {
 };
 
 template <class S, class A>
-std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
+std::tuple<Tensor, Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   SpanCall<A>& c = p.call;
   const Tensor out = empty({like.size(0), like.size(1), like.size(2), c.d}, like.scalar_type(), like);
-  const Tensor lse = empty({like.size(0), like.size(1), like.size(2)}, acc_dtype(like.scalar_type()), like);
+  const ScalarType acc = acc_dtype(like.scalar_type());
+  const auto per_row = [&] { return empty({like.size(0), like.size(1), like.size(2)}, acc, like); };
+  const Tensor maximum = per_row(), sum = per_row();
   c.out = out.data_ptr();
-  c.lse = data<A>(lse);
+  c.maximum = data<A>(maximum), c.sum = data<A>(sum);
   c.shares = !c.rel && c.m <= 32 && c.longest > kShare ? divide_up(c.n, kShare) : 1;
   const int64_t rows = out.numel() / c.d, parts = c.shares > 1 ? rows * c.shares : 0;
-  const Tensor part = empty({parts, c.d + 1}, lse.scalar_type(), like);
-  c.part_out = data<A>(part), c.part_lse = c.part_out + parts * c.d;
-  std::fill_n(c.part_lse, parts, std::numeric_limits<A>::infinity());  // of a part that sees nothing
+  const Tensor part = empty({parts, c.d + 2}, acc, like);
+  c.part_out = data<A>(part), c.part_maximum = c.part_out + parts * c.d, c.part_sum = c.part_maximum + parts;
+  std::fill_n(c.part_sum, parts, A(0));  // of a part that sees nothing
   std::vector<Run> runs;  // of query heads here
   for (Run run : p.runs(64, false)) {
     const int64_t end = c.start(run.b) + (run.last - 1) * c.step - c.skip + 1;
@@ -211,7 +213,7 @@ std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   const int64_t threads = torch::stable::get_num_threads();
   const auto hands = deal(std::move(runs), threads);
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
-  const Tensor work = empty({threads, size}, acc_dtype(like.scalar_type()), like);
+  const Tensor work = empty({threads, size}, acc, like);
   const auto block = SUKHOPS_BEST(span_forward<S, A>);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t thread = lo; thread < hi; ++thread) {
@@ -225,21 +227,21 @@ std::tuple<Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   });
   const auto join = SUKHOPS_BEST(span_join<S, A>);
   if (parts) parallel_rows(rows, 16, [&](int64_t row) { join(c, row); });
-  return {out, lse};
+  return {out, maximum, sum};
 }
 
 template <class S, class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Problem<A>& p, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& span,
-    const std::optional<Tensor>& rel_pos, const Tensor& out, const Tensor& lse, bool need_q, bool need_kv,
-    bool need_span, bool need_rel) {
+    const std::optional<Tensor>& rel_pos, const Tensor& out, const Tensor& maximum, const Tensor& sum, bool need_q,
+    bool need_kv, bool need_span, bool need_rel) {
   SpanCall<A>& c = p.call;
   const ScalarType dtype = q.scalar_type(), acc = acc_dtype(dtype);
   const Strided g(grad, c.grad, c.grad_stride);
   const auto none = [&](ScalarType t) { return empty({0}, t, q); };  // a new one each: outputs share no memory
   c.need_q = need_q, c.need_kv = need_kv;
   c.out = out.data_ptr();
-  c.lse = data<A>(lse);
+  c.maximum = data<A>(maximum), c.sum = data<A>(sum);
   const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1, table = rel_pos ? p.rel.size(1) * c.wide : 0;
   const Tensor dq = need_q ? empty({c.batch, c.heads, c.m, c.d}, dtype, q) : none(dtype);
   Tensor dk = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none(dtype);
@@ -312,7 +314,7 @@ auto with_storage(ScalarType dtype, F&& f) {
   }
 }
 
-std::tuple<Tensor, Tensor> adaptive_span(
+std::tuple<Tensor, Tensor, Tensor> adaptive_span(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span, const std::optional<Tensor>& rel_pos,
     const std::optional<Tensor>& key_start, const std::optional<Tensor>& query_start, double ramp, double scale,
     int64_t skip, std::optional<int64_t> max_span) {
@@ -325,12 +327,13 @@ std::tuple<Tensor, Tensor> adaptive_span(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
     const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
-    const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& lse, double ramp, double scale,
-    int64_t skip, std::optional<int64_t> max_span, bool need_q, bool need_kv, bool need_span, bool need_rel_pos) {
+    const std::optional<Tensor>& query_start, const Tensor& out, const Tensor& maximum, const Tensor& sum, double ramp,
+    double scale, int64_t skip, std::optional<int64_t> max_span, bool need_q, bool need_kv, bool need_span,
+    bool need_rel_pos) {
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
     Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span, false);
     return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),
-                                 torch::stable::contiguous(lse), need_q, need_kv, need_span, need_rel_pos);
+                                 torch::stable::contiguous(maximum), torch::stable::contiguous(sum), need_q, need_kv, need_span, need_rel_pos);
   });
 }
 

@@ -251,7 +251,7 @@ static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int
   return {keys, k, v, (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to};
 }
 
-// One block of queries: out and lse, or those of a share of the keys. Returns the pairs that it multiplied.
+// One block of queries: out, maximum and sum, or those of a share of the keys. Returns the pairs that it multiplied.
 template <class S, class A>
 static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
                             int64_t share, A* base) {
@@ -310,7 +310,8 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
     const A total = w.total[i], inverse = total == 0 ? A(0) : 1 / total;
     const A* out = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
     const int64_t at = ((b * c.heads + h) * c.m + i0 + i) * c.shares + share;
-    (c.shares > 1 ? c.part_lse : c.lse)[at] = total == 0 ? (A)__builtin_inf() : w.top[i] + std::log(total);
+    (c.shares > 1 ? c.part_maximum : c.maximum)[at] = total == 0 ? A(0) : w.top[i];
+    (c.shares > 1 ? c.part_sum : c.sum)[at] = total;
     for (int64_t j = 0; j < c.d; ++j) {
       const A mean = out[j * kPanel<A>] * inverse;
       if (c.shares > 1) c.part_out[at * c.d + j] = mean;
@@ -320,17 +321,18 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   return r.last > r.first ? (r.last - r.first) * lanes : 0;
 }
 
-// a row's out and lse from those of its shares
+// a row's out, maximum and sum from those of its shares
 template <class S, class A>
 static void span_join(const SpanCall<A>& c, int64_t row) {
   const A* out = c.part_out + row * c.shares * c.d;
-  A* share = c.part_lse + row * c.shares;  // lse, then weight
-  const A empty = __builtin_inf();
-  A top = -empty, total = 0;
+  const A* maximum = c.part_maximum + row * c.shares;
+  A* share = c.part_sum + row * c.shares;  // its sum, then its weight
+  A top = -__builtin_inf(), total = 0;
   for (int64_t s = 0; s < c.shares; ++s)
-    if (share[s] != empty && !(share[s] <= top)) top = share[s];
-  for (int64_t s = 0; s < c.shares; ++s) total += share[s] = share[s] == empty ? A(0) : std::exp(share[s] - top);
-  c.lse[row] = total == 0 ? empty : top + std::log(total);
+    if (share[s] != 0 && maximum[s] > top) top = maximum[s];
+  for (int64_t s = 0; s < c.shares; ++s) total += share[s] = share[s] == 0 ? A(0) : share[s] * std::exp(maximum[s] - top);
+  c.maximum[row] = total == 0 ? A(0) : top;
+  c.sum[row] = total;
   for (int64_t j = 0; j < c.d; ++j) {
     A sum = 0;
     for (int64_t s = 0; s < c.shares; ++s) sum += share[s] == 0 ? A(0) : share[s] * out[s * c.d + j];
@@ -356,7 +358,9 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
     for (int64_t j = 0; i < count && j < c.d; ++j)
       part[j % 4] += w.g_rows[i * c.wide + j] * to_float(((const S*)c.out)[(at + i) * c.d + j]);
     w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // what the softmax subtracts
-    w.top[i] = i < count ? c.lse[at + i] : (A)__builtin_inf();
+    w.top[i] = i < count ? c.maximum[at + i] : A(0);
+    const A sum = i < count ? c.sum[at + i] : A(0);
+    w.log_sum[i] = sum == 0 ? (A)__builtin_inf() : std::log(sum);  // no weight where there is nothing to see
     w.fade[i] = 0;  // the gradient of the span
   }
   for (int64_t i = 0; i < c.d * lanes; ++i) w.sum[i] = 0;
@@ -370,12 +374,12 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
       A* slope = w.slope + (score - w.score);
-      const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i), lse = get(w.top + i);
-      const V delta = get(w.total + i);
+      const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i);
+      const V top = get(w.top + i), log_sum = get(w.log_sum + i), delta = get(w.total + i);
       V grad_span = {};
       for (int64_t j = 0; j < keys; ++j, score += kPanel<A>, slope += kPanel<A>) {
-        V s = get(score) - lse;
-        s = s > 80 ? fill(A(80)) : s;
+        V s = get(score) - top;
+        s = (s > 80 ? fill(A(80)) : s) - log_sum;  // top + log_sum would be rounded
         V p = register_exp(s);
         const V d = get(slope) - delta;
         if (!plain) {

@@ -183,7 +183,7 @@ struct Pick {
 };
 
 // adds, for each run of picks with the same `key`, sum grad * from[other] to row `key` of `to`
-template <class A, class S, class Key, class Other>
+template <class A, class S, class T, class Key, class Other>
 void add_runs(
     const std::vector<Pick<A>>& picks, const Tensor& from, const Tensor& to, Key key, Other other) {
   std::vector<int64_t> starts;
@@ -194,13 +194,13 @@ void add_runs(
   torch::stable::parallel_for(0, starts.size() - 1, grain(d), [&](int64_t lo, int64_t hi) {
     std::vector<A> sum(d);
     for (int64_t run = lo; run < hi; ++run) {
-      S* out = data<S>(to) + key(picks[starts[run]]) * d;
+      T* out = data<T>(to) + key(picks[starts[run]]) * d;
       for (int64_t j = 0; j < d; ++j) sum[j] = static_cast<A>(out[j]);
       for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
         const S* row = data<S>(from) + other(picks[i]) * fs;
         for (int64_t j = 0; j < d; ++j) sum[j] += picks[i].grad * static_cast<A>(row[j * fc]);
       }
-      for (int64_t j = 0; j < d; ++j) out[j] = static_cast<S>(sum[j]);
+      for (int64_t j = 0; j < d; ++j) out[j] = static_cast<T>(sum[j]);
     }
   });
 }

@@ -78,10 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
   const auto entry = [](const Pick<A>& p) { return p.entry; };
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
-    if (need_hidden) add_runs<A, S>(picks, weight, dh, row, entry);
+    if (need_hidden) add_runs<A, S, S>(picks, weight, dh, row, entry);
     std::stable_sort(picks.begin(), picks.end(),
                      [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
-    if (need_weight) add_runs<A, S>(picks, hidden, dw, entry, row);
+    if (need_weight) add_runs<A, S, S>(picks, hidden, dw, entry, row);
     for (const Pick<A>& p : picks)
       if (need_bias) data<A>(db)[p.entry] += p.grad;
   });

@@ -61,16 +61,18 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
 
-  // out [B, H, M, d] and lse [B, H, M], the log of the sum of a row's weights (+inf where that is 0). span [H]
-  // or [B, H, M] and lse in the accumulation dtype; rel_pos [S, d] or [H, S, d]; key_start [B, M] int64; a key
-  // is x = (position of the query - position of the key) - skip away, and seen if 0 <= x < max_span and < S
+  // out [B, H, M, d], and of each row [B, H, M] the maximum of its scores and the sum of its weights relative
+  // to it, in the accumulation dtype, as is span [H] or [B, H, M]; rel_pos [S, d]
+  // or [H, S, d]; key_start [B, M] int64; a key is x = (position of the query - position of the key) - skip away,
+  // and seen if 0 <= x < max_span and < S
   m.def(
       "adaptive_span(Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, Tensor? key_start, "
-      "Tensor? query_start, float ramp, float scale, int skip, int? max_span) -> (Tensor out, Tensor lse)");
+      "Tensor? query_start, float ramp, float scale, int skip, int? max_span) "
+      "-> (Tensor out, Tensor maximum, Tensor sum)");
   m.def(
       "adaptive_span_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor span, Tensor? rel_pos, "
-      "Tensor? key_start, Tensor? query_start, Tensor out, Tensor lse, float ramp, float scale, int skip, "
-      "int? max_span, bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
+      "Tensor? key_start, Tensor? query_start, Tensor out, Tensor maximum, Tensor sum, "
+      "float ramp, float scale, int skip, int? max_span, bool need_q, bool need_kv, bool need_span, bool need_rel_pos) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_span, Tensor grad_rel_pos)");
   m.def("adaptive_span_pairs() -> int");  // query-key pairs that CPU kernels have multiplied so far, for tests
 

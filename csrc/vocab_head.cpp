@@ -308,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Tensor dh, dw, db, dh_dense;
   if (need_hidden) {
     const bool direct = dense && n == all && dtype == acc;
-    dh = direct ? empty({all, d}, dtype, hidden) : zeros({all, d}, dtype, hidden);
+    const ScalarType summed = use_mean ? acc : dtype;  // there two sums meet: their sum is rounded, not they
+    dh = direct ? empty({all, d}, summed, hidden) : zeros({all, d}, summed, hidden);
     if (dense) dh_dense = direct ? dh : empty({n, d}, acc, hidden);
   }
   if (need_weight) dw = dense ? empty({v, d}, dtype, hidden) : zeros({v, d}, dtype, hidden);
@@ -317,26 +318,32 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
-    if (need_hidden && n > 0 && (use_mean || n < all || dtype != acc)) {
+    if (need_hidden && dense && (n < all || dtype != acc)) {
+      parallel_rows(n, grain(d), [&](int64_t i) {
+        std::copy_n(data<A>(dh_dense) + i * d, d, data<S>(dh) + up.dense[i] * d);
+      });
+    }
+    if (need_hidden && use_mean) {
       parallel_rows(n, grain(d), [&](int64_t i) {
         const int64_t r = up.dense[i];
-        const A* from = use_mean ? data<A>(mean_weight) + r * d : data<A>(dh_dense) + i * d;
-        const A by = use_mean ? up.grad_log_sum[i] * curve.slope : A(1);
-        for (int64_t j = 0; j < d; ++j) data<S>(dh)[r * d + j] = static_cast<S>(by * from[j]);
+        const A by = up.grad_log_sum[i] * curve.slope;
+        for (int64_t j = 0; j < d; ++j) data<A>(dh)[r * d + j] = by * data<A>(mean_weight)[r * d + j];
       });
     }
     if (up.sparse.empty()) return;
     const auto row = [](const Pick<A>& p) { return p.row; };
     const auto entry = [](const Pick<A>& p) { return p.entry; };
     through_curve<A, S>(up.sparse, hidden, weight, bias ? data<A>(b) : nullptr, curve);
-    if (need_hidden) add_runs<A, S>(up.sparse, weight, dh, row, entry);
+    if (need_hidden && use_mean) add_runs<A, S, A>(up.sparse, weight, dh, row, entry);
+    if (need_hidden && !use_mean) add_runs<A, S, S>(up.sparse, weight, dh, row, entry);
     if (!need_weight && !need_bias) return;
     std::stable_sort(up.sparse.begin(), up.sparse.end(),
                      [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
-    if (need_weight) add_runs<A, S>(up.sparse, hidden, dw, entry, row);
+    if (need_weight) add_runs<A, S, S>(up.sparse, hidden, dw, entry, row);
     for (const Pick<A>& p : up.sparse)
       if (need_bias) data<A>(db)[p.entry] += p.grad;
   });
+  if (need_hidden && dtype != acc) dh = torch::stable::to(dh, dtype);
   if (need_bias && dtype != acc) db = torch::stable::to(db, dtype);
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };
   return {or_none(dh), or_none(dw), or_none(db)};

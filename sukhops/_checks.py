@@ -37,7 +37,7 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """All floating, on one supported device; of dtypes of their own."""
+    """All floating, on one supported device, under no transform of torch.func; of dtypes of their own."""
     for name, t in tensors.items():
         check_tensor(name, t)
         if hasattr(t, "device_mesh"):
@@ -48,6 +48,11 @@ def check_floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device.type not in DEVICES:
             raise NotImplementedError(f"{name}: sukhops runs on cpu and cuda tensors, got {t.device}")
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{name}: torch.func transforms (grad, vjp, jvp, vmap and the like) are not supported; use "
+                "backward() or torch.autograd.grad, and leading axes as the batch"
+            )
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             if forward_ad.unpack_dual(t).tangent is not None:  # torch would give a tangent of 0 in silence
                 raise NotImplementedError(f"{name}: forward-mode AD is not implemented, reverse mode is")

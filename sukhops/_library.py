@@ -61,14 +61,3 @@ def not_differentiable_twice(op: str) -> None:
         raise NotImplementedError(f"sukhops::{op}: second derivatives are not implemented")
 
     torch.library.register_autograd(f"sukhops::{op}", backward)
-
-
-def not_vmappable(op: str) -> None:
-    """Makes `torch.vmap` over `op` raise with what to do instead."""
-
-    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"sukhops::{op} does not support torch.vmap: its leading axes are a batch already"
-        )
-
-    torch.library.register_vmap(f"sukhops::{op}", vmap)

@@ -76,7 +76,7 @@ def logp_call(**given) -> dict[str, Tensor]:
 
 def logp_truth(*, hidden, target, return_lse, ignore_index=-100, **rest) -> dict[str, Tensor]:
     counts = target != ignore_index
-    rows = counts if target.dim() < hidden.dim() else counts.any(-1)
+    rows = counts if target.dim() < hidden.dim() else counts.any(-1) | (target.shape[-1] == 0)
     out = reference.linear_logp(
         hidden[rows], target=target[rows], ignore_index=ignore_index, return_lse=True, **rest
     )
@@ -94,7 +94,7 @@ def linear_logp(s: Source) -> None:
     given = linear_head(s)
     v, rows = len(given["weight"]), rows_of(given)
     ignore = given["ignore_index"] = s.pick("ignore_index", -100, -100, 0, -1)
-    shape = (*rows, s.size("K", 4, 1)) if s.flag("several targets") else rows
+    shape = (*rows, s.size("K", 4, s.special in NOT_FINITE)) if s.flag("several targets") else rows
     given |= {"target": s.target(shape, v, ignore), "return_lse": s.flag("return_lse")}
     s.with_gradients(given)
     with surroundings(s, row_bytes(s, v)):

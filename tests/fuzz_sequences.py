@@ -24,7 +24,7 @@ def adaptive_span_attention(s: Source) -> None:
     n = m + s.size("more keys", 6 if special else 60)
     scale = s.pick("size", 1.0, 1.0, 1e-3, 30.0)
     if s.special in HUGE:
-        s.special = None  # FAULT: in the backward exp(score - lse) is off by a rounding of lse
+        s.special = "root of huge"  # gradients multiply two of these, and what cancels leaves a rounding
     q = s.tensor("q", b, h, m, d, scale=scale)
     k = q if m == n and group == 1 and s.flag("k is q") else s.tensor("k", b, hkv, n, d)
     v = k if s.flag("v is k") else s.tensor("v", b, hkv, n, d)
@@ -55,8 +55,6 @@ def adaptive_span_attention(s: Source) -> None:
         if s.bad:
             return must_raise(s, RuntimeError, sukhops.adaptive_span_attention, given)
         plain = reference.adaptive_span_attention
-        if b * n == 0:  # FAULT: the reference needs a sequence and a key
-            plain = by_query
         truth = by_query if special else plain
 
         def exact(**given):
@@ -69,7 +67,7 @@ def adaptive_span_attention(s: Source) -> None:
         compare(
             s, lambda **g: {"out": sukhops.adaptive_span_attention(**g)}, exact, given, n + d,
             fixed=("span",), unknown=unknown, plain=lambda **g: {"out": plain(**g)},
-            spreads=s.special in NOT_FINITE,  # FAULT: 0 * NaN of an unseen value in the same tile
+            spreads=s.special in NOT_FINITE,  # a key that is not seen has a weight of 0, and 0 * NaN is NaN
         )  # fmt: skip
 
 
@@ -116,10 +114,9 @@ def recomputation(
     mask, fixed = place.detach().clamp(0, 1), score.detach()
     lse = (fixed + mask.log()).masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
     whole = (fixed - lse).exp().masked_fill(~seen | (place < 0) | (lse == -torch.inf), 0.0)
-    size = 1 + fixed.abs()  # FAULT: a rounding of lse is in every weight; 1 without it
 
     def noise(t):
-        return rounded(torch.zeros_like(t), t * size)
+        return rounded(torch.zeros_like(t), t)
 
     inside = (place.detach() >= 0) & (place.detach() <= 1)
     moved = noise(mask * whole) * (score - fixed) + noise(whole * inside) * (place - place.detach())

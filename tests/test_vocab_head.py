@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import logits_budget
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import sukhops
 from sukhops import linear_logp, linear_topk, reference
@@ -380,15 +380,18 @@ def test_opcheck(frozen, statistics):
 
 def test_what_is_not_offered_says_so():
     given = make(v=30)
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(lambda h, t: linear_logp(h, given["weight"], t))(
-            given["hidden"].reshape(37, 1, 19), given["target"].reshape(37, 1)
-        )
-    with pytest.raises(NotImplementedError, match="forward"):
-        torch.func.jvp(
-            lambda h: linear_logp(h, given["weight"].detach(), given["target"]),
-            (given["hidden"].detach(),), (torch.ones(37, 19),),
-        )  # fmt: skip
+    hidden, weight = given["hidden"].detach(), given["weight"].detach()
+
+    def loss(h):
+        return linear_logp(h, weight, given["target"]).sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian, torch.vmap):
+        with pytest.raises(
+            NotImplementedError, match=r"hidden: torch.func transforms .* torch.autograd.grad"
+        ):
+            transform(loss)(hidden)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        loss(forward_ad.make_dual(hidden, hidden))
     (grad,) = torch.autograd.grad(linear_logp(**given).sum(), given["hidden"], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()

@@ -23,7 +23,7 @@ FORWARD = {
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 # the forward of at most 16 rows, all the query heads that share a key head among them
-FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2))}
+FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3), (16, 32, 8, 2))}
 ROWS = {  # gradients of q and span
     "half": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "ampere": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
@@ -40,8 +40,8 @@ GROUPED_KEYS = {  # several query heads to a key head
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
 REL_FORWARD = {  # with rel_pos tiles are square
-    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 8, 1)),
-    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    "half": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 8, 2)),
+    "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2), (16, 16, 8, 1)),
 }
 REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2))}
 REL_KEYS = {"half": ((16, 16, 4, 1), (16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1))}
@@ -105,7 +105,7 @@ def forward_tiles(
     rel_ptr,  # [limit or more, D] or [H, .., D], or None
     start_ptr, query_ptr,  # [B, M] and [B], or None
     order_ptr,  # [lanes] the longest first, or None
-    out_ptr, lse_ptr,  # [B, H, M, splits, D] and without D
+    out_ptr, maximum_ptr, sum_ptr,  # [B, H, M, splits, D], and twice without D
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, splits, ramp: tl.float64, scale: tl.float64,
     PACK: tl.constexpr,  # query heads of a tile; more than 1 only with a rel_pos that they share, or none
@@ -180,33 +180,33 @@ def forward_tiles(
     empty = total == 0.0
     out_row = ((b * heads + head) * m + query) * splits + split
     mask = tile * BM + r < PACK * m
-    lse = top + tl.log(tl.where(empty, 1.0, total))
-    lse = tl.where(empty, tl.where(splits == 1, float("inf"), float("-inf")), lse)
-    tl.store(lse_ptr + out_row, lse, mask)
+    tl.store(maximum_ptr + out_row, tl.where(empty, 0.0, top), mask)
+    tl.store(sum_ptr + out_row, total, mask)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     store_rows(out_ptr, out_row * D, mask, acc, factor[:, None], D, D1, D2)
 
 
 @triton.jit
 def join_splits(
-    part_ptr, part_lse_ptr,  # [rows, splits, D], and without D: -inf where a part saw nothing
-    out_ptr, lse_ptr,  # [rows, D] and [rows]
+    part_ptr, part_maximum_ptr, part_sum_ptr,  # [rows, splits, D], and twice without D
+    out_ptr, maximum_ptr, sum_ptr,  # [rows, D], and twice [rows]
     splits, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    lse = tl.load(part_lse_ptr + row * splits + s, s < splits, other=float("-inf"))
-    some = lse != float("-inf")
-    top = tl.max(lse, 0)
+    sums = tl.load(part_sum_ptr + row * splits + s, s < splits, other=0.0)
+    some = sums != 0.0
+    tops = tl.load(part_maximum_ptr + row * splits + s, some, other=float("-inf"))
+    top = tl.max(tops, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    w = tl.exp(lse - top)
+    w = sums * tl.exp(tops - top)
     total = tl.sum(w, 0)
-    empty = total == 0.0
     at = (row * splits + s[:, None]) * D + c[None, :]
     parts = tl.load(part_ptr + at, some[:, None] & (c < D)[None, :], other=0.0)
-    out = tl.sum(parts * w[:, None], 0) / tl.where(empty, 1.0, total)
+    out = tl.sum(parts * w[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * D + c, out.to(out_ptr.dtype.element_ty), c < D)
-    tl.store(lse_ptr + row, tl.where(empty, float("inf"), top + tl.log(total)))
+    tl.store(maximum_ptr + row, top)
+    tl.store(sum_ptr + row, total)
 
 
 @triton.jit
@@ -241,9 +241,15 @@ def row_sums(
 
 
 @triton.jit
-def _exponent(s, x, farthest):
-    """s where the key is seen; at most e^80, which only keys beyond the ramp's end can reach."""
-    s = tl.minimum(s, 80.0, propagate_nan=tl.PropagateNan.ALL)
+def _log(total):
+    """Of the sum of a row's weights; infinite where it is 0, so that none is found again."""
+    return tl.where(total == 0.0, float("inf"), tl.log(total))
+
+
+@triton.jit
+def _exponent(s, log_sum, x, farthest):
+    """s where the key is seen; at most 80 above the maximum, as keys at the very end of the ramp may be."""
+    s = tl.minimum(s, 80.0 - log_sum, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
 
 
@@ -251,7 +257,7 @@ def _exponent(s, x, farthest):
 def backward_rows(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     order_ptr,  # [H] the longest first
-    lse_ptr, delta_ptr,  # [B, H, M]
+    maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
     dq_ptr, dspan_ptr,  # [B, H, M, D] and [B, H, M] out, or None
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
@@ -275,7 +281,8 @@ def backward_rows(
     whole, nearest = tl.max(whole, 0), tl.min(p, 0)
     farthest = (p - first).to(ACC)[:, None]
     row_at = (b * heads + head) * m + row
-    lse, delta = tl.load(lse_ptr + row_at)[:, None], tl.load(delta_ptr + row_at)[:, None]
+    top, log_sum = tl.load(maximum_ptr + row_at)[:, None], _log(tl.load(sum_ptr + row_at))[:, None]
+    delta = tl.load(delta_ptr + row_at)[:, None]
     q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
     grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
     k_ptr += b * k_b + head // group * k_h
@@ -297,10 +304,10 @@ def backward_rows(
             before = _distances(rel_ptr, behind + c, limit, D, D1, D2)
             upper, lower = dot(q, after, ACC), dot(q, before, ACC)
             s += tl.gather(tl.where(below, upper, lower), turn, 1)
-        s = s * scale - lse
+        s = s * scale - top - log_sum  # their sum would be rounded
         edge = (j < whole) | (j + BN - 1 > nearest)
         if edge:
-            s = _exponent(s, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
+            s = _exponent(s, log_sum, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
         w = tl.exp(s)
         dw = dot(grad, load_rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
         if edge:
@@ -326,7 +333,7 @@ def backward_rows(
 def backward_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     order_ptr,  # [Hkv] the longest first
-    lse_ptr, delta_ptr,  # [B, H, M]
+    maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
     dk_ptr, dv_ptr,  # [B, Hkv, N, D] out
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
@@ -379,8 +386,9 @@ def backward_keys(
                 mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
                 s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
             # rows past the last weigh nothing
-            lse = tl.load(lse_ptr + rows_at + i + r, i + r < m, other=float("inf"))
-            s = s * scale - lse[None, :]
+            top = tl.load(maximum_ptr + rows_at + row)[None, :]
+            log_sum = _log(tl.load(sum_ptr + rows_at + i + r, i + r < m, other=0.0))[None, :]
+            s = s * scale - top - log_sum
             if BY_ROW:
                 whole_tile = tl.load(whole_ptr + tiles_at + tile)
             else:
@@ -393,10 +401,10 @@ def backward_keys(
                         origin + row.to(tl.int32), span_at + row * span_t, start_ptr, b * m + row,
                         ramp, limit, n, CLOSED=True,
                     )  # fmt: skip
-                    s = _exponent(s, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
+                    s = _exponent(s, log_sum, x, (origin + row.to(tl.int32) - first_row).to(ACC)[None, :])
                     w = tl.exp(s) * _weight(span_row[None, :] - x, ramp, per_token)
                 else:
-                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span - x, ramp, per_token)
+                    w = tl.exp(_exponent(s, log_sum, x, farthest)) * _weight(span - x, ramp, per_token)
             else:
                 w = tl.exp(s)
             dv = add_product(dv, w, grad, ACC)
@@ -410,7 +418,7 @@ def backward_keys(
 @triton.jit
 def backward_distances(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
-    lse_ptr, delta_ptr,  # [B, H, M]
+    maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
     first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
     drel_ptr,  # [splits, lanes, limit, D] out
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
@@ -452,15 +460,17 @@ def backward_distances(
                 s = tl.where(below, s, dot(q, load_rows(k_at, far * k_t, D, D1, D2), ACC))
                 s += tl.gather(dot(q, rel, ACC), turn, 1)
                 at = (b * heads + head) * m
-                lse = tl.load(lse_ptr + at + i + r, i + r < m, other=float("inf"))
-                s = s * scale - lse[:, None]
+                top = tl.load(maximum_ptr + at + row)[:, None]
+                log_sum = _log(tl.load(sum_ptr + at + i + r, i + r < m, other=0.0))[:, None]
+                s = s * scale - top - log_sum
                 edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
                 if edge:
                     p = origin - skip + row.to(tl.int32)
                     span_at = span_ptr + b * span_b + head * span_h + row * span_t
                     span, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
                     farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
-                    w = tl.exp(_exponent(s, x, farthest)) * _weight(span[:, None] - x, ramp, per_token)
+                    s = _exponent(s, log_sum, x, farthest)
+                    w = tl.exp(s) * _weight(span[:, None] - x, ramp, per_token)
                 else:
                     w = tl.exp(s)
                 dw = dot(grad, load_rows(v_at, near * v_t, D, D1, D2), ACC)
@@ -519,9 +529,9 @@ def forward(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, m
     """The CUDA kernel of sukhops::adaptive_span."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
     widths = _widths(q)
-    out, lse = q.new_empty(q.shape), span.new_empty(q.shape[:3])
-    if not lse.numel():
-        return out, lse
+    out, maximum, total = q.new_empty(q.shape), span.new_empty(q.shape[:3]), span.new_empty(q.shape[:3])
+    if not out.numel():
+        return out, maximum, total
     q, k, v = _dense(q), _dense(k), _dense(v)
     rel_pos, key_start, query_start = map(_contiguous, (rel_pos, key_start, query_start))
     pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
@@ -529,23 +539,24 @@ def forward(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, m
     bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL_FORWARD, q)
     tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
     splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
-    part = out if splits == 1 else lse.new_empty(b, h, m, splits, d)
-    part_lse = lse if splits == 1 else lse.new_empty(b, h, m, splits)
+    parts = joined = (out, maximum, total)
+    if splits > 1:
+        parts = [maximum.new_empty(b, h, m, splits, *width) for width in ((d,), (), ())]
     forward_tiles[(tiles * b * splits, lanes)](
         q, k, v, span, rel_pos, key_start, query_start, None if few else _longest_first(span, lanes),
-        part, part_lse, *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp,
+        *parts, *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp,
         scale, PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         join_splits[(b * h * m,)](
-            part, part_lse, out, lse, splits,
+            *parts, *joined, splits,
             D=d, SPLITS=triton.next_power_of_2(splits), WIDTH=triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
-    return out, lse
+    return joined
 
 
-def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ramp, scale, skip, max_span,
-             need_q, need_kv, need_span, need_rel_pos):  # fmt: skip
+def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, maximum, total, ramp, scale, skip,
+             max_span, need_q, need_kv, need_span, need_rel_pos):  # fmt: skip
     """The CUDA kernel of sukhops::adaptive_span_backward."""
     (b, h, m, d), (hkv, n) = q.shape, k.shape[1:3]
     widths = _widths(q)
@@ -553,7 +564,7 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ram
         t.new_empty(t.shape if need else 0) for t, need in ((q, need_q), (k, need_kv), (v, need_kv))
     )
     drel = rel_pos.new_zeros(rel_pos.shape) if need_rel_pos else q.new_empty(0)
-    if not lse.numel():
+    if not out.numel():
         return dq, dk.zero_(), dv.zero_(), span.new_zeros(span.shape if need_span else 0), drel
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     rel_pos, key_start, query_start = map(_contiguous, (rel_pos, key_start, query_start))
@@ -561,13 +572,13 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ram
     sizes = (h, h // hkv, m, n, limit, skip)
 
     def summed(bm):
-        delta, tiles = torch.empty_like(lse), triton.cdiv(m, bm)
+        delta, tiles = torch.empty_like(maximum), triton.cdiv(m, bm)
         first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
         row_sums[(tiles * b, h)](
             grad, out, span, key_start, query_start, delta, first, whole, *strides[9:-1], h, m, n, limit,
             skip, ramp, **widths, BM=bm, num_warps=4,
         )  # fmt: skip
-        return lse, delta, first, whole
+        return maximum, total, delta, first, whole
 
     bm, bn, warps, stages = _pick(REL_KEYS if rel_pos is not None else KEYS if h == hkv else GROUPED_KEYS, q)
     saved = summed(bm)
@@ -581,17 +592,17 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ram
         bt, _, warps, stages = _pick(REL_DISTANCES, q)
         lanes, tiles = h if rel_pos.dim() == 3 else 1, triton.cdiv(limit, bt)
         splits = max(1, min(4 * PROGRAMS // (tiles * lanes), triton.cdiv(m, bt) * b))
-        parts = lse.new_empty(splits, lanes, limit, d)
+        parts = maximum.new_empty(splits, lanes, limit, d)
         backward_distances[(tiles * splits, lanes)](
             q, k, v, grad, span, rel_pos, key_start, query_start, *summed(bt), parts, *strides, b, *sizes,
             splits, h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
-    dspan = lse.new_empty(lse.shape) if need_span else None
+    dspan = torch.empty_like(maximum) if need_span else None
     if need_q or need_span:
         bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
-            q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, h), *saved[:2],
+            q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, h), *saved[:3],
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,
             **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -59,6 +59,7 @@ def adaptive_span_attention(
 
     Returns:
         [B, H, M, d], of q's dtype. A row that sees no key, or only keys of weight 0, is 0 without gradient.
+        NaN or infinity in a value that a row does not see may make that row NaN: its weight 0 is multiplied.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; N < M; ramp <= 0;
@@ -152,12 +153,12 @@ def _check_span(span: Tensor, q: Tensor) -> None:
 
 @torch.library.register_fake("sukhops::adaptive_span")
 def _(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span):
-    return q.new_empty(q.shape), span.new_empty(q.shape[:3])
+    return q.new_empty(q.shape), span.new_empty(q.shape[:3]), span.new_empty(q.shape[:3])
 
 
 @torch.library.register_fake("sukhops::adaptive_span_backward")
-def _(grad, q, k, v, span, rel_pos, key_start, query_start, out, lse, ramp, scale, skip, max_span, need_q,
-      need_kv, need_span, need_rel_pos):  # fmt: skip
+def _(grad, q, k, v, span, rel_pos, key_start, query_start, out, maximum, sum, ramp, scale, skip,
+      max_span, need_q, need_kv, need_span, need_rel_pos):  # fmt: skip
     def like(t, need):
         return t.new_empty(t.shape if need else (0,))
 
@@ -170,7 +171,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradient(ctx, grad, _):
+def _gradient(ctx, grad, *_):
     q, k, v, span, rel = (ctx.needs_input_grad[i] for i in range(5))
     grads = _ops.adaptive_span_backward(
         grad, *ctx.saved_tensors, ctx.ramp, ctx.scale, ctx.skip, ctx.max_span, q, k or v, span, rel
@@ -181,6 +182,5 @@ def _gradient(ctx, grad, _):
 
 torch.library.register_autograd("sukhops::adaptive_span", _gradient, setup_context=_save)
 _library.not_differentiable_twice("adaptive_span_backward")
-_library.not_vmappable("adaptive_span")
 _library.cuda_launcher("adaptive_span", f"{_LAUNCHERS}:forward")
 _library.cuda_launcher("adaptive_span_backward", f"{_LAUNCHERS}:backward")

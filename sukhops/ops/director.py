@@ -424,8 +424,6 @@ torch.library.register_autograd("sukhops::director_dot", _gradient_dot, setup_co
 torch.library.register_autograd("sukhops::director_norm", _gradient_norm, setup_context=_save_norm)
 for _name in ("director_backward", "director_dot_backward", "director_norm_backward"):
     _library.not_differentiable_twice(_name)
-for _name in ("director", "director_topk", "director_dot", "director_norm"):
-    _library.not_vmappable(_name)
 for _name, _launcher in (
     ("director", "logp"), ("director_topk", "topk"), ("director_backward", "backward"),
     ("director_dot", "dot"), ("director_dot_backward", "dot_backward"),

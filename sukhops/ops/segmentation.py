@@ -318,5 +318,3 @@ torch.library.register_autograd(
 torch.library.register_autograd("sukhops::segmentation_entropy", _gradient_entropy, setup_context=_save)
 for _name in ("segmentation_marginals_backward", "segmentation_entropy_backward"):
     _library.not_differentiable_twice(_name)
-for _name in ("logz", "logz_kept", "marginals", "marginals_kept", "entropy", "viterbi", "sample"):
-    _library.not_vmappable(f"segmentation_{_name}")

@@ -121,7 +121,8 @@ def linear_logp(
 
     Returns:
         Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with `return_lse` the
-        named tuple (logp, lse [...]), both differentiable. A row whose targets are all ignored has lse 0.
+        named tuple (logp, lse [...]), both differentiable. A row whose targets are all ignored has lse 0;
+        with K = 0 there are none, and every row has its own.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -395,6 +396,5 @@ def _gradient(ctx, _maximum, grad_log_sum, grad_target, grad_topk, _index, grad_
 
 torch.library.register_autograd("sukhops::vocab_head", _gradient, setup_context=_setup_context)
 _library.not_differentiable_twice("vocab_head_backward")
-_library.not_vmappable("vocab_head")
 _library.cuda_launcher("vocab_head", f"{_LAUNCHERS}:forward")
 _library.cuda_launcher("vocab_head_backward", f"{_LAUNCHERS}:backward")

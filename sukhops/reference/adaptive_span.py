@@ -29,9 +29,11 @@ def adaptive_span_attention(
     scale = d**-0.5 if scale is None else scale
     k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))  # [B, H, N, d]
     key = torch.arange(n, device=q.device)  # [N]
+    if n == 0:  # no query either
+        return q @ k.mT @ v
     query = torch.arange(m, device=q.device).unsqueeze(1)  # [M, 1]
     if isinstance(query_start, Tensor):
-        query = query_start.view(-1, 1, 1, 1) + query  # [B, 1, M, 1]
+        query = query_start[:, None, None, None] + query  # [B, 1, M, 1]
     else:
         query = (n - m if query_start is None else query_start) + query
     x = query - key - int(not include_self)  # [M, N] or [B, 1, M, N]
@@ -40,8 +42,8 @@ def adaptive_span_attention(
         if limit is not None:
             seen = seen & (x < limit)
     if key_start is not None:
-        first = key_start.view(len(key_start), 1, -1, 1)  # [B, 1, 1 or M, 1]
-        seen = seen & (key >= first)
+        first = key_start if key_start.dim() == 2 else key_start.unsqueeze(1)  # [B, 1 or M]
+        seen = seen & (key >= first[:, None, :, None])
 
     score = (q @ k.mT).to(acc)  # [B, H, M, N]
     if rel_pos is not None:

@@ -60,7 +60,7 @@ def linear_logp(
     single = target.dim() < hidden.dim()
     targets = target.unsqueeze(-1) if single else target  # [..., K]
     counts = targets != ignore_index  # [..., K]
-    row_counts = counts.any(-1)  # [...]
+    row_counts = counts.any(-1) | (targets.shape[-1] == 0)  # [...]
     lse = torch.logsumexp(z, -1).where(row_counts, 0.0)  # [...]
     logp = torch.log_softmax(z, -1).gather(-1, targets.where(counts, 0).long()).where(counts, 0.0)  # [..., K]
     logp = logp.squeeze(-1) if single else logp
