@@ -1,10 +1,10 @@
-# Every target first makes .venv with the pinned tools and builds the extension in place.
+# Every target except gpu and clean first creates .venv with the pinned tools and builds the extensions.
 PYTHON ?= python3
 MINUTES ?= 10
 PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: setup bench bench-all test test-all test-real test-large sanitize fuzz gpu lint docs clean
+.PHONY: setup bench bench-all test test-all test-real test-large test-versions sanitize fuzz gpu lint docs site wheel clean
 .DEFAULT_GOAL := test
 
 setup: .venv/built
@@ -19,6 +19,10 @@ setup: .venv/built
 	$(PY) -m pip install -q -r requirements-peers.txt
 	touch $@
 
+.venv/docs: requirements-docs.txt .venv/tools
+	$(PY) -m pip install -q -r requirements-docs.txt
+	touch $@
+
 .venv/built: .venv/tools setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
@@ -26,32 +30,35 @@ setup: .venv/built
 BENCHES := $(wildcard bench/bench_*.py)
 LONGER := bench/neighbour.py bench/ranks.py bench/train_step.py bench/trl_step.py bench/pairs.py bench/lexicon.py
 
-bench: setup .venv/peers  ## checks every op and times its main case beside its peers; rows and plots in bench/own
+bench: setup .venv/peers  ## check and time the main case of every op and its peers; results in bench/own
 	set -e; for f in $(BENCHES); do $(PY) $$f; done
 	$(PY) bench/report.py --own
 
-bench-all: setup .venv/peers  ## every case, which takes long; RECORD=--record writes bench/results instead, for make docs
+bench-all: setup .venv/peers  ## every case (takes long); with RECORD=--record for make docs
 	set -e; for f in $(BENCHES); do $(PY) $$f --all $(RECORD); done
 	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 
-test: setup .venv/peers lint  ## the whole suite; kernels in Triton's interpreter in a process of their own
+test: setup .venv/peers .venv/docs lint  ## all but the slow tests; Triton's interpreter in a second process
 	$(PY) -m pytest -q -m "not full and not real and not large"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "interpreter and not full"
 
-test-all: setup .venv/peers lint sanitize  ## the long matrix too
+test-all: setup .venv/peers lint sanitize  ## also the slow tests (marked full), and make sanitize
 	$(PY) -m pytest -q -m "not real and not large"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
 
-test-real: setup .venv/peers  ## on SmolLM2-135M-Instruct, fetched into .cache; SUKHOPS_MODEL takes another
+test-real: setup .venv/peers  ## tests on a pretrained model: SmolLM2-135M-Instruct or SUKHOPS_MODEL
 	$(PY) -m pytest -q -m real
 
-test-large: setup  ## tensors of more than 2^31 elements, in 20 GiB of memory
+test-large: setup  ## tests with tensors of more than 2^31 elements; need 20 GiB of memory
 	$(PY) -m pytest -q -m large
 
-sanitize: setup .venv/peers  ## tests of the CPU operators and the fuzzer on a build with sanitizers
+test-versions: setup  ## tests on the oldest and newest torch, and on every installed Python
+	$(PY) tests/versions.py
+
+sanitize: setup .venv/peers  ## tests of the CPU operators and the fuzzer with ASan and UBSan
 	$(PY) tests/sanitize.py
 
-fuzz: setup  ## random calls against the reference for MINUTES; on a fault the smallest case and its seed
+fuzz: setup  ## compare random calls with the reference for MINUTES; show the smallest failing case
 	$(PY) tests/fuzz.py --minutes $(MINUTES)
 
 lint: setup
@@ -59,12 +66,18 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-docs: setup  ## what the kernels compile to, the roofline, and the tables of the README and docs from bench/results
+docs: setup  ## update kernels.md, the roofline, and tables and plots from bench/results
 	$(PY) bench/kernels.py
 	$(PY) bench/roofline.py
 	$(PY) bench/report.py
 
-gpu:  ## on a machine with a CUDA device and its own torch: build, test, measure; rows in bench/results
+site: setup .venv/docs  ## the documentation in build/site; python -m http.server -d build/site shows it, with search
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+
+wheel: setup  ## sdist and manylinux wheel in build/wheel, tested in a clean environment
+	$(PY) tests/wheel.py
+
+gpu:  ## on a machine with a CUDA device and torch: build, test, benchmark; results in bench/results
 	$(PYTHON) bench/gpu.py
 
 clean:

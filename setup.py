@@ -1,8 +1,9 @@
-"""Builds sukhops/_C.so, the CPU operators, sukhops/_C_cuda.so where nvcc and a CUDA torch are, and _lexicon.
+"""Builds the CPU operators (sukhops/_C.so), the CUDA operators (sukhops/_C_cuda.so) and sukhops/_lexicon.
 
-Both libraries of operators use torch's stable ABI: one build serves every Python and every torch >= 2.11.
-sukhops._lexicon is a pybind11 module (with the pybind11 that torch carries): it serves the Python that built
-it, and its file name, and so the wheel's, says which.
+The CUDA operators are built if nvcc and a CUDA build of torch are installed. Both libraries of operators use
+torch's stable ABI, so one build works with every Python and every torch >= 2.11. sukhops._lexicon is a
+pybind11 module (torch contains pybind11). It works only with the Python version that built it, which is part
+of its file name and of the wheel's.
 """
 
 import os
@@ -15,7 +16,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("SUKHOPS_SANITIZE") else []  # make sanitize
 SPEED = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3", "-g0"]
-# no -ffast-math: it drops NaN semantics and sets flush-to-zero for the user's whole process
+# no -ffast-math: it breaks NaN and sets flush-to-zero in the whole process of the user
 CXX = ["-std=c++20", *SPEED, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
        "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function"]  # fmt: skip
 LEXICON = "sukhops._lexicon"
@@ -61,7 +62,7 @@ def extensions():
 
 class Build(BuildExtension):
     def get_export_symbols(self, ext):
-        # operators are loaded by torch.ops.load_library: there is no PyInit
+        # operators are loaded with torch.ops.load_library and have no PyInit function
         return super().get_export_symbols(ext) if ext.name == LEXICON else []
 
     def get_ext_filename(self, name):

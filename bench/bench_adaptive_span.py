@@ -1,7 +1,7 @@
-"""adaptive_span_attention: spans as the paper's model learns them, full spans, growth, a decoding step.
+"""adaptive_span_attention: spans like those learned in the paper, full spans, growth with T, decoding.
 
-Ratios are over PyTorch's causal attention of the same tensors, which has no span at all. `python
-bench/bench_adaptive_span.py` runs the main case, with `--all` every case and the slow peers.
+Ratios are relative to PyTorch's causal attention, without spans, on the same tensors. `python
+bench/bench_adaptive_span.py` runs the main case; with `--all` every case and the slow peers.
 """
 
 import math
@@ -35,18 +35,19 @@ def soft_mask(span: Tensor, x: Tensor) -> Tensor:
 
 
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float) -> Tensor:
-    """The mask as a bias, the one way into PyTorch's attention that has a gradient for the span."""
+    """SDPA with the log of the mask as bias: only as a bias does the mask get a gradient for the span."""
     t = torch.arange(k.shape[2])
     x = t[-q.shape[2] :].unsqueeze(1) - t
     seen = (x >= 0) & (x <= span.view(-1, 1, 1) + ramp)
-    bias = torch.where(seen, (soft_mask(span, x) + 1e-30).log(), -torch.inf)  # a weight of 0 has a slope too
+    # 1e-30 keeps the gradient finite where the weight is 0
+    bias = torch.where(seen, (soft_mask(span, x) + 1e-30).log(), -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def published_scheme(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float, block: int = 512) -> Tensor:
-    """Blocks of queries over the window of the longest head, as the paper describes.
+    """The algorithm of the paper: blocks of queries attend to the window of the head with the longest span.
 
-    Without the 1e-8 that its code adds to the sum of the weights, which costs two digits here.
+    The paper's code adds 1e-8 to the sum of the weights; this function does not, because it costs two digits.
     """
     length = min(k.shape[2], math.ceil(span.max().item() + ramp))
     x = torch.arange(length - 1, -1, -1)
@@ -57,7 +58,7 @@ def published_scheme(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float,
         m = rows.shape[2]
         keys, values = (t[:, :, start : start + m + length - 1] for t in (k, v))
         s = F.pad(rows @ keys.mT * q.shape[-1] ** -0.5, (0, 1)).flatten(2)  # [B, H, m (m + length)]
-        s = F.pad(s, (0, m)).unflatten(2, (m, -1))[..., :length]  # by distance
+        s = F.pad(s, (0, m)).unflatten(2, (m, -1))[..., :length]  # indexed by distance
         known = torch.arange(start, start + m).unsqueeze(1) >= x
         weight = s.softmax(-1) * soft_mask(span, x) * known
         weight = weight / weight.sum(-1, keepdim=True)
@@ -83,7 +84,7 @@ def flex_attention(i: Inputs):
 
 
 def causal_sdpa(i: Inputs):
-    """Causal attention of the same tensors: forward, and backward where something learns."""
+    """Causal attention of the same tensors; with the backward if a tensor requires a gradient."""
     learns = [i[n].detach().requires_grad_(i[n].requires_grad) for n in "qkv"]
     causal = i["q"].shape[2] == i["k"].shape[2]
 
@@ -111,7 +112,7 @@ def case(
 
 
 def cases() -> list[Case]:
-    scores = 4.0 * 8 * 4096 * 4096  # bytes of all heads' scores
+    scores = 4.0 * 8 * 4096 * 4096  # bytes of the scores of all heads
     published = {"published scheme": Provider(attention(published_scheme), 2 * scores, "torch")}
     slow = {
         "SDPA, mask as bias": Provider(attention(masked_sdpa), 7 * scores, "torch"),

@@ -1,6 +1,6 @@
-"""Director: decoding against a read of both weights, training against the products of the LM rows.
+"""Director. Floors: a read of both weights for decoding, the products of the LM rows for training.
 
-`python bench/bench_director.py` runs the main cases, with `--all` all of them; `pytest bench` runs them under
+`python bench/bench_director.py` runs the main cases, with `--all` all cases; `pytest bench` runs them with
 pytest-benchmark.
 """
 
@@ -35,18 +35,18 @@ def decoding(topk):
 
 
 def read(inputs: Inputs):
-    """A streaming read of both weights on all threads."""
+    """Reads both weights once, on all threads."""
     return lambda: inputs["lm_weight"].sum() + inputs["cls_weight"].sum()
 
 
 def copy(inputs: Inputs):
-    """A copy of one weight, which moves as many bytes as a read of both."""
+    """Copies one weight, which moves as many bytes as reading both."""
     out = torch.ones_like(inputs["lm_weight"])
     return lambda: out.copy_(inputs["cls_weight"])
 
 
 def reading_case(dtype: torch.dtype) -> Case:
-    """How good a floor the read is."""
+    """Compares the read with a copy, to see whether the read is limited by memory bandwidth."""
     d, v = 1024, 50264
     return Case(
         "director", "a read of both weights, over a copy of one", {"D": d, "V": v}, dtype,
@@ -72,7 +72,7 @@ def decoding_case(name: str, rows: int, dtype: torch.dtype, rounds: int = 15) ->
 def make_training(
     rows: int, d: int, v: int, dtype: torch.dtype, length: int = 256, device: str = "cpu"
 ) -> Inputs:
-    """Sequences of up to `length`; the second half of the batch is classifier examples of both labels."""
+    """Sequences of up to `length` tokens; the second half of the batch has classifier labels 0 and 1."""
     g = torch.Generator(device).manual_seed(0)
     t = min(length, rows // 4)
     b = rows // t
@@ -94,7 +94,7 @@ def training(norm_weight: float):
 
 
 def eager_training(norm_weight: float):
-    """What the published training code does: the logits of both heads for every row, then masks."""
+    """Like the published training code: computes the logits of both heads for every row, then masks."""
 
     def provider(i: Inputs):
         def call():
@@ -120,7 +120,7 @@ def eager_training(norm_weight: float):
 
 
 def products(norm: bool):
-    """The four bare products of the LM rows, and with the norm those of the classifier rows too."""
+    """The four bare products of the LM rows; with norm, also those of the classifier rows."""
 
     def make(i: Inputs):
         plain = i["label"] == -1

@@ -1,6 +1,6 @@
-"""KTO and CRINGE through the head, and what the epilogues of all losses cost beside it.
+"""KTO and CRINGE with the head, and the cost of all losses on given log-probs relative to the head.
 
-`python bench/bench_preference.py` runs the main case, with `--all` all of them.
+`python bench/bench_preference.py` runs the main case, with `--all` all cases.
 """
 
 import bench_vocab_head
@@ -16,7 +16,7 @@ SMALL = (256, 64, 4096)
 
 
 def labels(inputs: Inputs) -> torch.Tensor:
-    """One per sequence: 1 positive (desirable), 0 negative."""
+    """One label per sequence: 1 positive (desirable), 0 negative."""
     return torch.arange(len(inputs["target"]), device=inputs["target"].device) % 2
 
 
@@ -58,22 +58,22 @@ def cringe(i: Inputs):
 
 
 def eager_cringe(i: Inputs):
-    """On whole logits: log-softmax, top k + 1 of every row, one gather."""
+    """Computes all logits, then log-softmax, top k + 1 of every row, and a gather."""
 
     def call():
         logits = i["hidden"] @ i["weight"].T
         target = i["target"].clamp(min=0).unsqueeze(-1)
         logp = logits.log_softmax(-1).gather(-1, target).squeeze(-1)
         values, indices = logits.topk(int(i["k"]) + 1)
-        place = losses.cringe.sample_rival(values, indices, i["target"]).unsqueeze(-1)
-        gap = logits.gather(-1, target) - values.gather(-1, place)
+        index = losses.cringe.sample_rival(values, indices, i["target"]).unsqueeze(-1)
+        gap = logits.gather(-1, target) - values.gather(-1, index)
         return losses.cringe_loss(logp, gap.squeeze(-1), i["target"], i["label"]).loss
 
     return call
 
 
 def cringe_products(i: Inputs):
-    """Four on the positive rows, one on the negative ones."""
+    """Four products of the positive rows, one of the negative rows."""
     kept, negative = i["target"] != -100, (i["label"] == 0).unsqueeze(1)
     four = bench_vocab_head.products(i | {"target": i["target"].masked_fill(negative, -100)}, 4)
     h, w = i["hidden"].detach()[kept & negative], i["weight"].detach()
@@ -97,7 +97,7 @@ def make_epilogues(rows: int, d: int, v: int) -> Inputs:
 
 
 def epilogues(i: Inputs):
-    """Every loss on the same log-probs."""
+    """Computes every loss from the same log-probs."""
     target, ref = i["target"], i["ref"]
     steps = (torch.arange(target.shape[1]) // 32).expand(target.shape)
     label = labels(i)
@@ -116,7 +116,7 @@ def epilogues(i: Inputs):
 
 
 def head(i: Inputs):
-    """One forward and backward of the head that gave the log-probs."""
+    """Forward and backward of the head that computes the log-probs."""
     hidden, weight = (i[n].detach().requires_grad_() for n in ("hidden", "weight"))
     return lambda: torch.autograd.grad(
         sukhops.linear_logp(hidden, weight, i["target"]).sum(), (hidden, weight)

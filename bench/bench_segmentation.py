@@ -1,7 +1,7 @@
-"""Segmentations: log-partition and gradient against a loop, pytorch-struct and the least work there is.
+"""Segmentations: log-partition and gradient, compared with a loop, pytorch-struct and a floor.
 
-`python bench/bench_segmentation.py` runs the main case, with `--all` all of them and a grid of shapes;
-`pytest bench` runs the first ones under pytest-benchmark.
+`python bench/bench_segmentation.py` runs the main case, with `--all` all cases and a grid of shapes;
+`pytest bench` runs the cases without the grid with pytest-benchmark.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def logz(f):
 
 
 def loop(scores: torch.Tensor) -> torch.Tensor:
-    """What one writes by hand: the log mass that ends 0 .. K-1 positions from here, a step at a time."""
+    """A loop over positions; ahead[:, j] is the log-sum over segmentations that end j positions later."""
     b, _, k = scores.shape
     nothing = scores.new_full((b, 1), -1e30)
     ahead = F.pad(scores.new_zeros(b, 1), (0, k - 1), value=-1e30)  # [B, K]
@@ -37,7 +37,7 @@ def loop(scores: torch.Tensor) -> torch.Tensor:
 
 
 def pytorch_struct(scores: torch.Tensor) -> torch.Tensor:
-    """Its edges are [B, T, K + 1, C, C] with the length as index; what runs over the end has to be masked."""
+    """Edges are [B, T, K + 1, C, C], indexed by length; segments that end after the text are masked."""
     from torch_struct import SemiMarkovCRF
 
     b, t, k = scores.shape
@@ -47,7 +47,7 @@ def pytorch_struct(scores: torch.Tensor) -> torch.Tensor:
 
 
 def floor(i: Inputs):
-    """An exponential of every score, and 2 * B chains of T dependent products, the steps of two sweeps."""
+    """exp of every score, and 2 * B chains of T dependent products: the steps of the two sweeps."""
     scores = i["scores"].detach()
     b, t, _ = scores.shape
     exponentials, factors = torch.ones_like(scores), torch.ones(2 * b, t)
@@ -61,7 +61,7 @@ def floor(i: Inputs):
 
 
 def peers(b: int, t: int, k: int) -> dict[str, Provider]:
-    """Predicted: memory of the loop's tape and of charts of [B, T, K + 1, K + 1], time from T = 1024."""
+    """Peers. Memory is predicted from autograd's tape or charts [B, T, K + 1, K + 1], time from T = 1024."""
     steps = b * t * k * 4.0
     return {
         "a loop": Provider(logz(loop), 8 * steps, "torch", seconds=1.5e-4 * t),
@@ -81,7 +81,7 @@ def gradient_case(
     size: float = 1.0,
     checked: int = 60,
 ) -> Case:
-    """`checked` positions of at most 3 sequences are held to float64."""
+    """`checked`: number of positions, in at most 3 sequences, of the check against float64."""
     return Case(
         "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
         lambda: make(b, t, k, size), lambda: make(min(b, 3), checked, k, size),
@@ -101,7 +101,7 @@ def forward(times: int):
 
 
 def bare_case(name: str, ours, exact, over) -> Case:
-    """Without autograd."""
+    """A case without autograd."""
     b, t, k = 16, 1024, 16
     return Case(
         "segmentation", name, {"B": b, "T": t, "K": k}, torch.float32,
@@ -111,7 +111,7 @@ def bare_case(name: str, ours, exact, over) -> Case:
 
 
 def first_segments(scores: torch.Tensor) -> torch.Tensor:
-    """1 for every sample that has a segment at its start: all of them."""
+    """1 for every sample, because each has a segment at position 0."""
     return sukhops.segmentation_sample(scores, SAMPLES)[..., 0].clamp(max=1).to(scores.dtype)
 
 

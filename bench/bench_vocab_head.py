@@ -1,7 +1,7 @@
 """vocab_head: DPO with a reference model, log-probs in four modes and by rows, a frozen head, growth with V.
 
-`python bench/bench_vocab_head.py` runs the main cases, with `--all` all of them; `pytest bench` runs them
-under pytest-benchmark.
+`python bench/bench_vocab_head.py` runs the main cases, with `--all` all cases; `pytest bench` runs them with
+pytest-benchmark.
 """
 
 import harness
@@ -19,7 +19,7 @@ def make(
     rows: int, d: int, v: int, dtype: torch.dtype, *, pairs: bool = False, frozen: bool = False,
     sequences: int = 8, prompt: float = 0.25, device: str = "cpu",
 ) -> Inputs:  # fmt: skip
-    """`rows` in sequences whose first part, the prompt, is ignored."""
+    """`rows` tokens in sequences; the first part of each, the prompt, is ignored."""
     g = torch.Generator(device).manual_seed(0)
     sequences = min(sequences, rows)
     t = rows // sequences
@@ -42,7 +42,7 @@ def make(
 
 
 def products(inputs: Inputs, count: int):
-    """`count` bare products on the kept rows, each into a touched buffer: forwards, dhidden, dweight."""
+    """`count` bare products of rows that are not ignored: forwards, dhidden, dweight; buffers are reused."""
     kept = inputs["target"] != -100
     h, w = inputs["hidden"].detach()[kept], inputs["weight"].detach()
     z = h.new_ones(h.shape[0], w.shape[0])
@@ -58,7 +58,7 @@ def products(inputs: Inputs, count: int):
 
 
 def dpo(logp):
-    """DPO through a log-prob function: the sum of each sequence, policy against reference."""
+    """DPO computed with a log-prob function."""
 
     def provider(i: Inputs):
         def call():
@@ -74,7 +74,7 @@ def dpo(logp):
 
 
 def weighted(logp):
-    """Log-probs under a random upstream gradient."""
+    """Log-probs with a random upstream gradient."""
 
     def provider(i: Inputs):
         upstream = torch.randn(i["target"].shape, generator=torch.Generator().manual_seed(1))
@@ -93,7 +93,7 @@ def linear_cross_entropy(hidden, weight, target):
 
 
 def ignored_dropped(hidden, weight, target):
-    """Eager log-probs of the rows that are not ignored alone."""
+    """Eager log-probs; drops ignored rows before the product."""
     kept = target != -100
     return torch.zeros(target.shape).masked_scatter(
         kept, reference.linear_logp(hidden[kept], weight, target[kept])
@@ -101,7 +101,7 @@ def ignored_dropped(hidden, weight, target):
 
 
 def trl_logp(hidden, weight, target):
-    """What the trainers of TRL call, with its own defaults; it computes ignored rows too."""
+    """The function that TRL's trainers call, with its defaults; it also computes ignored rows."""
     from trl.kernels import ChunkedLogProbFunction
 
     rows = hidden.flatten(0, 1), weight, None, target.flatten().clamp(min=0)
@@ -113,7 +113,7 @@ FIVE = ("logp", "entropy", "log_sum_sq", "mean_logit", "top1")
 
 
 def statistics(stats):
-    """Five numbers per token, as in FIVE, the first two under random upstream gradients."""
+    """The five numbers per token of FIVE; the first two get random upstream gradients."""
 
     def provider(i: Inputs):
         g = torch.Generator().manual_seed(1)
@@ -145,7 +145,7 @@ def trl_stats(hidden, weight, target):
 
 
 def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
-    """Five numbers per token over log-probs alone."""
+    """Five numbers per token; the floor is the call that returns log-probs only."""
     dtype = torch.float32
 
     def logp_alone(i: Inputs):
@@ -166,7 +166,7 @@ def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
 
 
 def offset_case(offset: float = 1e4, rows: int = 256, v: int = 32768) -> Case:
-    """Logits that are small integers and an offset: what an implementation rounds shows in its error."""
+    """Logits are small integers plus an offset, so that rounding in an implementation shows as error."""
 
     def inputs() -> Inputs:
         weight = torch.stack([torch.arange(v) % 7, torch.ones(v)], 1).float()
@@ -190,7 +190,7 @@ def offset_case(offset: float = 1e4, rows: int = 256, v: int = 32768) -> Case:
 
 
 def weighting_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
-    """DPO whose pairs are weighted by the policy's own likelihood (WPO), over DPO."""
+    """DPO with pairs weighted by the policy's likelihood (WPO); the floor is DPO without weights."""
     dtype = torch.float32
 
     def with_weighting(i: Inputs):
@@ -291,13 +291,13 @@ def logp_case(
 
 
 def by_rows(dtype: torch.dtype, d: int, v: int = 32768) -> list[Case]:
-    """Forward and backward of log-probs, no row ignored, over the three products that eager takes."""
+    """Forward and backward of log-probs, no row ignored. The floor is the three products of eager PyTorch."""
     name = f"by rows D {d} {str(dtype).removeprefix('torch.')}"
     return [logp_case(name, dtype, rows, d, v, prompt=0.0) for rows in (1, 4, 16, 64, 256, 1024, 4096)]
 
 
 def by_budget(rows: int = 1024, d: int = 512, v: int = 32768) -> list[Case]:
-    """The same call with a budget of logits from almost nothing to all of them."""
+    """The same call with logits budgets from 1 MiB to the size of all logits."""
     dtype = torch.float32
 
     def with_budget(mib: int):
@@ -331,7 +331,7 @@ def by_budget(rows: int = 1024, d: int = 512, v: int = 32768) -> list[Case]:
 
 
 def unfrozen(inputs: Inputs):
-    """The same log-probs with a weight that learns."""
+    """The same log-probs with a weight that requires a gradient."""
     given = inputs | {"weight": inputs["weight"].detach().requires_grad_()}
     call = weighted(sukhops.linear_logp)(given)
     return lambda: torch.autograd.grad(call(), (given["hidden"], given["weight"]))

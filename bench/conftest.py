@@ -1,4 +1,4 @@
-"""`pytest bench`: every provider of every case of a benchmark is a parameter of its `test_provider`."""
+"""`pytest bench`: parametrizes `test_provider` of each benchmark with every provider of every case."""
 
 
 def pytest_generate_tests(metafunc):

@@ -1,13 +1,13 @@
 """Builds, tests and measures sukhops on a machine with a CUDA device and its own torch; `make gpu` runs it.
 
-Nothing is downloaded: peers take part if they are installed. Every step runs in a process of its own, so that
-one that fails, or loses the device, is told and the next goes on; what the time does not reach is told too.
+Nothing is downloaded: only installed peers are measured. Every step runs in its own process, so the next step
+runs even if one fails or crashes the device. A summary lists steps that failed or for which no time was left.
 
     python bench/gpu.py [--op NAME ...] [--step build test bench suite] [--minutes 9]
     python bench/gpu.py --step sanitize [--op NAME ...]    # compute-sanitizer: memcheck and racecheck
 
-Writes bench/results/<gpu>.jsonl, and from it the table <gpu>.md and plots. The exit status is 1 if anything
-failed and 2 without a CUDA device.
+Writes bench/results/<gpu>.jsonl, and makes the table <gpu>.md and plots from it. The exit status is 1 if a
+step failed and 2 without a CUDA device.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SANITIZERS = ("memcheck", "racecheck")
 class Step(NamedTuple):
     name: str
     command: list[str]
-    seconds: float  # the longest it may take
+    seconds: float  # time limit
     environment: dict[str, str] | None = None
 
 
@@ -50,7 +50,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def planned(steps: list[str], ops: list[str], arch: str, rows: Path) -> list[Step]:
-    """The steps in order: what needs the device first, the suite of the CPU with the time that is left."""
+    """The steps in order: those that need the device first, the CPU tests last."""
     found = []
     pytest = python("-m", "pytest", "-q", "-p", "no:cacheprovider")
     if "build" in steps:
@@ -67,16 +67,16 @@ def planned(steps: list[str], ops: list[str], arch: str, rows: Path) -> list[Ste
         found.append(Step("suite", [*pytest, *spread, "-m", "not full and not gpu"], 400, threads))
     for tool in SANITIZERS if "sanitize" in steps else ():
         check = f"compute-sanitizer --tool {tool} --error-exitcode 9 --target-processes all".split()
-        # each allocation is the driver's own, so that a step beyond one shows
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        # without caching each tensor is a separate allocation, so that out-of-bounds access is detected
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for op in ops:
             tests = ["tests/test_gpu.py", "-k", f"{op} and budget and small and cuda"]
-            found.append(Step(f"{tool} {op}", [*check, *pytest, *tests], 300, alone))
+            found.append(Step(f"{tool} {op}", [*check, *pytest, *tests], 300, uncached))
     return found
 
 
 def run(step: Step, limit: float) -> Outcome:
-    """Runs a step with its output on the terminal."""
+    """Runs a step in a new process; its output goes to the terminal."""
     start = time.monotonic()
     process = subprocess.Popen(
         step.command, cwd=ROOT, env=os.environ | (step.environment or {}), start_new_session=True
@@ -87,7 +87,7 @@ def run(step: Step, limit: float) -> Outcome:
     except subprocess.TimeoutExpired:
         status = "out of time"
     finally:
-        if process.poll() is None:  # out of time, or interrupted: its children end with it
+        if process.poll() is None:  # out of time or interrupted: also kill its child processes
             os.killpg(process.pid, 9)
             process.wait()
     return Outcome(step.name, status, time.monotonic() - start)
@@ -107,7 +107,7 @@ def run_all(steps: list[Step], seconds: float) -> list[Outcome]:
 
 
 def document(found: list[dict]) -> str:
-    """The rows of a run as a page: our time beside the prediction and the peers, then what was asked."""
+    """A Markdown page: times of sukhops and of its peers, predicted times, then the goals of each case."""
     device = next((row["machine"] for row in found if "machine" in row), "GPU")
     body, verdicts = [], []
     for row in found:
@@ -125,12 +125,12 @@ def document(found: list[dict]) -> str:
     header = ["case", "provider", "ms", "predicted ms", "× floor", "MiB", "error", ""]
     parts = [f"# Measured on {device}", report.markdown(header, body)]
     if verdicts:
-        parts.append("What was to be reached:\n\n" + "\n".join(verdicts))
+        parts.append("Goals:\n\n" + "\n".join(verdicts))
     return "\n\n".join(parts) + "\n"
 
 
 def save(rows: Path) -> Path | None:
-    """Puts the rows of every operation into one file; one that did not run now keeps its earlier rows."""
+    """Merges the new rows into the file of this GPU; operations that did not run keep their old rows."""
     parts = {
         p.stem: [json.loads(line) for line in p.read_text().splitlines()]
         for p in sorted(rows.glob("*.jsonl"))
@@ -156,7 +156,7 @@ def main() -> int:
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--step", nargs="+", choices=[*STEPS, "sanitize"], default=list(STEPS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no step goes on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"

@@ -1,4 +1,4 @@
-"""Compiles kernels ahead of time, without a GPU, and reads what came out of them.
+"""Compiles kernels ahead of time, without a GPU, and reads registers, spills and instructions from the code.
 
 Results are cached under .cache/ by a hash of the kernel, the options and the compiler's version.
 """
@@ -24,19 +24,19 @@ CACHE = Path(__file__).parent.parent / ".cache"
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
 WIDE = r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global[^;]*, (?:16|0x10)\b"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory per thread block
 
 
 class Built(NamedTuple):
     registers: int
     spills: int  # bytes of local memory
     shared: int  # bytes
-    wide_loads: int  # 16-byte loads from global memory, to registers or straight to shared memory
-    tensor_core: int  # matrix instructions
+    wide_loads: int  # 16-byte loads from global memory, to registers or to shared memory
+    tensor_core: int  # tensor-core instructions
 
 
 class Kernel(NamedTuple):
-    """A Triton kernel as one of its launchers runs it, and what its code must have."""
+    """A Triton kernel, arguments that a launcher passes to it, and requirements on its code."""
 
     name: str
     kernel: Callable
@@ -44,17 +44,17 @@ class Kernel(NamedTuple):
     constants: dict
     warps: int
     stages: int = 3
-    multiplies: bool = False  # matrices of a half precision: on the tensor cores
-    wide: bool = False  # streams memory: 16-byte loads
+    multiplies: bool = False  # has half-precision matrix products: must use tensor cores
+    wide: bool = False  # is limited by memory bandwidth: must use 16-byte loads
 
     def build(self, arch: int) -> Built:
         return build(self.kernel, arch, self.signature, self.constants, self.warps, self.stages)
 
 
 def build(kernel, arch: int, signature: dict, constants: dict, warps: int, stages: int = 3) -> Built:
-    """`signature` gives a type per argument ("*fp32", "i64", ...); pointers and ints marked with a
-    trailing "!" are divisible by 16, as aligned tensors and padded strides are."""
-    text = kernel.cache_key  # of the kernel and of all that it calls
+    """Compiles a kernel. `signature` gives the type of each argument ("*fp32", "i64", ...). A trailing "!"
+    says that a pointer or integer is divisible by 16, as for aligned tensors and padded strides."""
+    text = kernel.cache_key  # covers the kernel and every function that it calls
     key = repr((WIDE, text, kernel.__name__, arch, signature, constants, warps, stages, triton.__version__))
     return Built(**cached(f"{kernel.__name__}-{arch}", key, lambda: _triton(
         kernel, arch, signature, constants, warps, stages
@@ -86,7 +86,7 @@ def _triton(kernel, arch: int, signature: dict, constants: dict, warps: int, sta
 
 
 def build_cuda(path: Path, arch: int) -> dict[str, Built]:
-    """Every kernel of a .cu file by its name, as setup.py compiles it. Needs nvcc."""
+    """Compiles a .cu file with the flags of setup.py; returns its kernels by name. Needs nvcc."""
     headers = sorted(path.parent.glob("*.h"))
     key = repr((path.read_text(), *(h.read_text() for h in headers), arch, nvcc_version(), torch.__version__))
     found = cached(f"{path.stem}-{arch}", key, lambda: _cuda(path, arch))
@@ -122,7 +122,7 @@ def _cuda(path: Path, arch: int) -> dict[str, dict]:
 
 
 def demangled(name: str) -> str:
-    """The kernel's name with its template's arguments, without types and namespaces."""
+    """The kernel's name with its template arguments, without parameter types and namespaces."""
     text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
     text = re.sub(r"\(anonymous namespace\)::|^void |\((?:int|bool)\)", "", text)
     return re.sub(r"\(.*\)$", "", text)

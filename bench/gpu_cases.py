@@ -1,6 +1,6 @@
-"""The cases of the GPU benchmark: shapes of real models, every installed peer, and what is to be reached.
+"""The cases of the GPU benchmark: shapes of real models, installed peers, and a goal for each case.
 
-bench/gpu_run.py runs them. An operation that is not in this build is left out by name.
+bench/gpu_run.py runs them. It skips operations that this build does not have, and says so.
 """
 
 import math
@@ -23,17 +23,17 @@ BF16 = torch.bfloat16
 SMALL = {"rows": 256, "D": 256, "V": 4096}
 
 
-class Reach(NamedTuple):
-    """`field` of our row is at most `ratio` times that of a provider; of none, the time over the case's floor
-    or a memory in MiB is at most `ratio`."""
+class Goal(NamedTuple):
+    """`field` of sukhops is at most `ratio` times that of the provider `against`. If `against` is empty,
+    `ratio` limits the time relative to the case's floor, or the memory in MiB."""
 
     ratio: float
     against: str = ""
     field: str = "p50_ms"
 
     def verdict(self, found: dict[str, dict]) -> str:
-        """What was reached, from the rows of a case by their provider."""
-        what = {"p50_ms": "time", "memory_mib": "memory"}.get(self.field, self.field)
+        """The goal and whether it is met; `found` has the rows of the case by provider."""
+        quantity = {"p50_ms": "time", "memory_mib": "memory"}.get(self.field, self.field)
         ours, theirs = found.get("sukhops", {}), found.get(self.against, {})
         if self.against:
             unit = f"x {self.against}"
@@ -41,21 +41,21 @@ class Reach(NamedTuple):
                 ours[self.field] / theirs[self.field] if self.field in ours and self.field in theirs else None
             )
         else:
-            unit = "x floor" if what == "time" else "MiB"
-            got = ours.get("ratio_p50" if what == "time" else self.field)
-        asked = f"{what} <= {self.ratio:g} {unit}"
+            unit = "x floor" if quantity == "time" else "MiB"
+            got = ours.get("ratio_p50" if quantity == "time" else self.field)
+        goal = f"{quantity} <= {self.ratio:g} {unit}"
         if got is None:
-            return f"{asked}: not measured"
-        return f"{asked}: {got:.3g}, {'reached' if got <= self.ratio else 'MISSED'}"
+            return f"{goal}: not measured"
+        return f"{goal}: {got:.3g}, {'reached' if got <= self.ratio else 'MISSED'}"
 
 
 class Measured(NamedTuple):
     case: Case
-    reach: Sequence[Reach] = ()
+    goals: Sequence[Goal] = ()
 
 
 def mean(logp: Callable) -> Callable:
-    """Cross entropy through a log-prob function."""
+    """Cross entropy, computed with a log-prob function."""
     return lambda i: lambda: -logp(i["hidden"], i["weight"], i["target"]).mean()
 
 
@@ -136,10 +136,10 @@ def vocab_head(device: str) -> list[Measured]:
     ]
     return [
         Measured(logp_case("linear_logp", shape, device),
-                 [Reach(1.15), Reach(1.0, "Liger"), Reach(1.0, "CCE"), Reach(1.0, "CCE, unfiltered"),
-                  Reach(1.0, "eager", "error"), Reach(1.5e9 / 2**20, field="memory_mib")]),
-        Measured(frozen, [Reach(0.6)]),
-        Measured(preference, [Reach(0.6, "Liger"), Reach(0.2, "Liger", "memory_mib")]),
+                 [Goal(1.15), Goal(1.0, "Liger"), Goal(1.0, "CCE"), Goal(1.0, "CCE, unfiltered"),
+                  Goal(1.0, "eager", "error"), Goal(1.5e9 / 2**20, field="memory_mib")]),
+        Measured(frozen, [Goal(0.6)]),
+        Measured(preference, [Goal(0.6, "Liger"), Goal(0.2, "Liger", "memory_mib")]),
         *map(Measured, growth),
     ]  # fmt: skip
 
@@ -163,7 +163,7 @@ def preference(device: str) -> list[Measured]:
          "eager": Provider(bench_preference.eager_cringe, 24 * logits, "torch")},
         bench_preference.cringe_products, device=device,
     )  # fmt: skip
-    return [Measured(kto, [Reach(1.25)]), Measured(cringe, [Reach(1.25)])]
+    return [Measured(kto, [Goal(1.25)]), Measured(cringe, [Goal(1.25)])]
 
 
 def decoding_inputs(shape: dict, device: str) -> Inputs:
@@ -205,8 +205,8 @@ def director(device: str) -> list[Measured]:
     decode = {"rows": 32, "D": 4096, "V": 128_256, "k": bench_director.K}
     by_rows = [decoding_case("decoding by rows", decode | {"rows": n}, device) for n in (1, 4, 16, 64, 256)]
     return [
-        Measured(training, [Reach(1.25)]),
-        Measured(decoding_case("director_topk", decode, device), [Reach(1 / 0.85)]),
+        Measured(training, [Goal(1.25)]),
+        Measured(decoding_case("director_topk", decode, device), [Goal(1 / 0.85)]),
         *map(Measured, by_rows),
     ]
 
@@ -224,7 +224,7 @@ def adaptive(op: Callable) -> Callable:
 
 
 def causal(i: Inputs):
-    """All earlier keys, by the fused kernel of PyTorch: another function, the cost of not knowing spans."""
+    """Causal attention without spans by PyTorch's fused kernel: a different function, for comparison only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def call():
@@ -240,7 +240,7 @@ def causal_step(i: Inputs):
 
 
 def flex(i: Inputs):
-    """The same mask: blocks outside a head's window are left out, the ramp is a score."""
+    """The same attention with FlexAttention: a block mask for each head's window, the ramp as score_mod."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     span, ramp, (_, heads, length, _) = i["span"], float(i["ramp"]), i["q"].shape
@@ -287,8 +287,8 @@ def adaptive_span(device: str) -> list[Measured]:
     )
     return [
         Measured(attention_case("adaptive spans", soft, device, True, causal_step),
-                 [Reach(1 / 8), Reach(1 / 5, "FlexAttention")]),
-        Measured(attention_case("one hard window", hard, device, False, flex_step), [Reach(1 / 0.85)]),
+                 [Goal(1 / 8), Goal(1 / 5, "FlexAttention")]),
+        Measured(attention_case("one hard window", hard, device, False, flex_step), [Goal(1 / 0.85)]),
     ]  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def segmentation_inputs(shape: dict, device: str) -> Inputs:
 
 
 def torch_struct(i: Inputs):
-    """C = 1 and lengths 1 .. K; index 0 of its length axis is unused."""
+    """Semi-Markov CRF with one class (C = 1) and lengths 1 to K; index 0 of its length axis is unused."""
     from torch_struct import SemiMarkovCRF
 
     length = i["scores"].shape[1]
@@ -314,7 +314,7 @@ def torch_struct(i: Inputs):
 
 
 def segmentation_floor(i: Inputs):
-    """Copies that move as many bytes: scores read twice, posteriors written once."""
+    """Copies with the same memory traffic: scores are read twice, posteriors are written once."""
     scores, out = i["scores"].detach(), torch.ones_like(i["scores"])
     half = scores.flatten()[: scores.numel() // 2]
     return lambda: (out.copy_(scores), out.flatten()[: len(half)].copy_(half))
@@ -341,12 +341,12 @@ def segmentation(device: str) -> list[Measured]:
     case = segmentation_case("segmentation_logz", batch, {"B": 3, "T": 50, "K": 4}, device, eager=eager)
     long = segmentation_case("one long sequence, in chunks", one, {"B": 1, "T": 1000, "K": 4}, device)
     return [
-        Measured(case, [Reach(2.0), Reach(0.01, "torch-struct")]),
-        Measured(long, [Reach(0.01, "torch-struct")]),
+        Measured(case, [Goal(2.0), Goal(0.01, "torch-struct")]),
+        Measured(long, [Goal(0.01, "torch-struct")]),
     ]
 
 
-# operation, the function that it needs, its cases
+# operation: (function of sukhops that must exist, cases)
 OPS: dict[str, tuple[str, Callable[[str], list[Measured]]]] = {
     "vocab_head": ("linear_logp", vocab_head),
     "preference": ("linear_logp", preference),
@@ -357,6 +357,6 @@ OPS: dict[str, tuple[str, Callable[[str], list[Measured]]]] = {
 
 
 def missing(op: str) -> str | None:
-    """Why an operation cannot be measured in this build."""
+    """Why an operation cannot be measured in this build, or None."""
     function = OPS[op][0]
     return None if hasattr(sukhops, function) else f"sukhops.{function} is not in this build"

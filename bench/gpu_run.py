@@ -1,4 +1,7 @@
-"""Runs the cases of one operation on the CUDA device: `gpu_run.py OPERATION ROWS.jsonl`, for bench/gpu.py."""
+"""Measures the cases of one operation on the CUDA device; for bench/gpu.py.
+
+python bench/gpu_run.py OPERATION ROWS.jsonl
+"""
 
 import json
 import sys
@@ -14,7 +17,7 @@ from harness import Case, Provider
 
 
 def peak_memory(case: Case, provider: Provider) -> float:
-    """Bytes of the CUDA allocator at the peak of a step, above what was there before it and the gradients."""
+    """Peak bytes that a step allocates on the CUDA device, without the gradients."""
     inputs = case.make()
     params = harness.parameters(inputs)
 
@@ -23,7 +26,7 @@ def peak_memory(case: Case, provider: Provider) -> float:
         return 0.0
 
     step = harness.step(provider.make(inputs), params, case.modes[-1], once)
-    step()  # loads code, tunes
+    step()  # loads code, runs autotuning
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -34,7 +37,7 @@ def peak_memory(case: Case, provider: Provider) -> float:
 
 
 def run(measured: Measured, device: roofline.Device) -> list[dict]:
-    """The rows of a case: every provider that works, the roofline's time beside ours, what was reached."""
+    """The rows of a case: one per provider; the row of sukhops also has the predicted time and the goals."""
     case, memory, ready, broken = measured.case, {}, {}, {}
     limit = torch.cuda.get_device_properties(0).total_memory * 0.9
     for name, provider in case.providers.items():
@@ -43,7 +46,7 @@ def run(measured: Measured, device: roofline.Device) -> list[dict]:
                 raise MemoryError(f"predicted memory {provider.memory / 2**30:.0f} GiB does not fit")
             memory[name] = peak_memory(case, provider)
             ready[name] = provider
-        except Exception as error:  # a peer that is missing or breaks is a row that says so
+        except Exception as error:  # record a missing or failing peer in its row and go on
             if provider.ours:
                 raise
             why = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -60,14 +63,14 @@ def run(measured: Measured, device: roofline.Device) -> list[dict]:
         work = build(**case.shape)
         ours["floor_ms"] = 1e3 * work.floor.seconds(device)
         ours["predicted_ms"] = 1e3 * work.predicted(device)
-    if measured.reach:
+    if measured.goals:
         found = {row["provider"]: row for row in rows}
-        ours["reach"] = [reach.verdict(found) for reach in measured.reach]
+        ours["reach"] = [goal.verdict(found) for goal in measured.goals]
     return rows
 
 
 def ceilings() -> roofline.Device:
-    """This device as a roofline, from a copy of a gigabyte and a square product of random numbers."""
+    """Measures bandwidth (a copy of 1 GiB) and matrix throughput (a square product) of this device."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     y, c = torch.empty_like(x), torch.empty_like(a)
@@ -81,13 +84,13 @@ def ceilings() -> roofline.Device:
 
 
 def main() -> int:
-    """1 if an operation of ours broke, or was wrong."""
+    """Returns 1 if sukhops failed or was wrong in any case."""
     op, path = sys.argv[1], Path(sys.argv[2])
     if why := gpu_cases.missing(op):
         path.write_text(json.dumps({"op": op, "failed": why}) + "\n")
         print(why)
         return 0
-    torch._dynamo.config.automatic_dynamic_shapes = False  # a compiled peer keeps the code of its shape
+    torch._dynamo.config.automatic_dynamic_shapes = False  # compile peers for static shapes
     device = ceilings()
     bad = False
     print(f"{device.name}: {device.half / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s measured")
@@ -95,7 +98,7 @@ def main() -> int:
         for measured in gpu_cases.OPS[op][1]("cuda"):
             try:
                 rows = run(measured, device)
-            except Exception as error:  # the next case goes on, unless the device is lost
+            except Exception as error:  # continue with the next case, unless the device has crashed
                 why = f"{type(error).__name__}: {error}"[:300]
                 rows = [{"op": op, "case": measured.case.name, "failed": why}]
                 print(f"FAILED {measured.case.name}: {why}")

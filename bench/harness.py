@@ -1,9 +1,9 @@
-"""Times providers of one operation against each other and against the products they cannot avoid.
+"""Times several providers (implementations) of one operation, and the bare matrix products it cannot avoid.
 
-A provider is checked against float64 before it is timed. Providers are interleaved call by call; a ratio
-is the median, over rounds, of a provider's time over the bare products' time in the same round. Peak
-memory is what a fresh process that has made a small call adds to its resident set for a full one, less the
-gradients it leaves.
+Each provider is checked against float64 before it is timed. The providers take turns, call by call. A ratio
+is the median over rounds of a provider's time divided by that of the bare products in the same round. Peak
+memory is measured in a forked process: the resident set that a full-size call adds, after a small call, minus
+the size of the gradients.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"  # recorded, per class of CPU
-OWN = Path(__file__).parent / "own"  # of whoever runs the benchmarks; not in the repository
-MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes and seconds: a provider predicted above is not run
-PEER_SECONDS = 8.0  # after which a peer is timed no more
-SHORT_ROUNDS, SHORT_SECONDS = 5, 2.0  # the same where only the main cases are run
+RESULTS = Path(__file__).parent / "results"  # recorded results, kept per class of CPU
+OWN = Path(__file__).parent / "own"  # results of your own runs, ignored by git
+MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes, seconds; providers predicted to need more are not run
+PEER_SECONDS = 8.0  # time limit for each peer
+SHORT_ROUNDS, SHORT_SECONDS = 5, 2.0  # rounds, and time limit for each peer, if only the main cases run
 EMULATED = "this CPU has no bfloat16 products: some take minutes"
 MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
 
@@ -36,15 +36,15 @@ Inputs = dict[str, Tensor]
 
 
 class Provider(NamedTuple):
-    """`make(inputs)` returns a call without arguments that gives a scalar or a tensor to differentiate."""
+    """`make(inputs)` returns a function without arguments, whose result (any shape) is differentiated."""
 
     make: Callable[[Inputs], Callable[[], Tensor]]
-    memory: float = 0.0  # predicted bytes above the inputs
-    package: str = "sukhops"  # whose version the row names
+    memory: float = 0.0  # predicted bytes in addition to the inputs
+    package: str = "sukhops"  # its version is recorded in the row
     ours: bool = False
-    same: bool = True  # it computes what the case's reference does, and is checked; else it is only timed
-    compiles: bool = False  # its first call of a shape takes time and memory that later ones do not
-    seconds: float = 0.0  # predicted of a call
+    same: bool = True  # computes the same function as the reference and is checked; otherwise only timed
+    compiles: bool = False  # the first call for a shape takes extra time and memory
+    seconds: float = 0.0  # predicted time of a call
 
 
 def compiled(make: Callable[[Inputs], Callable[[], Tensor]], memory: float) -> Provider:
@@ -57,28 +57,28 @@ class Case(NamedTuple):
     name: str
     shape: dict[str, int | str]
     dtype: torch.dtype
-    make: Callable[[], Inputs]  # leaf tensors; those that require a gradient get one
-    small: Callable[[], Inputs]  # the same at a size float64 can check
+    make: Callable[[], Inputs]  # leaf tensors; gradients are computed for those with requires_grad
+    small: Callable[[], Inputs]  # smaller inputs, for the check against float64
     exact: Callable[[Inputs], Callable[[], Tensor]]  # the reference
     providers: dict[str, Provider]
     products: Callable[[Inputs], Callable[[], None]] | None = None  # the bare products
     rounds: int = 7
     modes: tuple[str, ...] = ("fwd_bwd",)
     device: str = "cpu"
-    main: bool = False  # what `make bench` shows
+    main: bool = False  # run by `make bench`
 
 
 def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
     """The command line of a benchmark: its main cases, or all of them and its grid."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument(
-        "--all", action="store_true", help="every case, not the main ones alone: many minutes"
+        "--all", action="store_true", help="run every case (many minutes), not only the main ones"
     )
-    parser.add_argument("--case", default="", help="with --all: those whose name contains this")
-    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
+    parser.add_argument("--case", default="", help="with --all: only cases whose name contains this")
+    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documentation")
     args = parser.parse_args()
     if (args.record or args.case) and not args.all:
-        parser.error("--record and --case choose among all cases: add --all")
+        parser.error("--record and --case require --all")
     if args.all:
         for rows in run([c for c in cases if args.case in c.name]):
             save(name, rows, args.record)
@@ -91,7 +91,7 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
 
 
 def save(name: str, rows: list[dict], record: bool = False) -> None:
-    """Writes rows in place of earlier ones of the same case, dtype, mode and class of CPU; others stay."""
+    """Writes rows; they replace earlier rows of the same case, dtype, mode and class of CPU."""
     path = (RESULTS if record else OWN) / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
 
@@ -102,7 +102,7 @@ def save(name: str, rows: list[dict], record: bool = False) -> None:
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for row in old:
         found.setdefault(key(row), []).append(row)
-    found |= {key(row): [] for row in rows}  # in the place of the old ones
+    found |= {key(row): [] for row in rows}  # new rows keep the position of those they replace
     for row in rows:
         found[key(row)].append(row)
     ordered = sorted(found.items(), key=lambda item: str(item[0][0]))
@@ -113,9 +113,9 @@ def save(name: str, rows: list[dict], record: bool = False) -> None:
 def run(
     cases: list[Case], measure_memory: bool = True, peer_seconds: float = PEER_SECONDS
 ) -> Iterator[list[dict]]:
-    """Runs the cases in order and prints a table of each; yields the rows of each name and dtype together.
+    """Runs and prints the cases in order; yields a list of rows for each combination of name and dtype.
 
-    Memory comes first: its processes are forks, and OpenMP does not survive a fork once it has run.
+    Memory is measured first, because it forks: OpenMP does not work in a fork of a process that has used it.
     """
     memory: list[dict] = [{} for _ in cases]
     for case, measured in zip(cases, memory, strict=True):
@@ -132,7 +132,7 @@ def run(
 
 
 def emulated(case: Case) -> bool:
-    """Whether the case is products of bfloat16 matrices on a CPU without instructions for them."""
+    """Whether the case trains in bfloat16 on a CPU without bfloat16 instructions."""
     trains = case.dtype == torch.bfloat16 and "fwd_bwd" in case.modes
     return trains and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -159,7 +159,7 @@ def run_case(
             continue
         try:
             gates[name] = check(case, p) if p.same else {"gate": True}
-        except Exception as error:  # a peer that breaks is a row that says so
+        except Exception as error:  # record the error of a peer in its row and go on
             if p.ours:
                 raise
             gates[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
@@ -178,7 +178,7 @@ def run_case(
 
 
 def check(case: Case, provider: Provider) -> dict:
-    """The provider's and the reference's distance from float64, over results and gradients."""
+    """Errors against float64, over results and gradients, of the provider and of the reference."""
     inputs = case.small()
 
     def outcome(make, cast=None):
@@ -213,7 +213,7 @@ def time_providers(
     ratios: dict[str, list[float]] = {n: [] for n in calls}
     for name, call in calls.items():
         if providers[name].compiles or case.device != "cpu":
-            call()  # the others have warmed up on the small inputs
+            call()  # the other providers were warmed up by the check on small inputs
     for _ in range(case.rounds):
         reference = timer(bare) if bare else None
         for name, call in calls.items():
@@ -239,7 +239,7 @@ def clock(f: Callable[[], object]) -> float:
 
 
 def device_clock(f: Callable[[], object]) -> float:
-    """Seconds of the CUDA device between two events; its L2 cache is overwritten before the first."""
+    """Seconds between two CUDA events; the L2 cache is overwritten before the first."""
     torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -253,7 +253,7 @@ def device_clock(f: Callable[[], object]) -> float:
 def step(
     call: Callable[[], Tensor], params: list[Tensor], mode: str, timer: Callable[..., float] = clock
 ) -> Callable[[], float]:
-    """A call that returns the seconds its mode took; gradients are freed outside of them."""
+    """A function that runs `mode` once and returns its seconds, without the time to free the gradients."""
 
     def timed() -> float:
         if mode == "fwd_nograd":
@@ -270,7 +270,7 @@ def step(
 
 
 def peak_memory(case: Case, provider: Provider) -> float | None:
-    """Bytes that one forward and backward adds in a forked process, less the gradients; None if it fails."""
+    """Peak bytes of a forward and backward in a forked process, without the gradients; None if it fails."""
     read, write = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -284,7 +284,7 @@ def peak_memory(case: Case, provider: Provider) -> float | None:
                 call()
             else:
                 small = case.small()
-                step(provider.make(small), parameters(small), "fwd_bwd")()  # loads code, starts threads
+                step(provider.make(small), parameters(small), "fwd_bwd")()  # loads code and starts threads
             ctypes.CDLL(None).malloc_trim(0)
             before = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
@@ -302,7 +302,7 @@ def peak_memory(case: Case, provider: Provider) -> float | None:
 
 
 def test_provider(benchmark, case: Case, provider: Provider) -> None:
-    """One provider of one case under pytest-benchmark."""
+    """Times one provider of one case with pytest-benchmark."""
     inputs = case.make()
     call = step(provider.make(inputs), parameters(inputs), case.modes[-1])
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

@@ -1,8 +1,8 @@
-"""What the CUDA kernels compile to, without a GPU: registers, spills, shared memory, instructions.
+"""Compiles the CUDA kernels without a GPU; records registers, spills, shared memory and instructions.
 
     python bench/kernels.py    # writes bench/results/kernels.jsonl and .md
 
-Triton's kernels come from bench/builds, CUDA's from csrc/*.cu where nvcc is installed.
+Triton kernels are listed in bench/builds; CUDA C++ kernels in csrc/*.cu are compiled if nvcc is installed.
 """
 
 import importlib
@@ -16,17 +16,18 @@ from gpu_build import ARCHITECTURES, Built, Kernel
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-TEXT = """# What the kernels compile to
+TEXT = """# Compiled kernels
 
-Made by `python bench/kernels.py` without a GPU; `tests/test_kernels.py` holds it to what is compiled. A cell
-has a value for each of {architectures}, or one where they agree. Spills, a thread's local memory, and shared
-memory are bytes; spills must be 0. Tensor cores: instructions that multiply matrices there; a kernel of half
-precisions with a product must have some. Wide loads: 16-byte loads from global memory.
+Made by `python bench/kernels.py` without a GPU; `tests/test_kernels.py` checks that it is up to date. A cell
+has one value for each of {architectures}, or a single value if they are equal. Spills (local memory of a
+thread) and shared memory are in bytes; spills must be 0. Tensor cores: number of tensor-core instructions;
+kernels with half-precision matrix products must have some. Wide loads: number of 16-byte loads from global
+memory.
 """
 
 
 def triton_kernels() -> dict[str, list[Kernel]]:
-    """The kernels of every operation, by its name."""
+    """The Triton kernels of every operation, by the operation's name."""
     names = sorted(p.stem for p in (ROOT / "bench" / "builds").glob("[a-z]*.py"))
     return {name: importlib.import_module(f"builds.{name}").KERNELS for name in names}
 
@@ -36,7 +37,7 @@ def row(op: str, kernel: str, form: str, arch: int, compiler: str, built: Built)
 
 
 def rows() -> list[dict]:
-    """Every kernel that can be compiled here, for every architecture."""
+    """Compiles every kernel for every architecture; CUDA C++ only if nvcc is installed."""
     found, compiler = [], f"triton {triton.__version__}"
     listed = [(op, kernel) for op, kernels in triton_kernels().items() for kernel in kernels]
     for op, kernel in tqdm(listed, desc="kernels"):

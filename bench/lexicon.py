@@ -1,8 +1,8 @@
-"""Counting units in a text and mapping it to them, beside the same in plain Python.
+"""Counts the units of a text and maps the text to unit ids, with sukhops and with plain Python.
 
-The text is the source of the standard library; plain Python is timed on a share of it, in the same rounds,
-and told per second. Results are compared before they are timed. `--record` writes bench/results, else
-bench/own.
+The text is the source code of Python's standard library. Plain Python is timed on a part of it, in the same
+rounds; results are in characters per second. The results are compared before timing. `--record` writes to
+bench/results instead of bench/own.
 """
 
 import sys

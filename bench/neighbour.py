@@ -1,7 +1,8 @@
-"""Every operator beside eager PyTorch while another program computes on all cores.
+"""Times every operator and eager PyTorch while another program is busy on all cores.
 
-Times each provider alone and then beside as many busy processes as there are threads, call by call in turns;
-rows say how many times slower it became. `--record` writes bench/results, else bench/own.
+Each provider is timed alone, and then while as many busy processes run as there are threads. Providers take
+turns, call by call. Rows say how much slower each became. `--record` writes to bench/results instead of
+bench/own.
 """
 
 import subprocess
@@ -17,15 +18,15 @@ import bench_vocab_head
 import harness
 import torch
 
-SECONDS = 6.0  # of each case alone, and with the neighbour
+SECONDS = 6.0  # per case, once alone and once with the busy processes
 
 
 @contextmanager
-def neighbour():
-    """As many busy processes as threads."""
+def busy_processes():
+    """Runs as many busy processes as there are threads."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in range(torch.get_num_threads())]
-    time.sleep(0.5)  # they start in a few milliseconds
+    time.sleep(0.5)  # wait until they have started
     try:
         yield
     finally:
@@ -35,7 +36,7 @@ def neighbour():
 
 
 def chosen() -> list[harness.Case]:
-    """A case of each operator, with its eager peer or its floor beside it."""
+    """One or two cases of each operator, with its eager peer or its floor."""
     modules = (bench_vocab_head, bench_preference, bench_director, bench_adaptive_span, bench_segmentation)
     wanted = {
         "by rows D 512 float32": {256},
@@ -62,7 +63,7 @@ def calls(case: harness.Case) -> dict:
 
 
 def median_times(timed: dict) -> dict[str, float]:
-    """Of at least 5 rounds."""
+    """Median seconds of each provider, over at least 5 rounds."""
     times: dict[str, list[float]] = {n: [] for n in timed}
     start = time.perf_counter()
     while len(times["sukhops"]) < 5 or time.perf_counter() - start < SECONDS:
@@ -77,7 +78,7 @@ def main() -> None:
         timed = calls(case)
         median_times(timed)
         alone = median_times(timed)
-        with neighbour():
+        with busy_processes():
             beside = median_times(timed)
         base = {
             "op": case.op,

@@ -1,8 +1,8 @@
 """Bradley-Terry scores of many small sets of battles, and length-controlled pairs of many prompts.
 
-Beside choix (PyPI), whose solver takes one set at a time, and a plain loop over prompts; both are timed on a
-share of the problems, in the same rounds, and told per second. `--record` writes bench/results,
-else bench/own.
+The peers are choix (from PyPI), which solves one set at a time, and a Python loop over prompts. Both are
+timed on a part of the problems, in the same rounds; results are in problems per second. `--record` writes to
+bench/results instead of bench/own.
 """
 
 import sys
@@ -20,7 +20,7 @@ RIDGE, RHO = 1e-2, 0.32
 
 
 def battles() -> torch.Tensor:
-    """Each pair of judgments met twice, once in either order; what a noisy judge made of their quality."""
+    """Simulated wins: a noisy judge compares each pair of judgments twice, once in either order."""
     g = torch.Generator().manual_seed(0)
     quality = torch.randn(SETS, JUDGMENTS, generator=g, dtype=torch.float64)
     win = torch.sigmoid(quality.unsqueeze(2) - quality.unsqueeze(1))
@@ -29,7 +29,7 @@ def battles() -> torch.Tensor:
 
 
 def gradient_norm(wins: torch.Tensor, scores: torch.Tensor) -> float:
-    """Of the penalised likelihood, the largest over the sets."""
+    """Gradient norm of the penalized likelihood, the largest over the sets."""
     flow = wins * torch.sigmoid(scores.unsqueeze(-2) - scores.unsqueeze(-1))
     return ((flow - flow.mT).sum(-1) - RIDGE * scores).norm(dim=-1).max().item()
 

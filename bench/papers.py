@@ -1,4 +1,4 @@
-"""The README's table of papers: a claim of each, and its effect in the example that was recorded."""
+"""The README's table of papers: one claim per paper, and the effect measured in the recorded example."""
 
 import statistics
 from collections.abc import Callable
@@ -11,10 +11,10 @@ class Effect(NamedTuple):
     paper: str
     claim: str
     example: str  # bench/results/example_<name>.jsonl
-    before: str  # the variant to compare with
-    after: str
-    fields: dict[str, str]  # columns of the example, and what the README calls them
-    section: str  # of docs/examples.md
+    before: str  # variant before the effect
+    after: str  # variant after it
+    fields: dict[str, str]  # column of the example: its name in the README
+    section: str  # anchor in docs/examples.md
 
 
 EFFECTS = [
@@ -56,7 +56,7 @@ EFFECTS = [
 
 
 def table(rows: Callable[[str], list[dict]]) -> str:
-    """One line per effect; `rows(name)` are the rows of a file of results."""
+    """One line per effect; `rows(name)` returns the rows of bench/results/<name>.jsonl."""
     body = []
     for effect in EFFECTS:
         found = rows(f"example_{effect.example}")

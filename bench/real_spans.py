@@ -1,8 +1,8 @@
-"""Adaptive spans in a pretrained model: what it reads before and after its heads have learned their spans.
+"""Trains adaptive spans in a pretrained model, and measures bits per token, spans and decoding time.
 
-The spans alone learn, from ratio 1, on Python's own documentation; the weights stay. Bits per token are those
-of a part that was not trained on. Decoding continues a long context with a StaticCache, the model without
-spans and the one with them in turns. `--record` writes bench/results, else bench/own.
+Only the spans are trained, from ratio 1, on Python's documentation; the weights are frozen. Bits per token
+are measured on held-out text. Decoding continues a long context with a StaticCache; the models with and
+without spans take turns. `--record` writes to bench/results instead of bench/own.
 """
 
 import argparse
@@ -27,13 +27,13 @@ def load(name: str) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def bits(model: transformers.PreTrainedModel, texts: torch.Tensor) -> float:
-    """Per token of texts [N, T]."""
+    """Mean bits per token of texts [N, T]."""
     losses = [model(t.unsqueeze(0), labels=t.unsqueeze(0), use_cache=False).loss for t in texts]
     return torch.stack(losses).mean().item() / torch.tensor(2.0).log().item()
 
 
 def decoding(models: dict, context: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds a token of each model after a context [N], in turns."""
+    """Milliseconds per decoded token after a context [N] for each model; the models take turns."""
 
     def seconds(model: transformers.PreTrainedModel, new: int) -> float:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
@@ -52,15 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder or name of a model; SmolLM2-135M-Instruct, fetched")
-    parser.add_argument("--tokens", type=int, default=512, help="of a training text, and max_span")
+    parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per training text, and max_span")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
-        "--coef", type=float, default=3e-5, help="of the penalty, nats for a token of a layer's mean"
+        "--coef", type=float, default=3e-5, help="of the penalty, in nats per token of a layer's mean span"
     )
-    parser.add_argument("--context", type=int, default=4096, help="tokens before those that are decoded")
+    parser.add_argument("--context", type=int, default=4096, help="tokens before the first decoded token")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
+    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documentation")
     args = parser.parse_args()
     name = real_model.path(args.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)

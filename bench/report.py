@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/*.md and the plots from bench/results/*.jsonl.
 
 A block `<!-- table NAME -->` ... `<!-- end -->` is made from bench/results/NAME.jsonl; the tables "headline",
-"machine" and "papers" are made from several files. A case that was measured over several shapes is a plot,
-NAME_CASE_CPU.svg for each class of CPU, and not in the table. `--check` fails if a table differs from the
-results, and writes nothing; `--own` only plots what `make bench` left in bench/own.
+"machine" and "papers" are made from several files. A case that was measured over several shapes is not in the
+table but in a plot, NAME_CASE_CPU.svg, for each class of CPU. `--check` writes nothing and fails if a table
+is out of date; `--own` only plots the results of `make bench` in bench/own.
 """
 
 import argparse
@@ -22,12 +22,12 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class Headline(NamedTuple):
-    """A case of the README's table, and what the rows in its file do not say."""
+    """A case of the README's table, with the columns that its rows do not contain."""
 
-    name: str  # of the file
+    name: str  # bench/results/<name>.jsonl
     case: str
     title: str
-    ignored: int | None  # percent of the rows; None: the operation has no targets
+    ignored: int | None  # percent of ignored rows; None if the operation has no targets
     floor: str
     mode: str = "fwd_bwd"
 
@@ -53,7 +53,7 @@ def rows(name: str) -> list[dict]:
 
 
 def headline() -> str:
-    """One line per headline and dtype: time and memory of sukhops and of its fastest peer, and the floor."""
+    """One line per headline and dtype: time and memory of sukhops and of the fastest peer, and the floor."""
 
     def cost(r: dict) -> str:
         return f"{milliseconds(r)} ms" + (f", {r['memory_mib']:,.0f} MiB" if "memory_mib" in r else "")
@@ -73,7 +73,7 @@ def headline() -> str:
 
 
 def sweeps(found: list[dict]) -> dict[str, str]:
-    """Cases that were measured over more than two shapes, and the axis of the shape that varies."""
+    """Cases measured over more than two shapes: name of the case, name of the size that varies."""
     shapes: dict[str, list[dict]] = {}
     for r in found:
         if "shape" in r and r["shape"] not in shapes.setdefault(r["case"], []):
@@ -83,7 +83,7 @@ def sweeps(found: list[dict]) -> dict[str, str]:
 
 
 def measured(found: list[dict]) -> str:
-    """Every provider of every case: time, ratio to the floor of its operation, memory, error."""
+    """Every provider of every case: time, ratio to the floor, memory, error."""
     swept, body = sweeps(found), []
     for r in found:
         if r["case"] in swept:
@@ -105,7 +105,7 @@ def measured(found: list[dict]) -> str:
 
 
 def grid(found: list[dict]) -> str:
-    """One line per shape: milliseconds of every provider, and how many times ours the peers take."""
+    """One line per shape: milliseconds of every provider, and the peers' times relative to sukhops."""
     body = []
     groups: dict[tuple, list[dict]] = {}
     for r in found:
@@ -125,7 +125,7 @@ def grid(found: list[dict]) -> str:
 
 
 def example(found: list[dict]) -> str:
-    """Mean ± deviation over seeds of each variant, in the columns that the example chose."""
+    """Mean ± standard deviation over seeds of each variant, in the columns that the example defines."""
     columns, runs = found[0]["columns"], found[1:]
     body = []
     for variant in dict.fromkeys(r["variant"] for r in runs):
@@ -142,7 +142,7 @@ def example(found: list[dict]) -> str:
 
 
 def machine() -> str:
-    """Which machine each table was measured on."""
+    """The machine on which each table was measured."""
     names: dict[str, list[str]] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for r in rows(path.stem):
@@ -170,7 +170,7 @@ def block(name: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with every table made anew."""
+    """The text of a document with all of its tables replaced."""
     return re.sub(
         r"<!-- table (\w+) -->\n.*?<!-- end -->",
         lambda found: f"<!-- table {found[1]} -->\n{block(found[1])}\n<!-- end -->",
@@ -180,7 +180,7 @@ def filled(text: str) -> str:
 
 
 def pyplot():
-    """Matplotlib, writing the same file for the same rows."""
+    """Matplotlib, configured so that the same rows give the same file."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -191,7 +191,7 @@ def pyplot():
 
 
 def plot(name: str, found: list[dict], case: str, axis: str, folder: Path = RESULTS) -> None:
-    """Time, and memory where it was measured, of each provider over the axis of the shape that varies."""
+    """Plots time, and memory if measured, of each provider over the size that varies."""
     plt = pyplot()
     isa = found[0]["isa"].replace(" + bfloat16 products", "_bf16")
     found = [r for r in found if r["case"] == case and not r.get("skipped")]
@@ -220,7 +220,7 @@ def plot(name: str, found: list[dict], case: str, axis: str, folder: Path = RESU
 
 
 def bars(folder: Path) -> None:
-    """Milliseconds of every provider of every case in a folder, one panel a case."""
+    """Plots milliseconds of every provider, one panel for each case in a folder."""
     plt = pyplot()
     found = [json.loads(line) for p in sorted(folder.glob("*.jsonl")) for line in p.read_text().splitlines()]
     found = [r for r in found if r.get("p50_ms")]
@@ -243,7 +243,7 @@ def bars(folder: Path) -> None:
 
 
 def trade_off(name: str, found: list[dict]) -> None:
-    """One point per variant of an example, mean and deviation over seeds, in two of its columns."""
+    """Plots two columns of an example: one point per variant, mean and standard deviation over seeds."""
     plt = pyplot()
     fields, runs = found[0]["plot"], [r for r in found[1:] if all(f in r for f in found[0]["plot"])]
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -261,12 +261,12 @@ def trade_off(name: str, found: list[dict]) -> None:
 
 
 def spans(name: str, found: list[dict]) -> None:
-    """The learned span of every head, by layer: r["spans"] [layers][heads], one color per seed."""
+    """Plots the learned span of every head by layer, from r["spans"] [layers][heads], one color per seed."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6, 3.4), layout="constrained")
     runs = [r for r in found if "spans" in r]
     for i, r in enumerate(runs):
-        heads = [  # heads have no order of their own: shortest first
+        heads = [  # sorted by span, because the order of heads has no meaning
             (layer + 0.7 * (rank + 0.5) / len(row) - 0.35 + 0.03 * (i - len(runs) / 2), span)
             for layer, row in enumerate(r["spans"], 1)
             for rank, span in enumerate(sorted(row))
@@ -282,8 +282,8 @@ def spans(name: str, found: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say which documents are not up to date")
-    parser.add_argument("--own", action="store_true", help="plot bench/own, write nothing else")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is stale")
+    parser.add_argument("--own", action="store_true", help="only plot bench/own")
     args = parser.parse_args()
     check = args.check
     if args.own:

@@ -1,9 +1,9 @@
-"""What each operation must do at a shape, and how long that takes on a GPU: a roofline.
+"""A roofline model: predicts the time of each operation on a GPU from its shape.
 
-An operation is a list of phases, one after the other. A phase lasts as long as the slowest of its matrix
-products on the tensor cores, its traffic with device memory, its chain of dependent steps and what it sends
-to other devices. `floor` is what no implementation avoids; `plan` is what the kernels here do, so that a
-measured time can be held against it. Launches and caches are not modelled.
+An operation is a sequence of phases. The time of a phase is the largest of four times: matrix products on the
+tensor cores, traffic with device memory, chains of dependent steps, and traffic to other devices. `floor` is
+the work that no implementation can avoid; `plan` is the work of the kernels in this repository, to compare
+with measured times. Launch overhead and caches are not modeled.
 
     python bench/roofline.py    # writes bench/results/roofline.jsonl and prints the table
 """
@@ -19,15 +19,15 @@ RESULTS = Path(__file__).parent / "results"
 
 class Device(NamedTuple):
     name: str
-    half: float  # bfloat16 or float16 products, dense: operations a second, a multiply-add is two
-    bandwidth: float  # of device memory, bytes a second
+    half: float  # dense bfloat16 or float16 products, in FLOP/s
+    bandwidth: float  # of device memory, bytes per second
     clock: float  # Hz
-    link: float = math.inf  # to other devices, bytes a second each way
+    link: float = math.inf  # to other devices, bytes per second in each direction
 
 
-# NVIDIA H200 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOP/s with sparsity, so half of it dense, and
-# 4.8 TB/s; NVLink 900 GB/s, half of it each way. The clock is the one at which 132 multiprocessors of 4,096
-# such operations a cycle give that rate.
+# NVIDIA H200 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOP/s with sparsity, half of that dense;
+# 4.8 TB/s; NVLink 900 GB/s, half of that in each direction. The clock follows from the dense rate: 132 SMs
+# with 4,096 FLOP per cycle each.
 H200 = Device("NVIDIA H200", 989.5e12, 4.8e12, 989.5e12 / (132 * 4096), 450e9)
 HALF, FLOAT, INDEX = 2, 4, 8  # bytes
 
@@ -36,7 +36,7 @@ class Phase(NamedTuple):
     name: str
     flops: float = 0.0
     bytes: float = 0.0
-    cycles: float = 0.0  # of a chain in which each step waits for the last
+    cycles: float = 0.0  # of a chain of dependent steps
     sent: float = 0.0  # bytes to other devices
 
     def times(self, device: Device) -> dict[str, float]:
@@ -64,19 +64,19 @@ class Work(NamedTuple):
 
 
 def product(name: str, m: int, n: int, k: int, *, out: int = FLOAT) -> Phase:
-    """[m, k] @ [k, n] of half precisions, `out` bytes per entry of the result."""
+    """[m, k] @ [k, n] in half precision; the result has `out` bytes per element."""
     return Phase(name, 2.0 * m * n * k, HALF * (m * k + k * n) + out * m * n)
 
 
 def tiles(rows: int, vocab: int) -> int:
-    """How many blocks of the vocabulary the CUDA plan walks."""
+    """The number of vocabulary blocks of the CUDA implementation."""
     from sukhops.triton_kernels.vocab_head import _width
 
     return math.ceil(vocab / _width(rows, vocab))
 
 
 def head_forward(rows: int, d: int, vocab: int) -> list[Phase]:
-    """The products in blocks of float32, each read by one row pass (its second walk hits the cache)."""
+    """Products in float32 blocks; each is read once by a row-wise kernel (its second read hits the cache)."""
     return [
         product("logits", rows, vocab, d),
         Phase("forward rows", bytes=FLOAT * rows * vocab),
@@ -95,7 +95,7 @@ def head_backward(rows: int, d: int, vocab: int) -> list[Phase]:
 
 
 def head_frozen(rows: int, d: int, vocab: int) -> list[Phase]:
-    """The forward keeps the mean of the weight's rows under the softmax; the backward scales it."""
+    """The forward keeps the mean of the weight's rows over the softmax; the backward only scales it."""
     blocks = tiles(rows, vocab)
     return [
         product("logits", rows, vocab, d),
@@ -107,7 +107,7 @@ def head_frozen(rows: int, d: int, vocab: int) -> list[Phase]:
 
 
 def bare(rows: int, d: int, vocab: int, products: int, weights: int = 1) -> Phase:
-    """`products` matrix products, inputs and gradients of `weights` weights moved once."""
+    """`products` matrix products; hidden, `weights` weights and their gradients are moved once."""
     return Phase("products", 2.0 * products * rows * d * vocab, 2 * HALF * (rows * d + weights * vocab * d))
 
 
@@ -116,7 +116,7 @@ def linear_logp(rows: int, D: int, V: int) -> Work:
 
 
 def sliced_logp(rows: int, D: int, V: int, GPUs: int) -> Work:
-    """A slice of the vocabulary on each: three numbers per row travel, and hidden's gradient is summed."""
+    """A slice of the vocabulary per GPU; they exchange three numbers per row and sum hidden's gradient."""
     part = math.ceil(V / GPUs)
     plan = [
         *head_forward(rows, D, part),
@@ -132,33 +132,33 @@ def frozen(rows: int, D: int, V: int) -> Work:
 
 
 def dpo(rows: int, D: int, V: int) -> Work:
-    """The policy's head learns, the reference model's does not."""
+    """Forward and backward of the policy, forward of the reference model."""
     plan = head_forward(rows, D, V) * 2 + head_backward(rows, D, V)
     return Work(bare(rows, D, V, 4, weights=2), plan)
 
 
 def kto(rows: int, D: int, V: int) -> Work:
-    """As DPO, and two passes over the mismatched batch."""
+    """Like DPO, and two more forwards for the mismatched batch."""
     plan = head_forward(rows, D, V) * 4 + head_backward(rows, D, V)
     return Work(bare(rows, D, V, 6, weights=2), plan)
 
 
 def cringe(rows: int, D: int, V: int) -> Work:
-    """Half of the rows positive; a negative row's gradient touches the few entries of its contrast."""
+    """Half of the rows are positive; the gradient of a negative row affects only a few vocabulary entries."""
     plan = head_forward(rows, D, V) + head_backward(rows // 2, D, V)
     floor = Phase("products", 2.0 * (3 * rows // 2 + rows // 2) * D * V, 2 * HALF * (rows * D + V * D))
     return Work(floor, plan)
 
 
 def director_training(rows: int, D: int, V: int) -> Work:
-    """Half of the rows train the language model; a classifier row is one indexed dot."""
+    """Half of the rows train the language model; a classifier row needs one dot product with a weight row."""
     floor = bare(rows // 2, D, V, 3)
     dots = Phase("indexed dots", bytes=HALF * rows // 2 * D * 6 + HALF * V * D)
     return Work(floor, [*head_forward(rows // 2, D, V), *head_backward(rows // 2, D, V), dots])
 
 
 def director_topk(rows: int, D: int, V: int, k: int) -> Work:
-    """A read of both weights; the products hide behind it."""
+    """Limited by reading both weights."""
     read = Phase("read of both weights", 4.0 * rows * D * V, 2 * HALF * V * D)
     return Work(read, [read, Phase("join of splits", bytes=INDEX * rows * k * 2 * 132)])
 
@@ -166,7 +166,7 @@ def director_topk(rows: int, D: int, V: int, k: int) -> Work:
 def adaptive_span(
     B: int, H: int, T: int, d: int, spans: tuple[float, ...], ramp: float, tile: int = 64
 ) -> Work:
-    """Two products of each query with the keys that its head's window holds, five more backwards."""
+    """Two products of each query with the keys in its head's window, and five more in the backward."""
     tensor = HALF * B * H * T * d
 
     def pairs(slack: float) -> float:
@@ -186,21 +186,21 @@ def adaptive_span(
 
 
 def _seen(length: int, window: float) -> float:
-    """Pairs of a query and a key at most `window` positions back, itself included."""
+    """Number of pairs of a query and one of the last `window` keys, including its own position."""
     return window * length - window * (window - 1) / 2
 
 
-# cycles until a result can be used: the first two as microbenchmarks of this generation have them, of double
-# precision and of conversions a guess
+# latencies in cycles: the first two are from published microbenchmarks of this GPU generation, those of
+# double precision and conversions are guesses
 SHUFFLE, SINGLE, DOUBLE, CONVERT = 23, 4, 8, 14
-# of a warp per sequence and direction: the slot that leaves is broadcast, exponents are compared, their
-# difference becomes a power of two, mantissas are multiplied and added
+# cycles of one step of a warp (one per sequence and direction): broadcast the finished sum, compare
+# exponents, convert their difference to a power of two, multiply and add mantissas
 STEP = SHUFFLE + 5 * SINGLE + 2 * CONVERT + 2 * DOUBLE
-CHUNK = 512  # steps of one, as `chunk_steps` of segmentation_warp.h has it for the sequence below
+CHUNK = 512  # steps per chunk, as `chunk_steps` in segmentation_warp.h gives for the sequence below
 
 
 def segmentation(B: int, T: int, K: int) -> Work:
-    """Scores read once forwards and once backwards, posteriors written; T steps that wait for each other."""
+    """Scores are read by both sweeps and posteriors written once; T dependent steps."""
     floor = Phase("scores and posteriors", bytes=3 * FLOAT * B * T * K)
     return Work(floor, [
         Phase("both sweeps", bytes=2 * FLOAT * B * T * K, cycles=T * STEP),
@@ -209,7 +209,7 @@ def segmentation(B: int, T: int, K: int) -> Work:
 
 
 def segmentation_in_chunks(B: int, T: int, K: int) -> Work:
-    """The same of a sequence that is cut: transfers of the chunks take turns on eight warps a processor."""
+    """One sequence cut into chunks; the transfer matrices of the chunks share eight warps per SM."""
     chunks = T // CHUNK
     turns = math.ceil(2 * B * (chunks - 1) * K / (8 * 132))
     return Work(segmentation(B, T, K).floor, [
@@ -220,7 +220,7 @@ def segmentation_in_chunks(B: int, T: int, K: int) -> Work:
     ])  # fmt: skip
 
 
-# ten heads that look at the last words, three at a sentence, three far: the mean is 314, as learned on text
+# ten heads attend to the last words, three to a sentence, three farther: the mean is 314, as learned on text
 SPANS = (20.0,) * 10 + (100.0,) * 3 + (500.0, 1000.0, 3024.0)
 LOGP = {"rows": 8192, "D": 4096, "V": 151_936}
 LLAMA = {"rows": 16_384, "D": 4096, "V": 128_256}  # 16 sequences of 1024 tokens, Llama 3 8B's head
@@ -242,14 +242,14 @@ CASES: list[tuple[str, str, dict, Callable[..., Work]]] = [
 ]  # fmt: skip
 
 
-# what no benchmark of one GPU measures
+# not measured: needs several GPUs
 SEVERAL: list[tuple[str, str, dict, Callable[..., Work]]] = [
     ("vocab_head", f"linear_logp, slices on {n} GPUs", LLAMA | {"GPUs": n}, sliced_logp) for n in (2, 4, 8)
 ]
 
 
 def builder(case: str) -> Callable[..., Work] | None:
-    """What makes the work of a case of the GPU benchmark from its shape."""
+    """The function that returns the work of a GPU benchmark case for a shape, or None."""
     return next((build for _, name, _, build in CASES if name == case), None)
 
 

@@ -1,4 +1,4 @@
-"""Tables of the documents that are made from one file of results each; `report.py` puts them in."""
+"""Tables for the documents, each made from one file of results; `report.py` inserts them."""
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
@@ -50,7 +50,7 @@ def neighbour(found: list[dict]) -> str:
 
 
 def ranks(found: list[dict]) -> str:
-    """A case on several processes beside the same on one, and what travels."""
+    """Cases on several processes compared with one process, and the bytes they send."""
     body = []
     for r in found:
         times = [number(r[field]) for field in ("one_ms", "ranks_ms")]
@@ -75,7 +75,7 @@ def roofline(found: list[dict]) -> str:
 
 
 def trl_step(found: list[dict]) -> str:
-    """A training step of TRL alone and with sukhops: two rows of the results are one here."""
+    """A training step of TRL without and with sukhops; each line is made from two rows of results."""
     body = []
     for theirs, ours in zip(found[::2], found[1::2], strict=True):
         cells = [f"{r['p50_ms'] / 1e3:.1f} s, {number(r['memory_mib'])} MiB" for r in (theirs, ours)]
@@ -85,7 +85,7 @@ def trl_step(found: list[dict]) -> str:
 
 
 def real_spans(found: list[dict]) -> str:
-    """A pretrained model before and after its heads have learned their spans."""
+    """A pretrained model before and after its spans are trained."""
     body = []
     for r in found:
         cells = [f"{r['bits']:.3f}", number(r["mean_span"]), number(r["token_ms"], ".1f")]

@@ -1,8 +1,8 @@
-"""One real training run, with the reference head and with sukhops: the same losses, time and memory.
+"""A short training run with the reference head and with sukhops: compares losses, time and memory.
 
-A small byte-level transformer reads the source of the Python standard library (found through sysconfig, so
-every machine has it) and predicts the next two bytes at once: a vocabulary of 65,536 on an input of 256.
-`--record` writes bench/results, else bench/own.
+A small byte-level transformer is trained on the source code of Python's standard library and predicts the
+next two bytes at once: its input vocabulary is 256 and its output vocabulary 65,536. `--record` writes to
+bench/results instead of bench/own.
 """
 
 import multiprocessing
@@ -49,18 +49,18 @@ class TwoByteModel(nn.Module):
 
 
 def batches(count: int):
-    """(input [B, T], target [B, T]): target = the two bytes after the input's byte, as one number."""
+    """Yields (input [B, T], target [B, T]); a target is the next two bytes as one number."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         starts = torch.randint(0, len(text) - LENGTH - 2, (BATCH, 1), generator=generator)
-        at = starts + torch.arange(LENGTH)
-        yield text[at], 256 * text[at + 1] + text[at + 2]
+        index = starts + torch.arange(LENGTH)
+        yield text[index], 256 * text[index + 1] + text[index + 2]
 
 
 def train(head: str, results) -> None:
-    """Trains for STEPS steps; puts the losses, a gradient, tokens per second and peak memory."""
+    """Trains for STEPS steps; puts losses, gradient norms, tokens per second and peak memory into results."""
     torch.manual_seed(0)
     logp = sukhops.linear_logp if head == "sukhops" else sukhops.reference.linear_logp
     model = TwoByteModel()
@@ -82,7 +82,8 @@ def train(head: str, results) -> None:
 
 
 def main() -> None:
-    context = multiprocessing.get_context("spawn")  # a fresh process each: memory is its own
+    # a new process for each head, so that its memory is measured alone
+    context = multiprocessing.get_context("spawn")
     outcome = {}
     for head in ("reference", "sukhops"):
         results = context.SimpleQueue()

@@ -1,10 +1,10 @@
-"""One training step of TRL's trainers, alone and with `sukhops.integrations.trl`: time, memory, difference.
+"""One training step of TRL's trainers without and with `sukhops.integrations.trl`: time, memory, difference.
 
-A step is the forward and the backward of one batch, with activation checkpointing as by TRL's default; the
-optimizer is not timed. A batch is `--pairs` pairs, or twice as many single completions; each sequence has
-`--tokens` tokens, half of them prompt. The two providers alternate in one process. Peak memory is what one
-step adds to a fresh process that has run a short one, less the gradients it leaves. `--record` writes
-bench/results, else bench/own.
+A step is the forward and backward of one batch with activation checkpointing, TRL's default; the optimizer is
+not timed. A batch has `--pairs` pairs, or twice as many single completions. Each sequence has `--tokens`
+tokens; half of them are the prompt. The two providers alternate in one process. Peak memory is measured in a
+new process: the memory that a step adds, after a short step, minus the size of the gradients. `--record`
+writes to bench/results instead of bench/own.
 """
 
 import argparse
@@ -33,13 +33,13 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 1000, "tie_word_embeddings": True,
 }  # fmt: skip
-# Relative difference of losses and gradient norms. In bfloat16 KTO's gradient is a small difference of two
-# sums, and both providers are half off the gradient of a float32 model.
+# Allowed relative difference of losses and gradient norms. In bfloat16, KTO's gradient is a small difference
+# of two sums: the gradients of both providers differ from that of a float32 model by half.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 
 def word_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
-    """Splits at spaces; each word is a token, after three special ones."""
+    """Splits text at spaces; the vocabulary is three special tokens, then `words`."""
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     index = {word: i for i, word in enumerate([*special.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(index, unk_token="<unk>"))
@@ -50,9 +50,9 @@ def word_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
 def make_trainer(
     kind: str, prompts: list[str], chosen: list[str], rejected: list[str], options: dict, **given
 ) -> tuple:
-    """A trainer of TRL, for example kind "DPO", and its first batch, which has all of the texts.
+    """A trainer of TRL (such as kind "DPO") and its first batch, which contains all texts.
 
-    rejected is used by DPO alone; KTO calls every second completion desirable.
+    Only DPO uses `rejected`. For KTO, every second completion is desirable.
     """
     columns = {
         "SFT": {"prompt": prompts, "completion": chosen},
@@ -73,7 +73,7 @@ def make_trainer(
 
 
 def training_step(trainer: transformers.Trainer, batch: dict) -> torch.Tensor:
-    """The loss; gradients replace those of the parameters."""
+    """Runs forward and backward and returns the loss; the gradients are in the parameters."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
@@ -92,7 +92,7 @@ def load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
 
 
 def prepare(kind: str, method: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple:
-    """The trainer of a case and its batch."""
+    """The trainer and the batch of a case."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable(logging.WARNING)
     disable_progress_bars()
@@ -121,7 +121,7 @@ def prepare(kind: str, method: str, dtype: torch.dtype, args: argparse.Namespace
 
 
 def measure_time(kind: str, method: str, dtype: torch.dtype, args: argparse.Namespace) -> dict:
-    """Seconds of each provider, the differences between their first steps, and sizes of the batch."""
+    """Seconds of each provider, differences between their first steps, and sizes of the batch."""
     trainer, batch = prepare(kind, method, dtype, args)
     losses, norms, seconds = [], [], {name: [] for name in PROVIDERS}
     for i in range(args.rounds + 1):
@@ -146,11 +146,11 @@ def measure_time(kind: str, method: str, dtype: torch.dtype, args: argparse.Name
 def measure_memory(
     provider: str, kind: str, method: str, dtype: torch.dtype, args: argparse.Namespace
 ) -> int:
-    """Bytes of one step above the model, less the gradients."""
+    """Bytes that one step allocates, without the gradients."""
     trainer, batch = prepare(kind, method, dtype, args)
     short = {n: t[:, -16:] if t.dim() == 2 else t for n, t in batch.items()}
     with PROVIDERS[provider]():
-        training_step(trainer, short)  # loads code, starts threads
+        training_step(trainer, short)  # loads code and starts threads
         trainer.model.zero_grad()
         ctypes.CDLL(None).malloc_trim(0)
         before = harness.resident("VmRSS")
@@ -211,14 +211,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", help="folder or name of a model, or tiny, a random Llama; SmolLM2-135M-Instruct, fetched"
+        "--model", help="folder or hub name; tiny: a small random Llama (default: SmolLM2-135M-Instruct)"
     )
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="per sequence")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--case", default="", help='those whose "TRAINER METHOD DTYPE" contains this')
-    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documents")
+    parser.add_argument("--case", default="", help='only cases whose "TRAINER METHOD DTYPE" contains this')
+    parser.add_argument("--record", action="store_true", help="write to bench/results, for the documentation")
     args = parser.parse_args()
     args.model = args.model or real_model.path()
     for dtype in ALLOWED:

@@ -1,10 +1,10 @@
-// adaptive_span on the CPU: attention under a soft mask, whose work follows the span of each head.
+// adaptive_span on the CPU: attention under a soft mask. The cost of a head is proportional to its span.
 //
-// A block is some queries of one head; it walks the keys from the first that its longest span reaches, a tile at
-// a time, with an online softmax. The backward takes a block's five products in one visit of each tile. Runs of
-// blocks are handed to threads by their cost, longest first. A run adds to the dk and dv of the keys it
-// sees, so runs of one head that lie next to each other never work at the same time: first the even ones, then
-// the odd, which also fixes the order of every sum.
+// A block is a few queries of one head. It processes the keys in tiles with an online softmax, starting at the first
+// key within the longest span of its queries. The backward computes the five products of a block in one pass over the
+// tiles. Neighboring blocks form a run. Runs are distributed over the threads by cost, longest first. A run adds to dk
+// and dv of the keys that it sees, so neighboring runs of a head must not be processed at the same time: first all even
+// runs are processed, then all odd ones. This also fixes the order of every sum.
 #include "common.h"
 
 #include <limits>
@@ -12,16 +12,16 @@
 
 namespace sukhops {
 
-constexpr int64_t kTile = 60;      // keys: whole blocks of 6 rows of the product
-constexpr int64_t kShare = 1024;   // keys, from a multiple of it on, of few queries that a thread takes at a time
-constexpr int64_t kRun = 1 << 20;  // terms of a product in one go
+constexpr int64_t kTile = 60;         // keys in a tile: a multiple of the 6 or 12 rows of a product block
+constexpr int64_t kSplitKeys = 1024;  // keys in a split; keys are split between threads if there are only few queries
+constexpr int64_t kRun = 1 << 20;     // Left::run of a matrix whose terms are evenly spaced
 template <class A>
-constexpr A kFar = A(1e30);       // beyond every position
+constexpr A kBeyondPositions = A(1e30);  // larger than every position
 
 template <class A>
 struct SpanCall {
-  int64_t batch, heads, group, m, n, d, wide;  // group: query heads of a key head; wide: d up to whole vectors
-  int64_t skip, limit;                         // a key is seen if (p - skip) - key is in [0, limit)
+  int64_t batch, heads, group, m, n, d, wide;  // group: query heads per key head; wide: d, padded to whole vectors
+  int64_t skip, limit;  // a query at position p sees a key if (p - skip) - key is in [0, limit)
   A ramp, inverse_ramp, scale;
   const void *q, *k, *v, *grad, *out;
   int64_t q_stride[3], k_stride[3], v_stride[3], grad_stride[3];
@@ -29,26 +29,27 @@ struct SpanCall {
   int64_t span_stride[3];
   const int64_t* key_start;
   int64_t start_stride[2];
-  const int64_t* query_start;  // [B], or null: place
-  int64_t place, step;         // of the first query; from a query to the next: 1, or 0 where they are heads
+  const int64_t* query_start;  // [B] position of the first query, or null: first_position for all sequences
+  int64_t first_position, step;  // step: distance of a query to the next one, 1, or 0 if the queries are heads
   const A* rel;  // [H or 1, S, wide]
   int64_t rel_stride;
-  A *maximum, *sum;  // [B, H, M]: of the scores; of their weights relative to it
-  int64_t shares;          // of the keys, 1 unless there are few queries
-  A *part_out, *part_maximum, *part_sum;  // [B, H, M, shares, d] and twice without d, of few queries
-  void* grad_q;  // like out [B, H, M, d]
-  A *grad_k, *grad_v, *grad_span;  // [B, Hkv, N, wide] twice, [B, H, M]
+  A *maximum, *sum;  // [B, H, M] maximum of the scores, and sum of their weights relative to it
+  int64_t splits;  // number of splits of the keys, 1 unless there are only few queries
+  A *part_out, *part_maximum, *part_sum;  // [B, H, M, splits, d] and two [B, H, M, splits], if there are splits
+  void* grad_q;  // [B, H, M, d]
+  A *grad_k, *grad_v, *grad_span;  // two [B, Hkv, N, wide], [B, H, M]
   bool need_q, need_kv;
-  int64_t longest;  // keys that a query sees at most
+  int64_t longest;  // most keys that a query sees
 
-  int64_t start(int64_t b) const { return query_start ? query_start[b] : place; }  // of the queries
+  // position of the first query of sequence b
+  int64_t start(int64_t b) const { return query_start ? query_start[b] : first_position; }
 };
 
-// the buffers of a thread, one behind the other
+// the buffers of a thread, which share one allocation
 template <class A>
 struct SpanWork {
-  A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *slope, *keys, *values;
-  A *lo, *hi, *span, *top, *total, *log_sum, *fade, *rel, *grad_rel;
+  A *q_panels, *q_rows, *g_panels, *g_rows, *sum, *score, *grad_score, *keys, *values;
+  A *lo, *hi, *span, *top, *total, *log_sum, *grad_span, *rel, *grad_rel;
   int64_t size = 0;
 
   SpanWork(A* base, const SpanCall<A>& c, int64_t lanes) {
@@ -58,9 +59,9 @@ struct SpanWork {
     };
     for (A** p : {&q_panels, &g_panels, &sum}) take(*p, c.d * lanes);
     for (A** p : {&q_rows, &g_rows}) take(*p, c.wide * lanes);
-    for (A** p : {&score, &slope}) take(*p, kTile * lanes);
+    for (A** p : {&score, &grad_score}) take(*p, kTile * lanes);
     for (A** p : {&keys, &values}) take(*p, kTile * c.d);
-    for (A** p : {&lo, &hi, &span, &top, &total, &log_sum, &fade}) take(*p, lanes);
+    for (A** p : {&lo, &hi, &span, &top, &total, &log_sum, &grad_span}) take(*p, lanes);
     const int64_t distances = c.rel ? (c.longest + 2 * lanes) * lanes : 0;
     take(rel, distances);
     take(grad_rel, distances);
@@ -78,24 +79,26 @@ namespace {
 std::atomic<int64_t> pairs{0};
 
 struct Run {
-  int64_t b, head, first, last, lanes, phase, share;  // head: a key head; queries [first, last)
+  // queries [first, last) of `head`, a key head or, in the forward, a query head; phase: 0 for even runs, 1 for odd
+  // ones
+  int64_t b, head, first, last, lanes, phase, split;
   double cost;
 };
 
-// deals runs out, longest first, each to the thread that has least to do
-std::vector<std::vector<Run>> deal(std::vector<Run> runs, int64_t threads) {
+// distributes runs over the threads: longest first, each to the thread with the least work so far
+std::vector<std::vector<Run>> assign_runs(std::vector<Run> runs, int64_t threads) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.cost > b.cost; });
-  std::vector<std::vector<Run>> hands(threads);
+  std::vector<std::vector<Run>> assigned(threads);
   std::vector<double> load(threads);
   for (const Run& run : runs) {
     const int64_t least = std::min_element(load.begin(), load.end()) - load.begin();
-    hands[least].push_back(run);
+    assigned[least].push_back(run);
     load[least] += run.cost;
   }
-  return hands;
+  return assigned;
 }
 
-// a tensor [.., rows, d] whose rows are contiguous
+// a tensor [.., rows, d], copied if its rows are not contiguous; stores its pointer in `at` and its strides in `stride`
 struct Strided {
   Tensor kept;
   Strided(const Tensor& t, const void*& at, int64_t* stride)
@@ -110,19 +113,19 @@ struct Problem {
   SpanCall<A> call{};
   Strided q, k, v;
   Tensor rel, starts;
-  std::vector<int64_t> window;  // [B, Hkv] tokens that the longest span of its query heads reaches
+  std::vector<int64_t> window;  // [B, Hkv] most keys that a query of the key head sees
 
-  // `together`: one query of several heads that share a key head is taken as so many queries of one head
+  // merge_heads: if there is one query per head, the query heads of a key head are treated as the queries of one head
   Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& span,
           const std::optional<Tensor>& rel_pos, const std::optional<Tensor>& key_start,
           const std::optional<Tensor>& query_start, double ramp, double scale, int64_t skip,
-          std::optional<int64_t> max_span, bool together)
+          std::optional<int64_t> max_span, bool merge_heads)
       : q(q_, call.q, call.q_stride), k(k_, call.k, call.k_stride), v(v_, call.v, call.v_stride) {
     SpanCall<A>& c = call;
     c.batch = q_.size(0), c.heads = q_.size(1), c.m = q_.size(2), c.d = q_.size(3);
     c.group = c.heads / k_.size(1), c.n = k_.size(2), c.wide = (c.d + 15) / 16 * 16;
     c.skip = skip, c.limit = std::min(c.n, max_span.value_or(c.n));
-    c.place = c.n - c.m, c.step = 1;
+    c.first_position = c.n - c.m, c.step = 1;
     c.ramp = static_cast<A>(ramp), c.inverse_ramp = static_cast<A>(1 / ramp), c.scale = static_cast<A>(scale);
     c.span = data<A>(span);
     const bool per_head = span.dim() == 1;
@@ -147,19 +150,20 @@ struct Problem {
       c.rel = data<A>(rel);
       c.rel_stride = rel_pos->dim() == 3 ? s * c.wide : 0;
     }
-    if (together && c.m == 1 && !rel_pos) {
+    if (merge_heads && c.m == 1 && !rel_pos) {
       for (int64_t* stride : {c.q_stride, c.span_stride}) stride[2] = stride[1], stride[1] *= c.group;
       c.start_stride[1] = 0, c.step = 0;
       c.heads /= c.group, c.m = std::exchange(c.group, 1);
     }
-    const int64_t differ = per_head ? std::min<int64_t>(c.step ? 1 : c.m, c.m) : c.m;  // queries of a head
+    const int64_t spans = per_head ? std::min<int64_t>(c.step ? 1 : c.m, c.m) : c.m;  // spans per head
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t h = 0; h < c.heads; h += c.group) {
         int64_t most = 0;
         for (int64_t g = h; g < h + c.group; ++g)
-          for (int64_t i = 0; i < differ; ++i) {
+          for (int64_t i = 0; i < spans; ++i) {
             const A reach = c.ramp + c.span[b * c.span_stride[0] + g * c.span_stride[1] + i * c.span_stride[2]];
-            const int64_t seen = reach < -1 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 2 : c.limit;  // NaN: all
+            // a NaN span sees all keys
+            const int64_t seen = reach < -1 ? 0 : reach < c.limit ? static_cast<int64_t>(reach) + 2 : c.limit;
             most = std::max(most, std::min(seen, c.limit));
           }
         window.push_back(most);
@@ -167,19 +171,21 @@ struct Problem {
       }
   }
 
-  // runs of at least `least` queries, as long as the window if `apart`
-  std::vector<Run> runs(int64_t least, bool apart) const {
+  // Divides the queries into runs of at least `least` queries. With `disjoint`, runs are longer than the window, so
+  // that two runs of the same head and phase see no common key.
+  std::vector<Run> runs(int64_t least, bool disjoint) const {
     std::vector<Run> out;
     const SpanCall<A>& c = call;
     for (size_t i = 0; i < window.size(); ++i) {
       const int64_t panel = cpu_isa() >= Isa::avx512 ? 32 : 16;
       const int64_t wish = window[i] <= 64 ? panel : window[i] <= 256 ? 32 : 64;
       const int64_t lanes = std::min(wish, (std::max<int64_t>(1, c.m) + panel - 1) / panel * panel);
-      const int64_t whole = (std::max(least, apart ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;
+      const int64_t whole = (std::max(least, disjoint ? window[i] + 1 : 0) + lanes - 1) / lanes * lanes;
       for (int64_t first = 0, phase = 0; first < c.m; first += whole, phase ^= 1) {
         const int64_t last = std::min(c.m, first + whole);
-        const double cost = double(last - first) * (window[i] + lanes + 16) * (apart ? c.group : 1);
-        out.push_back({int64_t(i) / (c.heads / c.group), int64_t(i) % (c.heads / c.group), first, last, lanes, phase, 0, cost});
+        const double cost = double(last - first) * (window[i] + lanes + 16) * (disjoint ? c.group : 1);
+        out.push_back({int64_t(i) / (c.heads / c.group), int64_t(i) % (c.heads / c.group), first, last, lanes, phase, 0,
+                       cost});
       }
     }
     return out;
@@ -195,38 +201,38 @@ std::tuple<Tensor, Tensor, Tensor> forward(Problem<A>& p, const Tensor& like) {
   const Tensor maximum = per_row(), sum = per_row();
   c.out = out.data_ptr();
   c.maximum = data<A>(maximum), c.sum = data<A>(sum);
-  c.shares = !c.rel && c.m <= 32 && c.longest > kShare ? divide_up(c.n, kShare) : 1;
-  const int64_t rows = out.numel() / c.d, parts = c.shares > 1 ? rows * c.shares : 0;
+  c.splits = !c.rel && c.m <= 32 && c.longest > kSplitKeys ? divide_up(c.n, kSplitKeys) : 1;
+  const int64_t rows = out.numel() / c.d, parts = c.splits > 1 ? rows * c.splits : 0;
   const Tensor part = empty({parts, c.d + 2}, acc, like);
   c.part_out = data<A>(part), c.part_maximum = c.part_out + parts * c.d, c.part_sum = c.part_maximum + parts;
-  std::fill_n(c.part_sum, parts, A(0));  // of a part that sees nothing
-  std::vector<Run> runs;  // of query heads here
+  std::fill_n(c.part_sum, parts, A(0));  // a split that sees no key is not computed
+  std::vector<Run> runs;  // one run per query head and split
   for (Run run : p.runs(64, false)) {
     const int64_t end = c.start(run.b) + (run.last - 1) * c.step - c.skip + 1;
     const int64_t seen = p.window[run.b * (c.heads / c.group) + run.head] + (run.last - 1 - run.first) * c.step;
-    const int64_t first = run.head * c.group, from = c.shares > 1 ? std::max<int64_t>(0, end - seen) / kShare : 0;
-    const int64_t until = c.shares > 1 ? divide_up(std::max<int64_t>(0, end), kShare) : 1;
+    const int64_t first = run.head * c.group, from = c.splits > 1 ? std::max<int64_t>(0, end - seen) / kSplitKeys : 0;
+    const int64_t until = c.splits > 1 ? divide_up(std::max<int64_t>(0, end), kSplitKeys) : 1;
     run.cost /= std::max<int64_t>(1, until - from);
     for (run.head = first; run.head < first + c.group; ++run.head)
-      for (run.share = from; run.share < until; ++run.share) runs.push_back(run);
+      for (run.split = from; run.split < until; ++run.split) runs.push_back(run);
   }
   const int64_t threads = torch::stable::get_num_threads();
-  const auto hands = deal(std::move(runs), threads);
+  const auto assigned = assign_runs(std::move(runs), threads);
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
   const Tensor work = empty({threads, size}, acc, like);
   const auto block = SUKHOPS_BEST(span_forward<S, A>);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t thread = lo; thread < hi; ++thread) {
       int64_t count = 0;
-      for (const Run& run : hands[thread])
+      for (const Run& run : assigned[thread])
         for (int64_t i = run.first; i < run.last; i += run.lanes)
-          count += block(c, run.b, run.head, i, std::min(run.lanes, run.last - i), run.lanes, run.share,
+          count += block(c, run.b, run.head, i, std::min(run.lanes, run.last - i), run.lanes, run.split,
                          data<A>(work) + thread * size);
       pairs.fetch_add(count, std::memory_order_relaxed);
     }
   });
-  const auto join = SUKHOPS_BEST(span_join<S, A>);
-  if (parts) parallel_rows(rows, 16, [&](int64_t row) { join(c, row); });
+  const auto merge = SUKHOPS_BEST(span_merge<S, A>);
+  if (parts) parallel_rows(rows, 16, [&](int64_t row) { merge(c, row); });
   return {out, maximum, sum};
 }
 
@@ -238,11 +244,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   SpanCall<A>& c = p.call;
   const ScalarType dtype = q.scalar_type(), acc = acc_dtype(dtype);
   const Strided g(grad, c.grad, c.grad_stride);
-  const auto none = [&](ScalarType t) { return empty({0}, t, q); };  // a new one each: outputs share no memory
+  const auto none = [&](ScalarType t) { return empty({0}, t, q); };  // a new tensor per output: outputs share no memory
   c.need_q = need_q, c.need_kv = need_kv;
   c.out = out.data_ptr();
   c.maximum = data<A>(maximum), c.sum = data<A>(sum);
-  const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1, table = rel_pos ? p.rel.size(1) * c.wide : 0;
+  const int64_t kv = c.heads / c.group, tables = c.rel_stride ? c.heads : 1;
+  const int64_t table = rel_pos ? p.rel.size(1) * c.wide : 0;
   const Tensor dq = need_q ? empty({c.batch, c.heads, c.m, c.d}, dtype, q) : none(dtype);
   Tensor dk = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none(dtype);
   Tensor dv = need_kv ? zeros({c.batch, kv, c.n, c.wide}, acc, q) : none(dtype);
@@ -254,18 +261,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t size = SpanWork<A>(nullptr, c, 64).size;
   const Tensor work = empty({threads, size}, acc, q);
-  const Tensor drel = zeros({need_rel ? threads : 0, tables * table}, acc, q);  // each thread's own sum
+  const Tensor drel = zeros({need_rel ? threads : 0, tables * table}, acc, q);  // one sum per thread
   const auto block = SUKHOPS_BEST(span_backward<S, A>);
   const std::vector<Run> all = p.runs(256, true);
   for (int64_t phase : {0, 1}) {
     std::vector<Run> runs;
     for (const Run& run : all)
       if (run.phase == phase) runs.push_back(run);
-    const auto hands = deal(std::move(runs), threads);
+    const auto assigned = assign_runs(std::move(runs), threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
       for (int64_t thread = lo; thread < hi; ++thread) {
         int64_t count = 0;
-        for (const Run& run : hands[thread])
+        for (const Run& run : assigned[thread])
           for (int64_t h = run.head * c.group; h < (run.head + 1) * c.group; ++h)
             for (int64_t i = run.first; i < run.last; i += run.lanes) {
               A* to = need_rel ? data<A>(drel) + (thread * tables + (tables > 1 ? h : 0)) * table : nullptr;
@@ -276,8 +283,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       }
     });
   }
-  const auto narrowed = [&](const Tensor& t) {  // the first d columns, in the tensors' dtype
-    return torch::stable::contiguous(torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(t), t.dim() - 1, 0, c.d), dtype));
+  const auto narrowed = [&](const Tensor& t) {  // drops the padding and converts to the dtype of q
+    return torch::stable::contiguous(
+        torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(t), t.dim() - 1, 0, c.d), dtype));
   };
   Tensor dspan = none(acc), total = none(dtype);
   if (need_span && span.dim() == 3) dspan = rows;
@@ -297,13 +305,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t s = p.rel.size(1);
     total = empty({tables, s, c.d}, dtype, q);
     const std::array<int64_t, 3> sizes{tables, s, c.d}, strides{s * c.wide, c.wide, 1};
-    torch::stable::copy_(total, torch::stable::from_blob(first, {sizes.data(), 3}, {strides.data(), 3}, q.device(), acc));
+    torch::stable::copy_(total,
+                         torch::stable::from_blob(first, {sizes.data(), 3}, {strides.data(), 3}, q.device(), acc));
     if (rel_pos->dim() == 2) total = torch::stable::squeeze(total, 0);
   }
   return {dq, need_kv ? narrowed(dk) : dk, need_kv ? narrowed(dv) : dv, dspan, total};
 }
 
-// calls f(S{}, A{}) with how a dtype is stored and what it is computed in
+// calls f(S{}, A{}), where S is the storage type of the dtype and A the type of the computation
 template <class F>
 auto with_storage(ScalarType dtype, F&& f) {
   switch (dtype) {
@@ -333,7 +342,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaptive_span_backward(
   return with_storage(q.scalar_type(), [&](auto s, auto a) {
     Problem<decltype(a)> p(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, max_span, false);
     return backward<decltype(s)>(p, grad, q, k, span, rel_pos, torch::stable::contiguous(out),
-                                 torch::stable::contiguous(maximum), torch::stable::contiguous(sum), need_q, need_kv, need_span, need_rel_pos);
+                                 torch::stable::contiguous(maximum), torch::stable::contiguous(sum), need_q, need_kv,
+                                 need_span, need_rel_pos);
   });
 }
 

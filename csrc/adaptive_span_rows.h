@@ -1,9 +1,11 @@
-// The blocks of adaptive_span. Included once per instruction set, after vec.h. S is how tensors are stored
-// (float, double, the bits of a half), A what is computed in. The lanes of a vector are queries: a block's lanes
-// lie in panels of two registers, a tile of keys as [panel][key][lane], so every product is one kernel whose
-// operands stay in the first cache: a column of numbers, each broadcast against a row of two registers.
+// The blocks of adaptive_span. Included by isa.h once per instruction set, after vec.h. S is the storage type of the
+// tensors (float, double, or the bits of a half precision), A the type of the computation.
+//
+// The lanes of a vector are queries. The queries of a block are stored in panels of two registers, a tile of scores as
+// [panel][key][lane]. So one kernel computes every product: it multiplies each number of a column, broadcast, with a
+// row of two registers. Its operands stay in L1.
 
-// every lane x: x - 0 is x, which x + 0 is not
+// x in every lane; x - 0 is exactly x, but -0 + 0 is not -0
 template <class A>
 SUKHOPS_INLINE typename Register<A>::type fill(A x) {
   return x - typename Register<A>::type{};
@@ -12,12 +14,11 @@ SUKHOPS_INLINE typename Register<A>::type fill(A x) {
 template <class A>
 constexpr int64_t kPanel = 2 * Register<A>::lanes;
 
-// The left side of a product: element (row, k) is at[row * rows + k], k counting on at the next part after
-// `run` of them.
+// The left operand of a product: element (row, k) is at[row * row_stride + k / run * part + k % run * step].
 template <class A>
 struct Left {
   const A* at;
-  int64_t rows, step, run, part;
+  int64_t row_stride, step, run, part;
 };
 
 // C[r] (+)= sum_k left(r, k) * B[k] for R rows of W registers
@@ -37,7 +38,7 @@ static inline void product_block(
         hold(y[w]);
       }
       for (int r = 0; r < R; ++r) {
-        V x = fill(a[r * left.rows]);
+        V x = fill(a[r * left.row_stride]);
         hold(x);
         for (int w = 0; w < W; ++w) acc[r][w] += x * y[w];
       }
@@ -59,18 +60,18 @@ static inline void product_rows(const Left<A>& left, const A* b, int64_t bs, int
   for (; at < width; at += n) product_block<R, 1>(left, b + at, bs, depth, c + at, cs, add);
 }
 
-// C [rows][width] (+)= left [rows][depth] @ B [depth][width], width in whole registers
+// C [rows][width] (+)= left [rows][depth] @ B [depth][width]; width is a multiple of a register
 template <class A>
 static void product(Left<A> left, int64_t rows, const A* b, int64_t bs, int64_t width, int64_t depth, A* c,
                     int64_t cs, bool add) {
   constexpr int R = kRegisterBytes == 64 ? 12 : 6;
-  const auto next = [&](int64_t n) { left.at += n * left.rows, c += n * cs, rows -= n; };
-  for (; rows >= R && rows != 8; next(R)) product_rows<R>(left, b, bs, width, depth, c, cs, add);  // 8: twice 4
+  const auto next = [&](int64_t n) { left.at += n * left.row_stride, c += n * cs, rows -= n; };
+  for (; rows >= R && rows != 8; next(R)) product_rows<R>(left, b, bs, width, depth, c, cs, add);  // 8: two blocks of 4
   for (; rows >= 4; next(4)) product_rows<4>(left, b, bs, width, depth, c, cs, add);
   for (; rows > 0; next(1)) product_rows<1>(left, b, bs, width, depth, c, cs, add);
 }
 
-// rows [n][d] of a tensor on the left, and their transpose
+// a matrix with contiguous rows as a left operand, and its transpose
 template <class A>
 static Left<A> as_rows(const A* at, int64_t stride) {
   return {at, stride, 1, kRun, kRun};
@@ -80,7 +81,8 @@ static Left<A> as_columns(const A* at, int64_t stride) {
   return {at, 1, stride, kRun, kRun * stride};
 }
 
-// rows of a tensor times `factor` as panels [panel][d][lane], and as rows [lanes][wide] if asked; zeros beyond `count`
+// Copies rows of a tensor, times `factor`, to panels [panel][d][lane] and, unless `rows` is null, to rows
+// [lanes][wide]. Rows from `count` on are zeros.
 template <class S, class A>
 static void pack(const S* from, int64_t stride, int64_t count, int64_t lanes, int64_t d, A factor, A* panels,
                  A* rows, int64_t wide) {
@@ -95,7 +97,7 @@ static void pack(const S* from, int64_t stride, int64_t count, int64_t lanes, in
   }
 }
 
-// rows of keys or values in A, close together: themselves, or copied into `buffer`
+// contiguous rows of keys or values as A: the rows of the tensor if possible, else a copy in `buffer`
 template <class S, class A>
 static const A* gather(const S* from, int64_t stride, int64_t rows, int64_t d, A* buffer) {
   if constexpr (sizeof(S) == sizeof(A))
@@ -105,21 +107,22 @@ static const A* gather(const S* from, int64_t stride, int64_t rows, int64_t d, A
   return buffer;
 }
 
-// which keys a block sees: all within [first, last), and within [from, to] each row sees each at full weight
+// The keys that a block sees: all are within [first, last). Every query sees every key within [from, to] with weight 1.
 template <class A>
-struct Reach {
+struct KeyRange {
   int64_t first, last;
   A from, to;
 };
 
-// fills lo, hi and span of each query: it sees key j if lo <= j <= hi, at weight (ramp + past) / ramp
-// with past = span - (hi - j), exact where it decides; where past > 0 it is 1
+// Finds the keys that the block sees, and fills lo, hi and span of each query. A query sees key j if lo <= j <= hi,
+// with weight 1 if past > 0 and (ramp + past) / ramp otherwise, where past = span - (hi - j). The subtraction is exact
+// where it decides between the cases.
 template <class A>
-static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
+static KeyRange<A> find_keys(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
                      const SpanWork<A>& w) {
-  Reach<A> r = {c.n, 0, -kFar<A>, kFar<A>};
+  KeyRange<A> r = {c.n, 0, -kBeyondPositions<A>, kBeyondPositions<A>};
   for (int64_t i = 0; i < lanes; ++i) {
-    w.lo[i] = kFar<A>, w.hi[i] = -kFar<A>, w.span[i] = 0;
+    w.lo[i] = kBeyondPositions<A>, w.hi[i] = -kBeyondPositions<A>, w.span[i] = 0;
     if (i >= count) continue;
     const int64_t hi = c.start(b) + (i0 + i) * c.step - c.skip;
     int64_t lo = hi - c.limit + 1;
@@ -133,10 +136,10 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
     w.lo[i] = (A)lo, w.hi[i] = (A)hi;
     if ((A)lo > r.from) r.from = (A)lo;
     if ((A)hi < r.to) r.to = (A)hi;
-    const A whole = (A)hi - span + 1;        // from here on the weight is 1, a token to be safe
-    if (!(whole <= r.from)) r.from = whole;  // NaN: nowhere
-    const A reach = c.ramp + span + 1;       // a token to be safe
-    int64_t first = reach < 0 ? c.n : reach < (A)(hi - lo) ? hi - (int64_t)reach : lo;  // NaN: all of them
+    const A whole = (A)hi - span + 1;        // keys from here on have weight 1; one token of safety
+    if (!(whole <= r.from)) r.from = whole;  // NaN: no key has weight 1 for certain
+    const A reach = c.ramp + span + 1;       // one token of safety
+    int64_t first = reach < 0 ? c.n : reach < (A)(hi - lo) ? hi - (int64_t)reach : lo;  // NaN: all keys
     if (first < lo) first = lo;
     if (first > hi) continue;
     if (first < r.first) r.first = first;
@@ -145,7 +148,7 @@ static Reach<A> look(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int
   return r;
 }
 
-// Moves lane t of each register of [panel][row][lane] from row r + t to row r, or back.
+// moves lane t of each register of [panel][row][lane] from row r + t to row r, or back, in log2(lanes) steps
 template <class A>
 static void shear(A* x, int64_t rows, int64_t lanes, bool back) {
   typedef typename Register<A>::type V;
@@ -165,15 +168,15 @@ static void shear(A* x, int64_t rows, int64_t lanes, bool back) {
       }
 }
 
-// The queries of a block seen by distance: row r of [panel][row][lane] belongs to the distance nearest + r. Sheared,
-// the entry of a key is in one row for all lanes of a register: row_of(key) + the register's first lane.
+// Scores of a block by relative distance: row r of [panel][row][lane] belongs to distance nearest + r. After `shear`,
+// the scores of a key are in the same row for all lanes of a register: row_of(key) + the first lane of the register.
 template <class A>
 struct Distances {
-  const A* table;  // rel_pos of the head, or null
+  const A* table;  // relative position table of the head, or null
   int64_t rows, nearest, last;
   int64_t lo, hi;  // rows whose distance is in the table
 
-  Distances(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t lanes, const Reach<A>& r) {
+  Distances(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t lanes, const KeyRange<A>& r) {
     table = c.rel && r.last > r.first ? c.rel + h * c.rel_stride : nullptr;
     last = r.last;
     rows = r.last - r.first + lanes - 1;
@@ -185,7 +188,7 @@ struct Distances {
   int64_t row_of(int64_t key) const { return last - 1 - key; }
 };
 
-// the products of the queries with the table, sheared
+// the products of the queries with the relative position table, sheared
 template <class A>
 static void by_distance(const SpanCall<A>& c, const Distances<A>& x, const A* q_panels, int64_t lanes, A* out) {
   for (int64_t p = 0; p < lanes / kPanel<A>; ++p) {
@@ -198,7 +201,7 @@ static void by_distance(const SpanCall<A>& c, const Distances<A>& x, const A* q_
   shear(out, x.rows, lanes, false);
 }
 
-// copies a tile [panel][key][lane] from, or to, what is kept by distance
+// copies a tile [panel][key][lane] to the sheared buffer `kept`, which is ordered by distance, or back if TO is false
 template <bool TO, class A>
 static void skew(const Distances<A>& x, int64_t j0, int64_t keys, int64_t lanes, A* tile, A* kept) {
   for (int64_t i = 0; i < lanes; i += Register<A>::lanes)
@@ -210,7 +213,7 @@ static void skew(const Distances<A>& x, int64_t j0, int64_t keys, int64_t lanes,
     }
 }
 
-// a tile (+)= rows [keys][d] @ panels [panel][d][lane]
+// tile (+)= rows [keys][d] @ panels [panel][d][lane]
 template <class A>
 static void tile_product(const A* rows, int64_t keys, const A* panels, int64_t lanes, int64_t d, A* tile, bool add) {
   for (int64_t p = 0; p < lanes / kPanel<A>; ++p)
@@ -218,7 +221,7 @@ static void tile_product(const A* rows, int64_t keys, const A* panels, int64_t l
             kPanel<A>, add);
 }
 
-// panels [panel][d][lane] += rows [keys][d] transposed @ a tile
+// panels [panel][d][lane] += rows [keys][d] transposed @ tile
 template <class A>
 static void panel_product(const A* rows, int64_t stride, int64_t keys, const A* tile, int64_t part, int64_t lanes,
                           int64_t d, A* panels) {
@@ -236,12 +239,12 @@ template <class A>
 struct Tile {
   int64_t keys;
   const A *k, *v;
-  bool plain;  // every query sees each key at full weight
+  bool plain;  // every query sees every key with weight 1
 };
 
-// the keys from j0 on, their values, and in w.score their scores with the block's queries
+// loads the keys from j0 on and their values, and computes their scores with the queries of the block in w.score
 template <class S, class A>
-static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int64_t lanes, const Reach<A>& r,
+static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int64_t lanes, const KeyRange<A>& r,
                     const Distances<A>& x, const SpanWork<A>& w) {
   const int64_t keys = r.last - j0 < kTile ? r.last - j0 : kTile;
   const A* k = gather(row<S>(c.k, c.k_stride, b, kv, j0), c.k_stride[2], keys, c.d, w.keys);
@@ -251,17 +254,18 @@ static Tile<A> tile(const SpanCall<A>& c, int64_t b, int64_t kv, int64_t j0, int
   return {keys, k, v, (A)j0 >= r.from && (A)(j0 + keys - 1) <= r.to};
 }
 
-// One block of queries: out, maximum and sum, or those of a share of the keys. Returns the pairs that it multiplied.
+// Computes out, maximum and sum of one block of queries, or those of one split of the keys. Returns the number of
+// query-key pairs that it multiplied.
 template <class S, class A>
 static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
-                            int64_t share, A* base) {
+                            int64_t split, A* base) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
-  Reach<A> r = look(c, b, h, i0, count, lanes, w);
-  if (c.shares > 1) {
-    if (r.first < share * kShare) r.first = share * kShare;
-    if (r.last > (share + 1) * kShare) r.last = (share + 1) * kShare;
+  KeyRange<A> r = find_keys(c, b, h, i0, count, lanes, w);
+  if (c.splits > 1) {
+    if (r.first < split * kSplitKeys) r.first = split * kSplitKeys;
+    if (r.last > (split + 1) * kSplitKeys) r.last = (split + 1) * kSplitKeys;
   }
   const Distances<A> x(c, b, h, i0, lanes, r);
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, (A*)nullptr, c.d);
@@ -309,45 +313,47 @@ static int64_t span_forward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const A total = w.total[i], inverse = total == 0 ? A(0) : 1 / total;
     const A* out = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
-    const int64_t at = ((b * c.heads + h) * c.m + i0 + i) * c.shares + share;
-    (c.shares > 1 ? c.part_maximum : c.maximum)[at] = total == 0 ? A(0) : w.top[i];
-    (c.shares > 1 ? c.part_sum : c.sum)[at] = total;
+    const int64_t at = ((b * c.heads + h) * c.m + i0 + i) * c.splits + split;
+    (c.splits > 1 ? c.part_maximum : c.maximum)[at] = total == 0 ? A(0) : w.top[i];
+    (c.splits > 1 ? c.part_sum : c.sum)[at] = total;
     for (int64_t j = 0; j < c.d; ++j) {
       const A mean = out[j * kPanel<A>] * inverse;
-      if (c.shares > 1) c.part_out[at * c.d + j] = mean;
+      if (c.splits > 1) c.part_out[at * c.d + j] = mean;
       else put((S*)c.out + at * c.d + j, mean);
     }
   }
   return r.last > r.first ? (r.last - r.first) * lanes : 0;
 }
 
-// a row's out, maximum and sum from those of its shares
+// computes out, maximum and sum of a row from those of its splits
 template <class S, class A>
-static void span_join(const SpanCall<A>& c, int64_t row) {
-  const A* out = c.part_out + row * c.shares * c.d;
-  const A* maximum = c.part_maximum + row * c.shares;
-  A* share = c.part_sum + row * c.shares;  // its sum, then its weight
+static void span_merge(const SpanCall<A>& c, int64_t row) {
+  const A* out = c.part_out + row * c.splits * c.d;
+  const A* maximum = c.part_maximum + row * c.splits;
+  A* split = c.part_sum + row * c.splits;  // sum of each split, then its weight
   A top = -__builtin_inf(), total = 0;
-  for (int64_t s = 0; s < c.shares; ++s)
-    if (share[s] != 0 && maximum[s] > top) top = maximum[s];
-  for (int64_t s = 0; s < c.shares; ++s) total += share[s] = share[s] == 0 ? A(0) : share[s] * std::exp(maximum[s] - top);
+  for (int64_t s = 0; s < c.splits; ++s)
+    if (split[s] != 0 && maximum[s] > top) top = maximum[s];
+  for (int64_t s = 0; s < c.splits; ++s)
+    total += split[s] = split[s] == 0 ? A(0) : split[s] * std::exp(maximum[s] - top);
   c.maximum[row] = total == 0 ? A(0) : top;
   c.sum[row] = total;
   for (int64_t j = 0; j < c.d; ++j) {
     A sum = 0;
-    for (int64_t s = 0; s < c.shares; ++s) sum += share[s] == 0 ? A(0) : share[s] * out[s * c.d + j];
+    for (int64_t s = 0; s < c.splits; ++s) sum += split[s] == 0 ? A(0) : split[s] * out[s * c.d + j];
     put((S*)c.out + row * c.d + j, total == 0 ? A(0) : sum / total);
   }
 }
 
-// One block of queries: its dq and the gradients of its spans, and what it adds to dk, dv and the table's gradient.
+// Computes dq and the gradients of the spans of one block of queries, and adds to dk, dv and the gradient of the table.
+// Returns the number of query-key pairs that it multiplied.
 template <class S, class A>
 static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t lanes,
                              A* base, A* grad_table) {
   typedef typename Register<A>::type V;
   constexpr int64_t n = Register<A>::lanes;
   const SpanWork<A> w(base, c, lanes);
-  const Reach<A> r = look(c, b, h, i0, count, lanes, w);
+  const KeyRange<A> r = find_keys(c, b, h, i0, count, lanes, w);
   const Distances<A> x(c, b, h, i0, lanes, r);
   const int64_t at = (b * c.heads + h) * c.m + i0, kv = h / c.group;
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, w.q_rows, c.wide);
@@ -357,11 +363,11 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
     A part[4] = {};
     for (int64_t j = 0; i < count && j < c.d; ++j)
       part[j % 4] += w.g_rows[i * c.wide + j] * to_float(((const S*)c.out)[(at + i) * c.d + j]);
-    w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // what the softmax subtracts
+    w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // grad . out, which the gradient of the softmax subtracts
     w.top[i] = i < count ? c.maximum[at + i] : A(0);
     const A sum = i < count ? c.sum[at + i] : A(0);
-    w.log_sum[i] = sum == 0 ? (A)__builtin_inf() : std::log(sum);  // no weight where there is nothing to see
-    w.fade[i] = 0;  // the gradient of the span
+    w.log_sum[i] = sum == 0 ? (A)__builtin_inf() : std::log(sum);  // a query that sees no key: all weights are 0
+    w.grad_span[i] = 0;
   }
   for (int64_t i = 0; i < c.d * lanes; ++i) w.sum[i] = 0;
   const bool skewed = x.table && (c.need_q || grad_table);
@@ -370,16 +376,16 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
 
   for (int64_t j0 = r.first; j0 < r.last; j0 += kTile) {
     const auto [keys, k, v, plain] = tile<S>(c, b, kv, j0, lanes, r, x, w);
-    tile_product(v, keys, w.g_panels, lanes, c.d, w.slope, false);
+    tile_product(v, keys, w.g_panels, lanes, c.d, w.grad_score, false);
     for (int64_t i = 0; i < lanes; i += n) {
       A* score = w.score + i / kPanel<A> * kTile * kPanel<A> + i % kPanel<A>;
-      A* slope = w.slope + (score - w.score);
+      A* slope = w.grad_score + (score - w.score);
       const V lo = get(w.lo + i), hi = get(w.hi + i), span = get(w.span + i);
       const V top = get(w.top + i), log_sum = get(w.log_sum + i), delta = get(w.total + i);
       V grad_span = {};
       for (int64_t j = 0; j < keys; ++j, score += kPanel<A>, slope += kPanel<A>) {
         V s = get(score) - top;
-        s = (s > 80 ? fill(A(80)) : s) - log_sum;  // top + log_sum would be rounded
+        s = (s > 80 ? fill(A(80)) : s) - log_sum;  // in two steps, because top + log_sum would be rounded
         V p = register_exp(s);
         const V d = get(slope) - delta;
         if (!plain) {
@@ -392,17 +398,17 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
         set(score, p);
         set(slope, p * d);
       }
-      set(w.fade + i, get(w.fade + i) + grad_span);
+      set(w.grad_span + i, get(w.grad_span + i) + grad_span);
     }
     if (c.need_kv) {
       const int64_t to = ((b * c.heads / c.group + kv) * c.n + j0) * c.wide, part = kTile * kPanel<A>;
       product({w.score, kPanel<A>, 1, kPanel<A>, part}, keys, w.g_rows, c.wide, c.wide, lanes, c.grad_v + to, c.wide,
               true);
-      product({w.slope, kPanel<A>, 1, kPanel<A>, part}, keys, w.q_rows, c.wide, c.wide, lanes, c.grad_k + to, c.wide,
-              true);
+      product({w.grad_score, kPanel<A>, 1, kPanel<A>, part}, keys, w.q_rows, c.wide, c.wide, lanes, c.grad_k + to,
+              c.wide, true);
     }
-    if (c.need_q) panel_product(k, c.d, keys, w.slope, kTile * kPanel<A>, lanes, c.d, w.sum);
-    if (skewed) skew<true>(x, j0, keys, lanes, w.slope, w.grad_rel);
+    if (c.need_q) panel_product(k, c.d, keys, w.grad_score, kTile * kPanel<A>, lanes, c.d, w.sum);
+    if (skewed) skew<true>(x, j0, keys, lanes, w.grad_score, w.grad_rel);
   }
   if (skewed) {
     shear(w.grad_rel, x.rows, lanes, true);
@@ -415,7 +421,7 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
   }
   for (int64_t i = 0; i < count; ++i) {
     const A* dq = w.sum + i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>;
-    c.grad_span[at + i] = w.fade[i] * c.inverse_ramp;
+    c.grad_span[at + i] = w.grad_span[i] * c.inverse_ramp;
     for (int64_t j = 0; c.need_q && j < c.d; ++j) put((S*)c.grad_q + (at + i) * c.d + j, dq[j * kPanel<A>] * c.scale);
   }
   return r.last > r.first ? (r.last - r.first) * lanes : 0;

@@ -1,27 +1,30 @@
-// What kernels share that walk the vocabulary: parts of it that threads take, tiles of products, what each part found,
-// gathered rows, and sums over rows.
+// Shared by the kernels that pass over the vocabulary: the division of the work between threads, partial results and
+// how they are merged, gathering of rows, sums over rows.
+//
+// A row is a row of hidden, that is one token position. A part is a contiguous range of vocabulary entries. A cell is
+// some rows and some columns (vocabulary entries) that one thread computes alone, in tiles that stay in its cache.
 #pragma once
 
 #include "product.h"
 
 namespace sukhops {
 
-constexpr int64_t kMaxWidth = 1024;                // columns of a tile that a thread computes at a time
-constexpr int64_t kPartBytes = 512 << 10;          // bytes of it, which stay in the second cache
-constexpr int64_t kPartRows = 252;                 // rows of it
-constexpr int64_t kTileBytes = 8ll << 20;          // bytes of a tile that all threads share, if it has 64 columns then
+constexpr int64_t kMaxWidth = 1024;        // most columns of a tile that one thread computes
+constexpr int64_t kPartBytes = 512 << 10;  // size of such a tile, to stay in L2
+constexpr int64_t kPartRows = 252;         // most rows of such a tile
+constexpr int64_t kTileBytes = 8ll << 20;  // size of a tile that all threads share; larger if 64 columns do not fit
 
-// rows of a parallel loop worth one thread's while
+// the least number of rows of `width` elements that are worth a thread of their own
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
 
-// A pass over the vocabulary [0, v) for n rows of hidden, of which nothing is summed over the vocabulary but numbers of a
-// row: each cell, some rows and a part of the vocabulary, is a thread's own, and walked in tiles of up to `width` columns.
-// `heads` tiles of `size` bytes an element belong together, and `k` numbers of a row and a part.
-struct Walk {
+// Divides n rows and the vocabulary [0, v) into cells, for a pass that reduces each row to a few numbers. A cell is up
+// to `rows` rows and one part. A thread computes it in tiles of up to `width` columns. `heads` tiles are in use at the
+// same time, with `size` bytes per element. Each part stores `k` numbers per row.
+struct PartPlan {
   int64_t n, v, rows, width, part, parts;
 
-  Walk(int64_t n, int64_t v, int64_t size, int64_t heads = 1, int64_t k = 1) : n(n), v(v) {
-    rows = std::max<int64_t>(1, even(n, kPartRows));
+  PartPlan(int64_t n, int64_t v, int64_t size, int64_t heads = 1, int64_t k = 1) : n(n), v(v) {
+    rows = std::max<int64_t>(1, balanced_size(n, kPartRows));
     const int64_t fits = kPartBytes / (size * rows * heads) / 64 * 64;
     width = std::min(v, std::min(kMaxWidth, std::max<int64_t>(128, fits)));
     const int64_t cells = std::max<int64_t>(1, divide_up(n, rows)), wanted = divide_up(64, cells);
@@ -30,26 +33,27 @@ struct Walk {
     parts = divide_up(v, part);
   }
 
-  // f(row, rows, part, v0, v1) for each cell; rows of the same part come after each other
+  // calls f(row, rows, part, v0, v1) for each cell; cells of the same part are consecutive
   template <class F>
   void each(const F& f) const {
     const int64_t down = divide_up(n, rows);
-    each_cell(down * parts, [&](int64_t cell) {
+    parallel_dynamic(down * parts, [&](int64_t cell) {
       const int64_t row = cell % down * rows, p = cell / down;
       f(row, std::min(rows, n - row), p, p * part, std::min(v, (p + 1) * part));
     });
   }
 };
 
-// A pass whose gradients are summed over the vocabulary: a tile of all rows at a time, of `size` bytes an element in each
-// of `heads`. Within it cells are a thread's own, as in Walk.
-struct Tiling {
+// Divides n rows and the vocabulary [0, v) into tiles of all rows, for a pass whose results are sums over the
+// vocabulary. All threads work on one tile of up to `width` columns at a time; within it a thread computes cells of up
+// to `rows` x `cols`. Each of `heads` heads has a tile, with `size` bytes per element.
+struct TilePlan {
   int64_t n, width, rows, cols;
 
-  Tiling(int64_t n, int64_t v, int64_t size, int64_t heads = 1) : n(n) {
+  TilePlan(int64_t n, int64_t v, int64_t size, int64_t heads = 1) : n(n) {
     width = std::max<int64_t>(64, kTileBytes / (size * heads * std::max<int64_t>(1, n)) / 64 * 64);
     width = std::min(v, width);
-    rows = std::max<int64_t>(1, even(n, kPartRows));
+    rows = std::max<int64_t>(1, balanced_size(n, kPartRows));
     const int64_t fits = kPartBytes / (size * rows * heads) / 64 * 64;
     cols = std::min(kMaxWidth, std::max<int64_t>(128, fits));
     cols = std::min(cols, std::max<int64_t>(64, divide_up(width, 16 * 64) * 64));
@@ -57,11 +61,13 @@ struct Tiling {
 
   int64_t parts() const { return divide_up(width, cols); }
 
-  // f(row, rows, part, col, cols) for each cell of a tile that is `width` wide; the last rows of the first `kept` end a cell
+  // Calls f(row, rows, part, col, cols) for each cell of a tile that is `width` wide. A cell has either only rows below
+  // `kept` or only rows from `kept` on.
   template <class F>
   void each(int64_t width, int64_t kept, const F& f) const {
-    const int64_t across = divide_up(width, cols), above = divide_up(kept, rows), down = above + divide_up(n - kept, rows);
-    each_cell(down * across, [&](int64_t cell) {
+    const int64_t across = divide_up(width, cols), above = divide_up(kept, rows);
+    const int64_t down = above + divide_up(n - kept, rows);
+    parallel_dynamic(down * across, [&](int64_t cell) {
       const int64_t i = cell / across, p = cell % across;
       const int64_t row = i < above ? i * rows : kept + (i - above) * rows;
       f(row, std::min(rows, (i < above ? kept : n) - row), p, p * cols, std::min(cols, width - p * cols));
@@ -69,40 +75,42 @@ struct Tiling {
   }
 };
 
-constexpr float kFar = -800;  // t of exp(t) * t is cut there, so that exp(-inf) * -inf is 0, not NaN
+// exp(t) * t is computed with max(t, kMinShifted), so that it is 0 for t = -inf, not NaN
+constexpr float kMinShifted = -800;
 
-// Sums over a row of e * t, e * e and x, where t = x - shift and e = exp(t); `sum` is that of e. Changes the shift from
-// `from` to `to`, which is not below it.
+// Changes the shift of three sums over a row from `from` to `to`, where to >= from. The sums are those of e * t, e * e
+// and x, where t = x - shift and e = exp(t). `sum` is the sum of e.
 static inline void move_moments(double* moments, double sum, double from, double to) {
   const double decay = std::exp(from - to);
-  moments[0] = decay * (moments[0] + std::max<double>(from - to, kFar) * sum);
+  moments[0] = decay * (moments[0] + std::max<double>(from - to, kMinShifted) * sum);
   moments[1] *= decay * decay;
 }
 
 struct PartTile {};
 
-// a thread's tile
+// the tile of the calling thread
 template <class A>
 A* part_tile(int64_t elements) {
   return thread_memory<A, PartTile>(elements);
 }
 
-// What the parts of the vocabulary found of each row: the maximum, the sum of exp(x - maximum), if wanted the three sums of
-// move_moments, and the k largest, descending, the lower index first among equals. A part's first row is at part * n.
+// Partial results of each row and part: the maximum, the sum of exp(x - maximum), optionally the three sums of
+// move_moments, and the k largest logits in descending order (of equal ones, the lower index first). The results of row
+// i and a part are at part * n + i.
 template <class A>
-struct Found {
+struct RowStats {
   int64_t n, k, parts;
   std::vector<A> maximum;
   std::vector<double> sum, moments;
   std::vector<A> value;
   std::vector<int64_t> index;
 
-  Found(int64_t n, int64_t k, int64_t parts, bool with_moments = false)
-      : n(n), k(k), parts(parts), maximum(n * parts, -INFINITY), sum(n * parts), moments(with_moments ? 3 * n * parts : 0),
-        value(n * parts * k, -INFINITY), index(n * parts * k, -1) {}
+  RowStats(int64_t n, int64_t k, int64_t parts, bool with_moments = false)
+      : n(n), k(k), parts(parts), maximum(n * parts, -INFINITY), sum(n * parts),
+        moments(with_moments ? 3 * n * parts : 0), value(n * parts * k, -INFINITY), index(n * parts * k, -1) {}
 
-  // joins the parts of a row, in their order, in the first of them; returns the log of its sum
-  A join(int64_t i) {
+  // merges the parts of row i, in order, into part 0; returns the log of the merged sum
+  A merge_parts(int64_t i) {
     for (int64_t part = 1; part < parts; ++part) {
       const int64_t from = part * n + i;
       const A top = maximum[from] > maximum[i] ? maximum[from] : maximum[i], shift = top == -INFINITY ? A(0) : top;
@@ -113,7 +121,8 @@ struct Found {
       sum[i] = sum[i] * std::exp(maximum[i] - shift) + sum[from] * std::exp(maximum[from] - shift);
       maximum[i] = top;
       for (int64_t j = from * k; j < (from + 1) * k && index[j] >= 0; ++j) {
-        const auto before = [&](int64_t p) { return value[j] > value[p] || index[p] < 0; };  // later parts lose ties
+        // of equal logits, the one of the earlier part comes first
+        const auto before = [&](int64_t p) { return value[j] > value[p] || index[p] < 0; };
         int64_t p = (i + 1) * k - 1;
         if (!before(p)) break;
         for (; p > i * k && before(p - 1); --p) {
@@ -128,7 +137,7 @@ struct Found {
   }
 };
 
-// rows of `from`, contiguous; `from` itself when those are all
+// copies rows of `from` to a contiguous tensor; returns `from` itself if all rows are given
 inline Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows) {
   const int64_t n = rows.size(), d = from.size(1);
   if (n == from.size(0)) return from;
@@ -145,7 +154,7 @@ inline Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows) 
   return out;
 }
 
-// a converted copy of a vector in the accumulation dtype, or an empty tensor
+// a contiguous vector in the accumulation dtype, or an empty tensor if there is none
 inline Tensor as_acc(const std::optional<Tensor>& t, ScalarType acc, const Tensor& like) {
   return t ? torch::stable::contiguous(torch::stable::to(*t, acc)) : empty({0}, acc, like);
 }
@@ -165,7 +174,8 @@ void add_columns(A* acc, const Tensor& m) {
   });
 }
 
-// -inf entries that never entered the top k get the lowest unused indices; a NaN row shows NaN
+// Completes the top k of a row: an entry without an index (a logit of -inf) gets the lowest unused index. If the row
+// contains NaN, all values become NaN.
 template <class A>
 void finish_top(A* value, int64_t* index, int64_t k, bool nan) {
   for (int64_t j = 0; j < k; ++j) {
@@ -175,16 +185,17 @@ void finish_top(A* value, int64_t* index, int64_t k, bool nan) {
   }
 }
 
-// one upstream gradient of one logit: of row `row` (in hidden) and vocabulary entry `entry`
+// the upstream gradient of one logit: that of row `row` of hidden and vocabulary entry `entry`
 template <class A>
 struct Pick {
   int64_t entry, row;
-  A grad;  // of the product hidden[row] . weight[entry]
+  A grad;  // of the logit; later of the product hidden[row] . weight[entry]
 };
 
-// adds, for each run of picks with the same `key`, sum grad * from[other] to row `key` of `to`
+// For each run of consecutive picks with the same `key`: adds sum grad * from[other] to row `key` of `to`. A run is
+// summed by one thread.
 template <class A, class S, class T, class Key, class Other>
-void add_runs(
+void scatter_add(
     const std::vector<Pick<A>>& picks, const Tensor& from, const Tensor& to, Key key, Other other) {
   std::vector<int64_t> starts;
   for (size_t i = 0; i < picks.size(); ++i)
@@ -205,7 +216,7 @@ void add_runs(
   });
 }
 
-// the sums over n rows of two columns
+// the sums of two columns over n rows
 inline Tensor sum_of_rows(const std::vector<double>& rows, int64_t n, ScalarType dtype, const Tensor& like) {
   const Tensor out = empty({2}, dtype, like);
   for (int j = 0; j < 2; ++j) {
@@ -216,9 +227,9 @@ inline Tensor sum_of_rows(const std::vector<double>& rows, int64_t n, ScalarType
   return out;
 }
 
-// calls f with a value of the type that sums over hidden are kept in
+// calls f(A{}), where A is the accumulation type of hidden
 template <class F>
-auto in_acc(const Tensor& hidden, F&& f) {
+auto with_acc_type(const Tensor& hidden, F&& f) {
   return hidden.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 

@@ -1,8 +1,8 @@
-// director on the CPU: log-softmax of lm + sum_a gamma_a * logsigmoid(cls_a), its largest entries and its
-// gradients.
+// director on the CPU: log-softmax of lm + sum_a gamma_a * logsigmoid(cls_a), its top k and its gradients.
 //
-// Decoding is a read of the weights: a thread takes a part of the vocabulary, multiplies each tile of all heads, and gates
-// it while it is in cache. The parts' sums are joined in their order, so a result does not depend on who did what.
+// The time of decoding is the time to read the weights. A thread takes one part of the vocabulary, computes a tile of
+// each head, and applies the gates while the tiles are in cache. The results of the parts are merged in a fixed order,
+// so they do not depend on which thread computed which part.
 #include "blocks.h"
 
 namespace sukhops {
@@ -10,12 +10,12 @@ namespace sukhops {
 template <class A>
 struct GateRows {
   const A* const* tile;     // per head [count, stride]: the LM head, then the classifiers
-  const A* const* bias;     // per head, of the whole vocabulary, or null
+  const A* const* bias;     // per head [vocab], or null
   int64_t heads, rows, row0, v0, width, stride, vocab, k;
   const A* gamma;    // [heads - 1, rows], or [1, rows] for a shared head
-  const A* affine;   // of a shared head, or null
+  const A* affine;   // [2] scale and shift of a shared head, or null
   A* out;            // [rows, vocab] or null
-  A* top_value;      // [rows, k], of this part of the vocabulary, like all that follow
+  A* top_value;      // [rows, k]; this field and those below belong to one part
   int64_t* top_index;
   A* maximum;        // [rows]
   double* sum;       // [rows]
@@ -28,8 +28,8 @@ struct GateBackwardRows {
   int64_t heads, rows, row0, v0, width, stride, vocab;
   const A *gamma, *affine;
   const A *grad, *logp;  // [rows, vocab]
-  const A* total;        // [rows] the sum of a row of grad
-  double* grad_gamma;    // like gamma, of this part of the vocabulary
+  const A* total;        // [rows] sum of each row of grad
+  double* grad_gamma;    // shape of gamma; this field and the next belong to one part
   double* grad_affine;   // [rows, 2]
 };
 
@@ -41,11 +41,11 @@ struct GateBackwardRows {
 namespace sukhops {
 namespace {
 
-// the arguments that both heads share, in the accumulation type
+// the weights, and the other arguments of the heads in the accumulation type
 template <class A>
 struct Heads {
   std::vector<Matrix> weight;     // the LM head, then the classifiers
-  std::vector<Tensor> bias_kept;  // owners of `bias`
+  std::vector<Tensor> bias_kept;  // own the memory of `bias`
   std::vector<const A*> bias;
   std::vector<A> gamma;  // [gates, n]
   std::vector<A> affine_kept;
@@ -79,31 +79,32 @@ struct Heads {
   int64_t count() const { return weight.size(); }
 };
 
-// the gated scores of every row go to `out` if there is one; returns what was found of them, parts not yet joined
+// Computes the gated scores of every row and writes them to `out`, unless it is null. Returns the results of each part,
+// which are not merged yet.
 template <class A>
-Found<A> pass(const Tensor& hidden, const Heads<A>& heads, int64_t k, A* out) {
+RowStats<A> gated_scores(const Tensor& hidden, const Heads<A>& heads, int64_t k, A* out) {
   const int64_t n = heads.n, d = heads.d, count = heads.count();
-  const Walk walk(n, heads.v, sizeof(A), count, k);
-  Found<A> found(n, k, walk.parts);
+  const PartPlan plan(n, heads.v, sizeof(A), count, k);
+  RowStats<A> stats(n, k, plan.parts);
   const Matrix x(hidden);
   count_products(n > 0 ? count : 0);
-  walk.each([&](int64_t row0, int64_t rows, int64_t part, int64_t v0, int64_t end) {
-    const int64_t size = walk.rows * walk.width, from = part * n;
+  plan.each([&](int64_t row0, int64_t rows, int64_t part, int64_t v0, int64_t end) {
+    const int64_t size = plan.rows * plan.width, from = part * n;
     A* const memory = part_tile<A>(count * size);
     std::vector<const A*> tile(count);
     for (int64_t i = 0; i < count; ++i) tile[i] = memory + i * size;
     for (int64_t width; v0 < end; v0 += width) {
-      width = std::min(walk.width, end - v0);
+      width = std::min(plan.width, end - v0);
       for (int64_t i = 0; i < count; ++i)
-        multiply({Matrix(memory + i * size, acc_dtype(x.dtype), rows, width, width), x.part(row0, 0, rows, d),
-                  heads.weight[i].part(v0, 0, width, d).transposed()});
+        multiply({Matrix(memory + i * size, acc_dtype(x.dtype), rows, width, width), x.submatrix(row0, 0, rows, d),
+                  heads.weight[i].submatrix(v0, 0, width, d).transposed()});
       const GateRows<A> g{tile.data(), heads.bias.data(), count, n, row0, v0, width, width, heads.v, k,
-                          heads.gamma.data(), heads.affine, out, found.value.data() + from * k,
-                          found.index.data() + from * k, found.maximum.data() + from, found.sum.data() + from};
+                          heads.gamma.data(), heads.affine, out, stats.value.data() + from * k,
+                          stats.index.data() + from * k, stats.maximum.data() + from, stats.sum.data() + from};
       SUKHOPS_BEST(gate_rows<A>)(g, 0, rows);
     }
   });
-  return found;
+  return stats;
 }
 
 template <class A>
@@ -112,12 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> logp(const Tensor& hidden, const Heads<A>& he
   const Tensor out = empty({heads.n, heads.v}, acc, hidden);
   const Tensor maxima = empty({heads.n}, acc, hidden), log_sums = empty({heads.n}, acc, hidden);
   A *maximum = data<A>(maxima), *log_sum = data<A>(log_sums);
-  Found<A> found = pass<A>(hidden, heads, 0, data<A>(out));
+  RowStats<A> stats = gated_scores<A>(hidden, heads, 0, data<A>(out));
   for (int64_t i = 0; i < heads.n; ++i) {
-    log_sum[i] = found.join(i);
-    maximum[i] = found.maximum[i];
+    log_sum[i] = stats.merge_parts(i);
+    maximum[i] = stats.maximum[i];
   }
-  const auto to_logp = SUKHOPS_BEST(normalise<A>);
+  const auto to_logp = SUKHOPS_BEST(normalize<A>);
   const int64_t width = 16384, per_row = (heads.v + width - 1) / width;
   parallel_rows(heads.n * per_row, 1, [&](int64_t i) {
     const int64_t row = i / per_row, v0 = i % per_row * width;
@@ -133,14 +134,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk(const Tensor& hidden, const Head
   const Tensor indices = empty({n, k}, ScalarType::Long, hidden);
   A* value = data<A>(values);
   int64_t* index = data<int64_t>(indices);
-  if (k > 1024 && 16 * k > v) {  // close to a sort: keeping a short list is no longer cheap
+  if (k > 1024 && 16 * k > v) {  // for a large k, a partial sort is cheaper than keep_top
     const auto [all, maxima, log_sums] = logp<A>(hidden, heads);
     const A* whole = data<A>(all);
     parallel_rows(n, 1, [&](int64_t i) {
       const A* row = whole + i * v;
       std::vector<int64_t> order(v);
       for (int64_t j = 0; j < v; ++j) order[j] = j;
-      const bool nan = row[0] != row[0];  // the log of the sum is in every entry
+      const bool nan = row[0] != row[0];  // a NaN in the row makes log_sum NaN, and so every entry
       if (!nan)
         std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t a, int64_t b) {
           return row[a] > row[b] || (row[a] == row[b] && a < b);
@@ -153,14 +154,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk(const Tensor& hidden, const Head
     return {values, indices, maxima, log_sums};
   }
   const Tensor maxima = empty({n}, values.scalar_type(), hidden), log_sums = empty({n}, values.scalar_type(), hidden);
-  Found<A> found = pass<A>(hidden, heads, k, nullptr);
+  RowStats<A> stats = gated_scores<A>(hidden, heads, k, nullptr);
   parallel_rows(n, 64, [&](int64_t i) {
-    const A log_sum = data<A>(log_sums)[i] = found.join(i);
-    data<A>(maxima)[i] = found.maximum[i];
-    finish_top(&found.value[i * k], &found.index[i * k], k, log_sum != log_sum);
+    const A log_sum = data<A>(log_sums)[i] = stats.merge_parts(i);
+    data<A>(maxima)[i] = stats.maximum[i];
+    finish_top(&stats.value[i * k], &stats.index[i * k], k, log_sum != log_sum);
     for (int64_t j = 0; j < k; ++j) {
-      value[i * k + j] = (found.value[i * k + j] - found.maximum[i]) - log_sum;
-      index[i * k + j] = found.index[i * k + j];
+      value[i * k + j] = (stats.value[i * k + j] - stats.maximum[i]) - log_sum;
+      index[i * k + j] = stats.index[i * k + j];
     }
   });
   return {values, indices, maxima, log_sums};
@@ -194,7 +195,7 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     for (int64_t j = 0; j < v; ++j) sum += data<A>(grad)[i * v + j];
     total[i] = static_cast<A>(sum);
   });
-  const Tiling tiling(n, v, sizeof(A), count);
+  const TilePlan tiling(n, v, sizeof(A), count);
   const int64_t size = n * tiling.width, gammas = heads.gamma.size(), parts = tiling.parts();
   const Tensor tile = empty({count * size}, acc, hidden);
   std::vector<double> grad_gamma(gammas * parts), grad_affine(heads.affine ? 2 * n * parts : 0);
@@ -204,15 +205,15 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     std::vector<Matrix> z, block;
     for (int64_t i = 0; i < count; ++i) {
       z.emplace_back(data<A>(tile) + i * size, acc, n, width, width);
-      block.push_back(heads.weight[i].part(v0, 0, width, d));
+      block.push_back(heads.weight[i].submatrix(v0, 0, width, d));
     }
     tiling.each(width, 0, [&](int64_t row0, int64_t rows, int64_t part, int64_t col, int64_t cols) {
       std::vector<A*> at;
       for (int64_t i = 0; i < count; ++i) {
-        const Matrix cell = z[i].part(row0, col, rows, cols);
+        const Matrix cell = z[i].submatrix(row0, col, rows, cols);
         at.push_back(static_cast<A*>(cell.data));
-        if (i == 0 && !heads.affine) continue;  // the gradient of the LM head's logits needs no logits
-        multiply({cell, x.part(row0, 0, rows, d), block[i].part(col, 0, cols, d).transposed()});
+        if (i == 0 && !heads.affine) continue;  // the gradient of the LM logits does not need the logits
+        multiply({cell, x.submatrix(row0, 0, rows, d), block[i].submatrix(col, 0, cols, d).transposed()});
       }
       const GateBackwardRows<A> g{at.data(), heads.bias.data(), count, n, row0, v0 + col, cols, width, v,
                                   heads.gamma.data(), heads.affine, data<A>(grad), data<A>(logp), total.data(),
@@ -222,17 +223,18 @@ Gradients logp_backward(const Tensor& grad, const std::optional<Tensor>& elsewhe
     std::vector<Product> products;
     for (int64_t i = 0; i < count; ++i) {
       if (weight_grad[i].defined())
-        products.push_back({Matrix(weight_grad[i]).part(v0, 0, width, d), z[i].transposed(), x});
-      if (bias_grad[i].numel()) add_columns(data<A>(bias_grad[i]) + v0, matrix_at(z[i].data, n, width, width, acc, tile));
+        products.push_back({Matrix(weight_grad[i]).submatrix(v0, 0, width, d), z[i].transposed(), x});
+      if (bias_grad[i].numel())
+        add_columns(data<A>(bias_grad[i]) + v0, matrix_at(z[i].data, n, width, width, acc, tile));
     }
-    for (int64_t i = 0; i < count && need_hidden; ++i) {  // one after the other: they go to the same sums
+    for (int64_t i = 0; i < count && need_hidden; ++i) {  // one product at a time: all accumulate into dh
       products.push_back({Matrix(dh), z[i], block[i], v0 > 0 || i > 0});
       multiply_all(std::exchange(products, {}));
     }
     multiply_all(products);
   }
-  const int64_t given = heads.affine ? count : count - 1;  // heads whose logits are computed again
-  count_products(n > 0 ? given + count * need_hidden + need_lm + (count - 1) * need_cls : 0);
+  const int64_t recomputed = heads.affine ? count : count - 1;
+  count_products(n > 0 ? recomputed + count * need_hidden + need_lm + (count - 1) * need_cls : 0);
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < gammas; ++i) grad_gamma[i] += grad_gamma[part * gammas + i];
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : empty({0}, dtype, hidden); };
@@ -254,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> director(
     const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
     const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
     const std::optional<Tensor>& cls_affine) {
-  return in_acc(hidden, [&](auto a) {
+  return with_acc_type(hidden, [&](auto a) {
     using A = decltype(a);
     return logp<A>(hidden, Heads<A>(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine));
   });
@@ -264,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> director_topk(
     const Tensor& hidden, const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
     const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias,
     const std::optional<Tensor>& cls_affine, int64_t k) {
-  return in_acc(hidden, [&](auto a) {
+  return with_acc_type(hidden, [&](auto a) {
     using A = decltype(a);
     return topk<A>(hidden, Heads<A>(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine), k);
   });
@@ -275,7 +277,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, std::vector<Tens
     const Tensor& lm_weight, const std::vector<Tensor>& cls_weight, const Tensor& gamma,
     const std::optional<Tensor>& lm_bias, const std::vector<Tensor>& cls_bias, const std::optional<Tensor>& cls_affine,
     bool need_hidden, bool need_lm, bool need_cls, bool need_bias) {
-  return in_acc(hidden, [&](auto a) {
+  return with_acc_type(hidden, [&](auto a) {
     using A = decltype(a);
     const Heads<A> heads(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine);
     Gradients g = logp_backward<A>(torch::stable::contiguous(grad), grad_elsewhere, torch::stable::contiguous(logp),

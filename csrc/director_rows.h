@@ -1,8 +1,8 @@
-// The passes of director. Included by isa.h once per instruction set. A is the type of products (float or double). Tiles
-// hold, per head, one row of `stride` products for each row of hidden.
+// The row passes of director. Included by isa.h once per instruction set. A is the type of the products (float or
+// double). Each head has a tile, with one row of products per row of hidden; rows are `stride` elements apart.
 #include "rows.h"
 
-// log(sigmoid(c)) to a few ulp, without cancellation: log1p(e) = 2 atanh(e / (2 + e)); NaN stays NaN
+// log(sigmoid(c)) with an error of a few ulp, without cancellation: log1p(e) = 2 atanh(e / (2 + e)); keeps NaN
 SUKHOPS_INLINE vf vlogsig(vf c) {
   const vf e = vexp(c < 0.0f ? c : -c);
   const vf z = e / (2.0f + e), s = z * z;
@@ -24,7 +24,10 @@ SUKHOPS_INLINE vf vsigneg(vf c) {
   return c < 0.0f ? r : e * r;
 }
 
-SUKHOPS_INLINE double slogsig(double c) { return (c < 0 ? c : c == c ? 0.0 : c) - std::log1p(std::exp(c < 0 ? c : -c)); }
+SUKHOPS_INLINE double slogsig(double c) {
+  return (c < 0 ? c : c == c ? 0.0 : c) - std::log1p(std::exp(c < 0 ? c : -c));
+}
+
 SUKHOPS_INLINE double ssigneg(double c) {
   const double e = std::exp(c < 0 ? c : -c);
   return c < 0 ? 1 / (1 + e) : e / (1 + e);
@@ -33,7 +36,7 @@ SUKHOPS_INLINE double ssigneg(double c) {
 template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? A(-3.4028234e38) : A(-1.7976931348623157e308);
 
-// x += gamma * logsigmoid(c); where gamma is 0 an infinite gate counts 0
+// x += gamma * logsigmoid(c); if gamma is 0, a logsigmoid of -inf counts as 0, to avoid 0 * inf
 static inline void add_gate(float* x, const float* c, int64_t width, float gamma) {
   const vf floor = splat(gamma == 0.0f ? kLowest<float> : -__builtin_inff());
   for (int64_t j = 0; j < width; j += kLanes) {
@@ -51,8 +54,8 @@ static inline void add_gate(double* x, const double* c, int64_t width, double ga
   }
 }
 
-// rows [lo, hi) of a tile: the gated scores, written if somebody wants them, and their running
-// maximum, sum of exponentials and top k
+// Processes rows [lo, hi) of a tile: computes the gated scores, writes them to `out` unless it is null, and updates the
+// running maximum, sum of exponentials and top k.
 template <class A>
 static void gate_rows(const GateRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], c[kMaxWidth];
@@ -82,9 +85,9 @@ static void gate_rows(const GateRows<A>& g, int64_t lo, int64_t hi) {
   }
 }
 
-// scores to log-probabilities
+// turns scores into log-probabilities
 template <class A>
-static void normalise(A* x, int64_t width, A maximum, A log_sum) {
+static void normalize(A* x, int64_t width, A maximum, A log_sum) {
   for (int64_t j = 0; j < width; ++j) x[j] = (x[j] - maximum) - log_sum;
 }
 
@@ -108,7 +111,7 @@ static inline void score_gradient(
   for (int64_t j = 0; j < width; ++j) du[j] = grad[j] - std::exp(logp[j]) * total;
 }
 
-// dc = gamma * sigmoid(-c) * ds, in place of c; returns sum ds * logsigmoid(c)
+// replaces c by its gradient gamma * sigmoid(-c) * ds; returns sum ds * logsigmoid(c)
 static inline double gate_gradient(const float* ds, float* c, int64_t width, float gamma) {
   vf sum{};
   const vf floor = splat(gamma == 0.0f ? kLowest<float> : -__builtin_inff());
@@ -133,8 +136,8 @@ static inline double gate_gradient(const double* ds, double* c, int64_t width, d
   return sum;
 }
 
-// rows [lo, hi) of a tile: turns each product into dloss/dproduct, in place. The first tile needs no
-// products unless the head is shared.
+// Processes rows [lo, hi) of a tile: replaces each product by dloss/dproduct. The tile of the LM head is only written,
+// unless the head is shared.
 template <class A>
 static void gate_backward_rows(const GateBackwardRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A ds[kMaxWidth], c[kMaxWidth];

@@ -1,5 +1,5 @@
-// What Director's training asks of the classifier on the CPU: one logit per row, which is a dot with a row
-// of the weight and not a product, and the norm that keeps the other logits near probability 1/2.
+// Training of Director's classifier on the CPU. director_dot computes one logit per row, as a dot product with one row
+// of the weight. director_norm computes the regularizer that keeps the other classifier logits near probability 1/2.
 #include "blocks.h"
 
 namespace sukhops {
@@ -11,8 +11,8 @@ struct NormRows {
   const A *bias, *affine;
   const int64_t* target;
   const A* grad;        // [rows], or null in the forward
-  double* sum;          // [rows], of this part of the vocabulary, or null in the backward
-  double* grad_affine;  // [rows, 2], the same
+  double* sum;          // [rows], of one part; null in the backward
+  double* grad_affine;  // [rows, 2], of one part; null in the forward
 };
 
 }  // namespace sukhops
@@ -31,7 +31,8 @@ std::vector<int64_t> classifier_rows(const Tensor& target, const Tensor& label, 
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < target.size(0); ++i) {
     if (t[i] == -100) continue;
-    STD_TORCH_CHECK(t[i] >= 0 && t[i] < v, "target: expected values in [0, ", v, ") or -100, got ", t[i], " at row ", i);
+    STD_TORCH_CHECK(t[i] >= 0 && t[i] < v, "target: expected values in [0, ", v, ") or -100, got ", t[i], " at row ",
+                    i);
     STD_TORCH_CHECK(l[i] >= -1 && l[i] <= 1, "label: expected 1, 0 or -1, got ", l[i], " at row ", i);
     if (l[i] >= 0) rows.push_back(i);
   }
@@ -78,10 +79,10 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
   const auto entry = [](const Pick<A>& p) { return p.entry; };
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
-    if (need_hidden) add_runs<A, S, S>(picks, weight, dh, row, entry);
+    if (need_hidden) scatter_add<A, S, S>(picks, weight, dh, row, entry);
     std::stable_sort(picks.begin(), picks.end(),
                      [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
-    if (need_weight) add_runs<A, S, S>(picks, hidden, dw, entry, row);
+    if (need_weight) scatter_add<A, S, S>(picks, hidden, dw, entry, row);
     for (const Pick<A>& p : picks)
       if (need_bias) data<A>(db)[p.entry] += p.grad;
   });
@@ -90,13 +91,14 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
 
 // ---------------------------------------------------------------- training: the norm of the other logits
 
-// What forward and backward share: the rows that train the classifier and count, gathered.
+// Shared by forward and backward: the gathered rows that train the classifier. The backward drops rows whose upstream
+// gradient is 0.
 template <class A>
 struct Norm {
-  std::vector<int64_t> rows, picked;  // [n], and their targets
-  std::vector<A> upstream, shared;    // [n] of the norm's sum over the vocabulary, in a backward
+  std::vector<int64_t> rows, picked;  // [n] rows of hidden, and their targets
+  std::vector<A> upstream, shared;    // [n] gradient of the sum over the vocabulary; affine [2] of a shared head
   int64_t n, v, d;
-  A others;  // entries that are not the target
+  A others;  // number of vocabulary entries besides the target
   ScalarType acc;
   Tensor h, b;
 
@@ -116,9 +118,11 @@ struct Norm {
     if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
   }
 
-  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width, double* sum, double* grad_affine) const {
-    return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr, shared.empty() ? nullptr : shared.data(),
-            picked.data(), upstream.empty() ? nullptr : upstream.data(), sum, grad_affine};
+  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width, double* sum,
+                   double* grad_affine) const {
+    return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr,
+            shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data(), sum,
+            grad_affine};
   }
 };
 
@@ -126,22 +130,22 @@ template <class A>
 Tensor norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
             const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
   const Norm<A> g(nullptr, hidden, weight, target, label, bias, affine);
-  const Walk walk(g.n, g.v, sizeof(A));
-  std::vector<double> sum(g.n * walk.parts);
+  const PartPlan plan(g.n, g.v, sizeof(A));
+  std::vector<double> sum(g.n * plan.parts);
   const Matrix x(g.h), w(weight);
   count_products(g.n > 0);
-  walk.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
-    A* const tile = part_tile<A>(walk.rows * walk.width);
+  plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
+    A* const tile = part_tile<A>(plan.rows * plan.width);
     for (int64_t width; v0 < end; v0 += width) {
-      width = std::min(walk.width, end - v0);
-      multiply({Matrix(tile, g.acc, count, width, width), x.part(row0, 0, count, g.d),
-                w.part(v0, 0, width, g.d).transposed()});
+      width = std::min(plan.width, end - v0);
+      multiply({Matrix(tile, g.acc, count, width, width), x.submatrix(row0, 0, count, g.d),
+                w.submatrix(v0, 0, width, g.d).transposed()});
       SUKHOPS_BEST(norm_rows<A>)(g.pass(tile, width, row0, v0, width, &sum[part * g.n], nullptr), 0, count);
     }
   });
   const Tensor value = zeros({hidden.size(0)}, g.acc, hidden);
   for (int64_t i = 0; i < g.n; ++i) {
-    for (int64_t part = 1; part < walk.parts; ++part) sum[i] += sum[part * g.n + i];
+    for (int64_t part = 1; part < plan.parts; ++part) sum[i] += sum[part * g.n + i];
     data<A>(value)[g.rows[i]] = static_cast<A>(sum[i] / g.others);
   }
   return value;
@@ -156,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   const Norm<A> g(&grad, hidden, weight, target, label, bias, affine);
   const int64_t all = hidden.size(0), n = g.n, v = g.v, d = g.d;
   const ScalarType dtype = hidden.scalar_type();
-  const Tiling tiling(n, v, sizeof(A));
+  const TilePlan tiling(n, v, sizeof(A));
   const Tensor tile = empty({n * tiling.width}, g.acc, hidden);
   const Tensor dw = zeros({need_weight ? v : 0, d}, dtype, hidden), dh = zeros({need_hidden ? n : 0, d}, g.acc, hidden);
   const Tensor db = zeros({need_bias ? v : 0}, g.acc, hidden);
@@ -165,15 +169,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   count_products(n > 0 ? 1 + need_hidden + need_weight : 0);
   for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
     width = std::min(tiling.width, v - v0);
-    const Matrix z(tile.data_ptr(), g.acc, n, width, width), block = w.part(v0, 0, width, d);
+    const Matrix z(tile.data_ptr(), g.acc, n, width, width), block = w.submatrix(v0, 0, width, d);
     tiling.each(width, 0, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
-      const Matrix cell = z.part(row0, col, count, cols);
-      multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
+      const Matrix cell = z.submatrix(row0, col, count, cols);
+      multiply({cell, x.submatrix(row0, 0, count, d), block.submatrix(col, 0, cols, d).transposed()});
       SUKHOPS_BEST(norm_rows<A>)(g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols, nullptr,
                                         &grad_affine[2 * part * n]), 0, count);
     });
     std::vector<Product> products;
-    if (need_weight) products.push_back({Matrix(dw).part(v0, 0, width, d), z.transposed(), x});
+    if (need_weight) products.push_back({Matrix(dw).submatrix(v0, 0, width, d), z.transposed(), x});
     if (need_hidden) products.push_back({Matrix(dh), z, block, v0 > 0});
     multiply_all(products);
     if (need_bias) add_columns(data<A>(db) + v0, matrix(tile, n, width));
@@ -195,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
 Tensor director_dot(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
                     const std::optional<Tensor>& bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
-  return in_acc(hidden, [&](auto a) { return dot<decltype(a)>(hidden, weight, t, l, bias); });
+  return with_acc_type(hidden, [&](auto a) { return dot<decltype(a)>(hidden, weight, t, l, bias); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
@@ -203,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
     bool need_hidden, bool need_weight, bool need_bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
   const Tensor g = torch::stable::contiguous(grad);
-  return in_acc(hidden, [&](auto a) {
+  return with_acc_type(hidden, [&](auto a) {
     return dot_backward<decltype(a)>(g, hidden, weight, t, l, need_hidden, need_weight, need_bias);
   });
 }
@@ -211,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
 Tensor director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
-  return in_acc(hidden, [&](auto a) { return norm<decltype(a)>(hidden, weight, t, l, bias, affine); });
+  return with_acc_type(hidden, [&](auto a) { return norm<decltype(a)>(hidden, weight, t, l, bias, affine); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
@@ -219,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden, bool need_weight,
     bool need_bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
-  return in_acc(hidden, [&](auto a) {
+  return with_acc_type(hidden, [&](auto a) {
     return norm_backward<decltype(a)>(torch::stable::contiguous(grad), hidden, weight, t, l, bias, affine, need_hidden,
                                       need_weight, need_bias);
   });

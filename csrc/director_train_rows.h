@@ -1,4 +1,4 @@
-// The pass of director_norm over a tile of products. Included by isa.h once per instruction set.
+// The row pass of director_norm over a tile of products. Included by isa.h once per instruction set.
 #include "rows.h"
 
 // t = tanh(c / 2) = 2 sigmoid(c) - 1
@@ -10,7 +10,8 @@ static inline void half_tanh(const double* c, double* t, int64_t width) {
   for (int64_t j = 0; j < width; ++j) t[j] = std::tanh(0.5 * c[j]);
 }
 
-// rows [lo, hi) of a tile: adds sum (sigmoid(c) - 1/2)^2 over this block without the target to sum
+// Processes rows [lo, hi) of a tile. Forward: adds the sum of (sigmoid(c) - 1/2)^2 over the tile, without the target,
+// to `sum`. Backward (with `grad`): replaces each product by dloss/dproduct.
 template <class A>
 static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A c[kMaxWidth], t[kMaxWidth];

@@ -1,4 +1,4 @@
-// Which instruction set the kernels use, and what python -m sukhops info says of it.
+// Selects the instruction set of the kernels. `python -m sukhops info` prints it.
 #include "common.h"
 
 #include <string>
@@ -8,8 +8,8 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
-// the last one that this CPU has, or that a build for tests is limited to with -DSUKHOPS_ISA=avx2 or base
-Isa last() {
+// the newest instruction set of this CPU; test builds set another with -DSUKHOPS_ISA=avx2 or base
+Isa newest_isa() {
 #ifdef SUKHOPS_ISA
   return Isa::SUKHOPS_ISA;
 #elif defined(__x86_64__)
@@ -21,27 +21,28 @@ Isa last() {
   return Isa::base;
 }
 
-// AMD's cores multiply pairs of bfloat16 at twice the rate of float32, Intel's vector units at half of it (Emerald Rapids:
-// 85 and 171 GFLOP/s a core)
-Isa best() {
+// The fastest instruction set of this CPU. AMD cores multiply pairs of bfloat16 at twice the rate of float32. Intel's
+// vector units multiply them at half that rate (Emerald Rapids: 85 GFLOP/s per core, against 171 in float32), so they
+// use AVX-512 without pairs.
+Isa fastest_isa() {
 #ifdef __x86_64__
-  if (last() == Isa::avx512_bf16 && !__builtin_cpu_is("amd")) return Isa::avx512;
+  if (newest_isa() == Isa::avx512_bf16 && !__builtin_cpu_is("amd")) return Isa::avx512;
 #endif
-  return last();
+  return newest_isa();
 }
 
-std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{best()};
+std::atomic<Isa>& selected_isa() {
+  static std::atomic<Isa> isa{fastest_isa()};
   return isa;
 }
 
 std::vector<std::string> cpu_isas() {
-  return {kNames, kNames + static_cast<int>(last()) + 1};
+  return {kNames, kNames + static_cast<int>(newest_isa()) + 1};
 }
 
 void use_cpu_isa(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(last()); ++i)
-    if (name == kNames[i]) return chosen().store(static_cast<Isa>(i));
+  for (int i = 0; i <= static_cast<int>(newest_isa()); ++i)
+    if (name == kNames[i]) return selected_isa().store(static_cast<Isa>(i));
   STD_TORCH_CHECK(false, "name: expected one of torch.ops.sukhops.cpu_isas(), got ", name);
 }
 
@@ -51,7 +52,7 @@ std::string cpu_capability() {
 
 }  // namespace
 
-Isa cpu_isa() { return chosen().load(std::memory_order_relaxed); }
+Isa cpu_isa() { return selected_isa().load(std::memory_order_relaxed); }
 
 bool fast_bfloat16() { return cpu_isa() == Isa::avx512_bf16; }
 

@@ -1,7 +1,8 @@
-// Includes the file SUKHOPS_BODY once per instruction set, each copy in a namespace of its own.
-// A body is plain loops over the lanes of vec.h: no STL and no shared inline templates, which the
-// linker would merge across instruction sets. SUKHOPS_BEST(f) is f from the best set this CPU has. Where SUKHOPS_PAIRS is
-// defined, the body is there once more with kPairs = true, for CPUs that multiply pairs of bfloat16: avx512bf16::f.
+// Includes the file SUKHOPS_BODY once per instruction set, each copy in its own namespace. A body consists of plain
+// loops over the lanes of vec.h. It must not use the STL or shared inline templates: the linker would merge their
+// copies across instruction sets. SUKHOPS_BEST(f) is the address of f for the selected instruction set. If
+// SUKHOPS_PAIRS is defined, the body is also compiled with kPairs = true, as avx512bf16::f, for CPUs that multiply
+// pairs of bfloat16.
 #include <cmath>
 #include <cstdint>
 

@@ -1,9 +1,9 @@
-// The units of a hybrid language model, and which of them start at each position of a text.
+// The units of a hybrid language model, and the lookup of the units that start at each position of a text.
 //
-// Every prefix of an n-gram that is frequent enough is frequent enough too, so units are the nodes of a trie:
-// unit 0 is the unknown character, then come the characters by code point, then the n-grams by length and,
-// within a length, by code points. Its edges lie in one table, each node's row shifted to where its children
-// fall on free slots: a step down the trie is one look, with no search.
+// Every prefix of a frequent n-gram is frequent too, so the units are the nodes of a trie. Unit 0 is the unknown
+// character. It is followed by the characters in the order of their code points, then by the n-grams in the order of
+// their length and, within a length, of their code points. The edges are stored in one table. The row of children of
+// each node is shifted so that all of its children fall on free slots. A step down the trie is then a single lookup.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -19,8 +19,8 @@ namespace py = pybind11;
 namespace {
 
 constexpr uint32_t kNewline = '\n';
-constexpr int64_t kCodes = 0x110000;  // of Unicode
-constexpr int64_t kGrain = 1 << 15;   // characters that are worth a thread
+constexpr int64_t kCodes = 0x110000;  // number of Unicode code points
+constexpr int64_t kGrain = 1 << 15;   // least number of characters per thread
 
 struct Text {
   const void* data;
@@ -28,7 +28,7 @@ struct Text {
   int64_t size;
 };
 
-// f(C*) with the type of the text's characters
+// calls f(characters) with a pointer of the type of the text's characters
 template <class F>
 void with_characters(const Text& text, const F& f) {
   if (text.width == 1) return f(static_cast<const uint8_t*>(text.data));
@@ -36,7 +36,7 @@ void with_characters(const Text& text, const F& f) {
   f(static_cast<const uint32_t*>(text.data));
 }
 
-// str or bytes objects, held so that no other thread frees them while they are read
+// str or bytes objects; holds references, so that no other thread frees the objects while they are read
 struct Texts {
   py::tuple held;
   bool unicode = false;
@@ -62,7 +62,7 @@ struct Texts {
   }
 };
 
-// f(part, lo, hi) over [0, n) in at most `threads` parts of equal size, at the same time
+// calls f(part, lo, hi) for `parts` equal parts of [0, n), each in a thread of its own
 template <class F>
 void parallel_parts(int64_t n, int64_t parts, const F& f) {
   std::vector<std::future<void>> others;
@@ -72,9 +72,11 @@ void parallel_parts(int64_t n, int64_t parts, const F& f) {
   for (auto& other : others) other.get();
 }
 
-int64_t parts_of(int64_t n, int64_t threads) { return std::clamp<int64_t>(n / kGrain, 1, std::max<int64_t>(threads, 1)); }
+int64_t parts_of(int64_t n, int64_t threads) {
+  return std::clamp<int64_t>(n / kGrain, 1, std::max<int64_t>(threads, 1));
+}
 
-// How often each key came. An entry keeps the index that it got when its key came first.
+// A hash table that counts keys. `entry` is the index of a key in the order of first occurrence.
 class Counter {
  public:
   struct Slot {
@@ -87,11 +89,11 @@ class Counter {
   int32_t size() const { return size_; }
 
   int32_t add(uint64_t key, uint32_t times) {
-    size_t i = place(key);
+    size_t i = find_slot(key);
     if (slots_[i].count == 0) {
       if (2 * static_cast<size_t>(size_) >= slots_.size()) {
         grow();
-        i = place(key);
+        i = find_slot(key);
       }
       slots_[i] = {key, 0, size_++};
     }
@@ -106,7 +108,7 @@ class Counter {
   }
 
  private:
-  size_t place(uint64_t key) const {
+  size_t find_slot(uint64_t key) const {
     const size_t mask = slots_.size() - 1;
     size_t i = (key * 0x9E3779B97F4A7C15ull) >> 20 & mask;
     while (slots_[i].count && slots_[i].key != key) i = (i + 1) & mask;
@@ -116,7 +118,7 @@ class Counter {
     std::vector<Slot> old(4 * slots_.size());
     old.swap(slots_);
     for (const Slot& s : old)
-      if (s.count) slots_[place(s.key)] = s;
+      if (s.count) slots_[find_slot(s.key)] = s;
   }
   std::vector<Slot> slots_;
   int32_t size_ = 0;
@@ -127,8 +129,8 @@ class Trie {
   using Codes = py::array_t<uint32_t, py::array::c_style>;
   using Ids = py::array_t<int32_t, py::array::c_style>;
 
-  // the units of texts: every character, and the n-grams of 2 to max_length within a line that come
-  // min_count times
+  // the units of texts: every character, and every n-gram of 2 to max_length characters that occurs within lines at
+  // least min_count times
   static Trie count(const py::list& list, int64_t max_length, int64_t min_count, int64_t threads) {
     const Texts texts(list);
     Trie trie(texts.unicode, max_length);
@@ -139,7 +141,7 @@ class Trie {
     return trie;
   }
 
-  // from what `codes`, `parents` and `symbols` returned; raises ValueError for anything else
+  // a trie from its `codes`, `parents` and `symbols`; raises ValueError if they contradict each other
   static Trie of(bool unicode, int64_t max_length, const Codes& codes, const Ids& parents, const Ids& symbols) {
     Trie trie(unicode, max_length);
     const int64_t characters = codes.size();
@@ -163,13 +165,14 @@ class Trie {
     return trie;
   }
 
-  // ids [B, T, K] of the units of length k + 1 that start at each position of each text, -1 where there is none,
+  // ids [B, T, K] of the units of length k + 1 that start at each position of each text, -1 if there is no such unit,
   // and the lengths [B] of the texts
   py::tuple map(const py::list& list, int64_t threads) const {
     const Texts texts(list);
     const std::vector<Text>& text = texts.text;
     if (!text.empty() && texts.unicode != unicode_)
-      throw py::type_error(unicode_ ? "texts: this lexicon is of str, got bytes" : "texts: this lexicon is of bytes, got str");
+      throw py::type_error(unicode_ ? "texts: this is a lexicon of str, got bytes"
+                                    : "texts: this is a lexicon of bytes, got str");
     py::array_t<int64_t> lengths(text.size());
     int64_t longest = 0;
     for (size_t b = 0; b < text.size(); ++b) longest = std::max(longest, lengths.mutable_data()[b] = text[b].size);
@@ -226,11 +229,11 @@ class Trie {
     index_characters();
   }
 
-  // A frequent n-gram is two frequent (n-1)-grams, one a position after the other: their ids are its key, and in
-  // the order of these keys n-grams of a length are sorted by their characters.
+  // A frequent n-gram consists of two frequent (n-1)-grams that start at consecutive positions. Their ids are the key
+  // of the n-gram. Sorting n-grams of one length by key sorts them by their characters.
   void count_ngrams(const std::vector<Text>& texts, int64_t min_count, int64_t threads) {
     if (max_length_ < 2) return;
-    std::vector<int32_t> unit;  // that starts at each position, of the length of the round; -1 for none
+    std::vector<int32_t> unit;  // the unit of the current length that starts at each position, -1 if none
     const int64_t total = std::accumulate(texts.begin(), texts.end(), int64_t(0),
                                           [](int64_t n, const Text& text) { return n + text.size + 1; });
     if (total > INT32_MAX) throw py::value_error("texts: expected less than 2**31 characters in all");
@@ -241,26 +244,26 @@ class Trie {
       });
       unit.push_back(-1);  // no n-gram crosses the end of a text
     }
-    std::vector<int32_t> last(1 + code_.size());  // symbol of each unit
-    std::iota(last.begin(), last.end(), 0);
+    std::vector<int32_t> last_symbol(1 + code_.size());
+    std::iota(last_symbol.begin(), last_symbol.end(), 0);
     const int64_t parts = parts_of(total, threads);
     for (int64_t length = 2; length <= max_length_; ++length) {
       std::vector<Counter> counter(parts);
-      std::vector<int32_t> after(parts, -1);  // of each part, before another thread changes it
-      for (int64_t p = 0; p + 1 < parts; ++p) after[p] = unit[total * (p + 1) / parts];
+      std::vector<int32_t> next_unit(parts, -1);  // first unit after each part, read before another thread changes it
+      for (int64_t p = 0; p + 1 < parts; ++p) next_unit[p] = unit[total * (p + 1) / parts];
       parallel_parts(total, parts, [&](int64_t p, int64_t lo, int64_t hi) {
         Counter local;
         for (int64_t t = lo; t < hi; ++t) {
-          const int32_t left = unit[t], right = t + 1 < hi ? unit[t + 1] : after[p];
+          const int32_t left = unit[t], right = t + 1 < hi ? unit[t + 1] : next_unit[p];
           unit[t] = left < 0 || right < 0 ? -1 : local.add(uint64_t(left) << 32 | uint32_t(right), 1);
         }
         counter[p] = std::move(local);
       });
       Counter all;
-      std::vector<std::vector<int32_t>> renamed(parts);  // entries of a part -> entries of all -> units
+      std::vector<std::vector<int32_t>> new_ids(parts);  // maps entries of a part to entries of `all`, then to units
       for (int64_t p = 0; p < parts; ++p) {
-        renamed[p].resize(counter[p].size());
-        counter[p].each([&](const Counter::Slot& s) { renamed[p][s.entry] = all.add(s.key, s.count); });
+        new_ids[p].resize(counter[p].size());
+        counter[p].each([&](const Counter::Slot& s) { new_ids[p][s.entry] = all.add(s.key, s.count); });
       }
       std::vector<Counter::Slot> kept;
       all.each([&](const Counter::Slot& s) {
@@ -271,20 +274,20 @@ class Trie {
       for (const Counter::Slot& s : kept) {
         name[s.entry] = static_cast<int32_t>(size());
         parent_.push_back(static_cast<int32_t>(s.key >> 32));
-        symbol_.push_back(last[static_cast<uint32_t>(s.key)]);
-        last.push_back(symbol_.back());
+        symbol_.push_back(last_symbol[static_cast<uint32_t>(s.key)]);
+        last_symbol.push_back(symbol_.back());
       }
       if (kept.empty() || length == max_length_) return;
       parallel_parts(total, parts, [&](int64_t p, int64_t lo, int64_t hi) {
-        for (int32_t& entry : renamed[p]) entry = name[entry];
-        for (int64_t t = lo; t < hi; ++t) unit[t] = unit[t] < 0 ? -1 : renamed[p][unit[t]];
+        for (int32_t& entry : new_ids[p]) entry = name[entry];
+        for (int64_t t = lo; t < hi; ++t) unit[t] = unit[t] < 0 ? -1 : new_ids[p][unit[t]];
       });
     }
   }
 
-  // Shifts each node's row of children, the longest first, to where they all fall on free slots.
+  // Finds a shift for each node's row of children, longest rows first, such that all children fall on free slots.
   void place_edges() {
-    std::vector<int32_t> first;  // n-gram of each row; n-grams are sorted by parent
+    std::vector<int32_t> first;  // first n-gram of each row; n-grams are sorted by parent
     for (size_t i = 0; i < parent_.size(); ++i)
       if (i == 0 || parent_[i] != parent_[i - 1]) first.push_back(static_cast<int32_t>(i));
     const auto end = [&](int32_t i) {
@@ -313,7 +316,7 @@ class Trie {
       int tries = 0;
       while (!fits()) {
         if (++tries == kTries) return false;
-        shift = shift * 1664525u + 1013904223u;  // a walk over every remainder
+        shift = shift * 1664525u + 1013904223u;  // a linear congruential generator that visits every slot
       }
       shift_[parent_[i] + 1] = shift;
       for (int32_t j = i; j < stop; ++j)
@@ -322,13 +325,13 @@ class Trie {
     return true;
   }
 
-  // the unit `node` and one character more, -1 if there is none; nothing follows the units -1 and 0
+  // the unit `node` extended by one character, -1 if there is none; units -1 and 0 have no children
   int32_t child(int32_t node, int32_t symbol) const {
     const Slot slot = edge_[(shift_[node + 1] + static_cast<uint32_t>(symbol)) & mask_];
     return slot.parent == node ? slot.child : -1;
   }
 
-  // positions [begin, end) of a text; those past its own end have no units
+  // maps positions [begin, end) of a text; positions past the end of the text have no units
   void map_part(const Text& text, int64_t begin, int64_t end, int64_t* out) const {
     constexpr int64_t kBlock = 1024;
     const int64_t width = max_length_, stop = std::min(end, text.size);
@@ -353,11 +356,11 @@ class Trie {
 
   bool unicode_;
   int64_t max_length_;
-  std::vector<uint32_t> code_;            // of each character, ascending; character i is unit i + 1
-  std::vector<int32_t> parent_, symbol_;  // of each n-gram: the unit without its last character, that character
-  std::vector<int32_t> index_;            // unit of each code
+  std::vector<uint32_t> code_;            // code point of each character, ascending; character i is unit i + 1
+  std::vector<int32_t> parent_, symbol_;  // of each n-gram: the unit without its last character, and that character
+  std::vector<int32_t> index_;            // unit of each code point
   std::vector<Slot> edge_;
-  std::vector<uint32_t> shift_;           // of the row of each unit, from unit -1 on
+  std::vector<uint32_t> shift_;           // shift of the row of each unit, starting with unit -1
   uint32_t mask_ = 0;
 };
 
@@ -366,7 +369,8 @@ class Trie {
 PYBIND11_MODULE(_lexicon, m) {
   m.doc() = "The trie behind sukhops.Lexicon, which checks its arguments.";
   py::class_<Trie>(m, "Trie")
-      .def_static("count", &Trie::count, py::arg("texts"), py::arg("max_length"), py::arg("min_count"), py::arg("threads"))
+      .def_static("count", &Trie::count, py::arg("texts"), py::arg("max_length"), py::arg("min_count"),
+                  py::arg("threads"))
       .def_static("of", &Trie::of, py::arg("unicode"), py::arg("max_length"), py::arg("codes"), py::arg("parents"),
                   py::arg("symbols"))
       .def("map", &Trie::map, py::arg("texts"), py::arg("threads"))

@@ -1,8 +1,9 @@
-// The loops of product.cpp for one thread. Included by isa.h once per instruction set; with kPairs = true where the target
-// multiplies pairs of bfloat16. A unit is what one lane of a product takes: a number, or two neighbours of the depth in
-// bfloat16, whose products are summed in float32. A is the type of sums; S and T are those of a and of b in memory.
+// The kernels of product.cpp for one thread. Included by isa.h once per instruction set, with kPairs = true if the
+// target multiplies pairs of bfloat16. Depth is the inner dimension of a product. A unit is the content of one lane:
+// one number or, with kPairs, two bfloat16 that are consecutive in depth and whose products are summed in float32. A is
+// the accumulation type; S and T are the element types of a and b.
 
-constexpr int64_t kPer = kPairs ? 2 : 1;  // elements of the depth in a unit
+constexpr int64_t kPerUnit = kPairs ? 2 : 1;  // elements per unit
 
 // ---------------------------------------------------------------- units
 
@@ -10,7 +11,7 @@ template <class A>
 using Reg = typename Register<A>::type;
 
 template <class A>
-constexpr int64_t kLane = Register<A>::lanes;
+constexpr int64_t kRegisterLanes = Register<A>::lanes;
 
 template <class V>
 SUKHOPS_INLINE V multiply_add(V sum, V x, V y) {
@@ -20,7 +21,7 @@ SUKHOPS_INLINE V multiply_add(V sum, V x, V y) {
   return sum + x * y;
 }
 
-// a register of bfloat16 as their bits; float32 is rounded where the CPU multiplies pairs, and never taken elsewhere
+// Loads a register of bfloat16 bits, one number per lane. Rounds float32, which occurs only with kPairs.
 template <class S>
 SUKHOPS_INLINE Register<float>::ints bits_of(const S* p) {
   typedef Register<float>::halves H;
@@ -33,7 +34,7 @@ SUKHOPS_INLINE Register<float>::ints bits_of(const S* p) {
   }
 }
 
-// a register of units that follow each other in the depth
+// loads a register of units that are consecutive in depth
 template <class A, class S>
 SUKHOPS_INLINE Reg<A> units_along(const S* p) {
   if constexpr (!kPairs) {
@@ -42,12 +43,12 @@ SUKHOPS_INLINE Reg<A> units_along(const S* p) {
     return get((const float*)p);
   } else {
 #ifdef SUKHOPS_X86
-    return (Reg<A>)_mm512_cvtne2ps_pbh((__m512)get(p + kLane<A>), (__m512)get(p));
+    return (Reg<A>)_mm512_cvtne2ps_pbh((__m512)get(p + kRegisterLanes<A>), (__m512)get(p));
 #endif
   }
 }
 
-// a register of units beside each other, `next` elements to the next of the depth
+// loads a register of units at the same depth; `next` is the stride of the depth
 template <class A, class S>
 SUKHOPS_INLINE Reg<A> units_across(const S* p, int64_t next) {
   if constexpr (kPairs)
@@ -56,7 +57,7 @@ SUKHOPS_INLINE Reg<A> units_across(const S* p, int64_t next) {
     return widened(p);
 }
 
-// one unit, whose last elements may not exist
+// loads one unit; only `elements` elements exist, the others are 0
 template <class A, class S>
 SUKHOPS_INLINE A unit(const S* p, int64_t next, int64_t elements) {
   if constexpr (kPairs) {
@@ -73,39 +74,40 @@ SUKHOPS_INLINE A unit(const S* p, int64_t next, int64_t elements) {
   }
 }
 
+// one step of a transposition: swaps the lanes of x whose number has bit s with the lanes of y whose number has not
 template <int s, class F, int... l>
-SUKHOPS_INLINE void trade(F& x, F& y, std::integer_sequence<int, l...>) {
+SUKHOPS_INLINE void swap_lanes(F& x, F& y, std::integer_sequence<int, l...>) {
   constexpr int n = sizeof...(l);
   const F first = shuffle<((l & s) ? n + l - s : l)...>(x, y);
   y = shuffle<((l & s) ? n + l : l + s)...>(x, y);
   x = first;
 }
 
-// of a square of registers, halving the blocks that trade places
-template <class A, int s = kLane<A> / 2>
+// transposes a square of registers; each step swaps blocks of half the size
+template <class A, int s = kRegisterLanes<A> / 2>
 SUKHOPS_INLINE void transpose(Reg<A>* r) {
   if constexpr (s > 0) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLane<A>; ++i)
-      if (!(i & s)) trade<s>(r[i], r[i + s], std::make_integer_sequence<int, kLane<A>>());
+    for (int64_t i = 0; i < kRegisterLanes<A>; ++i)
+      if (!(i & s)) swap_lanes<s>(r[i], r[i + s], std::make_integer_sequence<int, kRegisterLanes<A>>());
     transpose<A, s / 2>(r);
   }
 }
 
-// `width` rows of a matrix as [units][width]: zeros where it has only `count`. Where width is no multiple of a register,
-// `out` has one register more.
+// Packs `width` rows of a matrix as [units][width]. Rows from `count` on are zeros. If width is not a multiple of a
+// register, stores run past the end, so `out` needs one more register.
 template <int64_t width, class A, class S>
 static void pack(const S* from, int64_t row, int64_t col, int64_t count, int64_t depth, A* out) {
-  constexpr int64_t L = kLane<A>;
-  const int64_t units = (depth + kPer - 1) / kPer, n = count < width ? count : width;
+  constexpr int64_t L = kRegisterLanes<A>;
+  const int64_t units = (depth + kPerUnit - 1) / kPerUnit, n = count < width ? count : width;
   int64_t p = 0;
-  for (; col == 1 && (p + L) * kPer <= depth; p += L) {
+  for (; col == 1 && (p + L) * kPerUnit <= depth; p += L) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < width; i += L) {
       Reg<A> block[L];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < L; ++r)
-        block[r] = i + r < n ? units_along<A>(from + (i + r) * row + p * kPer) : Reg<A>{};
+        block[r] = i + r < n ? units_along<A>(from + (i + r) * row + p * kPerUnit) : Reg<A>{};
       transpose<A>(block);
 #pragma GCC unroll 16
       for (int64_t q = 0; q < L; ++q) {
@@ -116,42 +118,43 @@ static void pack(const S* from, int64_t row, int64_t col, int64_t count, int64_t
     }
   }
   for (; p < units; ++p) {
-    const S* at = from + p * kPer * col;
+    const S* at = from + p * kPerUnit * col;
     A* const to = out + p * width;
-    const int64_t left = depth - p * kPer;
+    const int64_t left = depth - p * kPerUnit;
     int64_t i = 0;
-    if (row == 1 && left >= kPer)
+    if (row == 1 && left >= kPerUnit)
       for (; i < width && i + L <= count; i += L) set(to + i, units_across<A>(at + i, col));
     for (; i < n; ++i) to[i] = unit<A>(at + i * row, col, left);
     for (; i < width; ++i) to[i] = 0;
   }
 }
 
-// all `count` rows, `width` after `width`; rows that are columns of the matrix in memory some at a time, as they lie there
+// Packs all `count` rows in groups of `width`. If neighboring rows are adjacent in memory (row == 1), packs 32 units of
+// every group before the next 32, so that memory is read in order.
 template <int64_t width, class A, class S>
 static void pack_all(const S* from, int64_t row, int64_t col, int64_t count, int64_t depth, A* out) {
-  const int64_t units = (depth + kPer - 1) / kPer, most = row == 1 ? 32 : units;
+  const int64_t units = (depth + kPerUnit - 1) / kPerUnit, most = row == 1 ? 32 : units;
   for (int64_t p = 0; p < units; p += most)
     for (int64_t i = 0; i < count; i += width) {
-      const int64_t left = depth - p * kPer;
-      pack<width>(from + i * row + p * kPer * col, row, col, count - i, left < most * kPer ? left : most * kPer,
-                  out + i * units + p * width);
+      const int64_t left = depth - p * kPerUnit;
+      pack<width>(from + i * row + p * kPerUnit * col, row, col, count - i,
+                  left < most * kPerUnit ? left : most * kPerUnit, out + i * units + p * width);
     }
 }
 
 // ---------------------------------------------------------------- many rows: blocks of packed a and b
 
-// of the sums in registers
+// kRows x kCols is the tile of sums that is kept in registers
 template <class A>
-constexpr int64_t kCols = 2 * kLane<A>;
+constexpr int64_t kCols = 2 * kRegisterLanes<A>;
 constexpr int64_t kRows = kRegisters == 32 ? 14 : 6;
 
-// c [R, kCols] (+)= a @ b: a packed [units, kRows], of which the first R count; b packed [units, kCols], or kCols columns
-// of rows in memory that are `next` elements apart
+// c [R, kCols] (+)= a @ b. a is packed as [units, kRows], of which the first R are used. b is packed as [units, kCols],
+// or it is a matrix in memory whose rows are `next` elements apart.
 template <int R, class A, class T>
 static void multiply_rows(const A* a, const T* b, int64_t next, int64_t units, A* c, int64_t stride, bool add) {
   typedef Reg<A> F;
-  constexpr int64_t L = kLane<A>;
+  constexpr int64_t L = kRegisterLanes<A>;
   for (; units > 0; units -= kProductRun, add = true) {
     F sum[R][2];
     for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = F{};
@@ -162,11 +165,11 @@ static void multiply_rows(const A* a, const T* b, int64_t next, int64_t units, A
         b += next;
       } else {
         b0 = units_across<A>(b, next), b1 = units_across<A>(b + L, next);
-        b += kPer * next;
+        b += kPerUnit * next;
       }
 #pragma GCC unroll 14
       for (int i = 0; i < R; ++i) {
-        const F x = a[i] - F{};  // in all lanes: nothing is computed
+        const F x = a[i] - F{};  // broadcasts; the compiler omits the subtraction
         sum[i][0] = multiply_add(sum[i][0], x, b0);
         sum[i][1] = multiply_add(sum[i][1], x, b1);
       }
@@ -185,7 +188,7 @@ static void multiply_rows(const A* a, const T* b, int64_t next, int64_t units, A
   }
 }
 
-// h rows and w columns of the same
+// the same for h <= kRows rows and w <= kCols columns
 template <class A, class T, int R = kRows>
 static void multiply_part(int64_t h, int64_t w, const A* a, const T* b, int64_t next, int64_t units, A* c,
                           int64_t stride, bool add) {
@@ -205,21 +208,22 @@ template <class A, class S, class T>
 static void blocked(const Factors& f) {
   A* const bs = (A*)f.scratch;
   const int64_t wide = (f.n + kCols<A> - 1) / kCols<A> * kCols<A>;
-  // whole runs: sums do not depend on n
+  // a multiple of kProductRun, so that the order of sums does not depend on n
   const int64_t fits = kBlockBytes / (wide * (int64_t)sizeof(A)) / kProductRun * kProductRun;
   const bool thin = f.thin && f.b_col == 1;
-  const int64_t deep = (thin ? kThin : fits < kProductRun ? kProductRun : fits > kDepth ? kDepth : fits) * kPer;
-  A* const as = bs + wide * ((deep < f.k ? deep : f.k + 1) / kPer);
+  const int64_t deep = (thin ? kThin : fits < kProductRun ? kProductRun : fits > kDepth ? kDepth : fits) * kPerUnit;
+  A* const as = bs + wide * ((deep < f.k ? deep : f.k + 1) / kPerUnit);
   const S* a = (const S*)f.a;
   const T* b = (const T*)f.b;
   A* const out = (A*)f.out;
-  const int64_t times = (f.m + kRows - 1) / kRows, high = (f.m + times - 1) / times;  // rows of a at once
+  const int64_t times = (f.m + kRows - 1) / kRows, high = (f.m + times - 1) / times;  // rows of a in a register tile
   for (int64_t i = 0; i < f.m && f.k == 0 && !f.add; ++i)
     for (int64_t j = 0; j < f.n; ++j) out[i * f.stride + j] = 0;
   for (int64_t p = 0; p < f.k; p += deep) {
-    const int64_t depth = f.k - p < deep ? f.k - p : deep, units = (depth + kPer - 1) / kPer;
-    // all of b stays where it is but for columns that fill no register, or a depth that is no whole number of units
-    const int64_t first = thin && depth % kPer == 0 ? f.n / kCols<A> * kCols<A> : 0;
+    const int64_t depth = f.k - p < deep ? f.k - p : deep, units = (depth + kPerUnit - 1) / kPerUnit;
+    // Columns [0, first) of b are read in place. The others are packed, because they do not fill a register tile or
+    // because the depth ends inside a unit.
+    const int64_t first = thin && depth % kPerUnit == 0 ? f.n / kCols<A> * kCols<A> : 0;
     const T* const bp = b + p * f.b_row;
     pack_all<kCols<A>>(bp + first * f.b_col, f.b_col, f.b_row, f.n - first, depth, bs);
     for (int64_t i = 0; i < f.m; i += high) {
@@ -236,7 +240,7 @@ static void blocked(const Factors& f) {
   }
 }
 
-// sums, rounded
+// rounds the sums to the dtype of the output
 template <class N>
 static void round_rows(const float* from, int64_t m, int64_t n, N* to, int64_t stride) {
   for (int64_t i = 0; i < m; ++i, from += n, to += stride) {
@@ -246,10 +250,10 @@ static void round_rows(const float* from, int64_t m, int64_t n, N* to, int64_t s
   }
 }
 
-// ---------------------------------------------------------------- few rows of a: b, a weight transposed, is streamed
+// ---------------------------------------------------------------- few rows of a: b, a transposed weight, is streamed
 
-// the weight's rows that come next, into the second cache: no prefetcher of the CPU's own follows to a new page
-SUKHOPS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// prefetches a later row of the weight into L2; the prefetchers of the CPU stop at the end of a page
+SUKHOPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // out[i * os] = the sum of the lanes of x[i]
 template <int N>
@@ -271,7 +275,8 @@ SUKHOPS_INLINE void reduce_each(const Reg<float>* x, float* out, int64_t os) {
   }
 }
 
-// bfloat16 that is not multiplied in pairs is taken two numbers to a lane, the even ones first: a shift or a mask apart
+// Without kPairs, a register of bfloat16 is used in two turns, because each lane holds two numbers: a shift extracts
+// the even ones, then a mask the odd ones.
 template <class T>
 constexpr int64_t kTurns = !kPairs && std::is_same_v<T, uint16_t> ? 2 : 1;
 
@@ -282,14 +287,15 @@ SUKHOPS_INLINE Reg<float> units_in_turn(const T* p, int turn) {
   return (Reg<float>)(turn == 0 ? two << 16 : two & -65536);
 }
 
-// lanes along the depth: out[n][r] = w[r] . h[n] for R rows of the weight and N of h [steps][turns][N][lanes]
+// out[n][r] = w[r] . h[n] for R rows of the weight and N rows of h, vectorized along the depth. h is packed as
+// [steps][turns][N][lanes].
 template <int R, int N, class T>
 static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os) {
-  constexpr int64_t L = kLane<float>, turns = kTurns<T>, step = L * kPer * turns;
+  constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns;
   Reg<float> acc[R][N] = {};
   int64_t j = 0;
   for (; j + step <= d; j += step) {
-    for (int r = 0; r < R; ++r) fetch(w + (2 * R + r) * ws + j);
+    for (int r = 0; r < R; ++r) prefetch(w + (2 * R + r) * ws + j);
 #pragma GCC unroll 2
     for (int turn = 0; turn < turns; ++turn, h += N * L) {
       Reg<float> x[R];
@@ -311,18 +317,19 @@ static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, 
   for (int r = 0; r < R; ++r) reduce_each<N>(acc[r], out + r, os);
 }
 
-constexpr int64_t kAcc = kRegisters == 32 ? 24 : 12;  // registers of sums
+constexpr int64_t kSumRegisters = kRegisters == 32 ? 24 : 12;  // registers that hold sums
 
 template <int N, class T>
 static inline void few_rows(const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os) {
-  constexpr int most = kRegisters == 32 ? 8 : 6, R = kAcc / N < most ? kAcc / N : most;
+  constexpr int most = kRegisters == 32 ? 8 : 6, R = kSumRegisters / N < most ? kSumRegisters / N : most;
   int64_t r = 0;
   for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os);
   for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os);
 }
 
-constexpr int64_t kFew = kRegisters == 32 ? 8 : 4;  // rows of h at once
+constexpr int64_t kFew = kRegisters == 32 ? 8 : 4;  // most rows of h in one product
 
+// few_rows for a number of rows of h that is known only at run time
 template <class T, int N = kFew>
 static inline void few_any(int64_t count, const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out,
                            int64_t os) {
@@ -332,21 +339,21 @@ static inline void few_any(int64_t count, const T* w, int64_t ws, int64_t rows, 
   few_rows<N>(w, ws, rows, h, d, out, os);
 }
 
-// The weight's rows go by in groups that stay in the second cache, for as many rows of a at a time as registers hold.
+// Multiplies groups of rows of the weight that stay in L2, each with kFew rows of a at a time.
 template <class S, class T>
 static void streamed(const Factors& f) {
-  constexpr int64_t L = kLane<float>, turns = kTurns<T>, step = L * kPer * turns, group = 24;
-  const int64_t whole = (f.k + step - 1) / step * L * turns;  // units, zeros at the end
+  constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns, group = 24;
+  const int64_t whole = (f.k + step - 1) / step * L * turns;  // units, padded with zeros
   const S* a = (const S*)f.a;
   const T* w = (const T*)f.b;
   float *const h = (float*)f.scratch, *out = (float*)f.out;
   for (int64_t i = 0; i < f.m; i += kFew) {
     const int64_t n = f.m - i < kFew ? f.m - i : kFew;
     for (int64_t u = 0; u < whole; ++u) {
-      const int64_t at = u / (L * turns) * turns + u % turns, lane = u / turns % L, left = f.k - u * kPer;
+      const int64_t at = u / (L * turns) * turns + u % turns, lane = u / turns % L, left = f.k - u * kPerUnit;
       for (int64_t r = 0; r < n; ++r)
         h[i * whole + (at * n + r) * L + lane] =
-            left > 0 ? unit<float>(a + (i + r) * f.a_row + u * kPer * f.a_col, f.a_col, left) : 0.0f;
+            left > 0 ? unit<float>(a + (i + r) * f.a_row + u * kPerUnit * f.a_col, f.a_col, left) : 0.0f;
     }
   }
   for (int64_t r = 0; r < f.n; r += group, w += group * f.b_col, out += group)

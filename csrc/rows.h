@@ -1,5 +1,5 @@
-// Passes over one row of logits, padded with -inf to whole vectors. Included by the bodies of isa.h
-// inside a namespace per instruction set, so: no includes, no guard.
+// Passes over one row of logits, which is padded with -inf to a multiple of kLanes. Included by the bodies of isa.h
+// inside a namespace per instruction set: no includes and no include guard.
 
 static inline float row_max(const float* x, int64_t width) {
   vf m = load(x);
@@ -42,7 +42,8 @@ static inline void store_row(A* z, const A* x, int64_t width) {
   for (; j < width; ++j) z[j] = x[j];
 }
 
-// keeps the k largest logits of a row, descending, the lower index first among equals
+// Merges logits into the k largest of their row. These are in descending order; of equal logits the one with the lower
+// index comes first.
 template <class A>
 static inline void keep_top(
     const A* x, int64_t width, int64_t v0, A* value, int64_t* index, int64_t k) {
@@ -62,7 +63,7 @@ static inline void keep_top(
   }
 }
 
-// x = z + bias; the padding of the last vector is 0 or a product's
+// x = z + bias; the float version pads the last vector with zeros
 static inline void load_row(const float* z, float* x, int64_t width, const float* bias) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) store(x + j, bias ? load(z + j) + load(bias + j) : load(z + j));
@@ -74,7 +75,7 @@ static inline void load_row(const double* z, double* x, int64_t width, const dou
   for (int64_t j = 0; j < width; ++j) x[j] = z[j] + (bias ? bias[j] : 0.0);
 }
 
-// the classifier's logits of a shared head
+// the classifier logits c of a shared head, from its LM logits u
 template <class A>
 static inline void shift_row(const A* u, A* c, int64_t width, A scale, A shift) {
   for (int64_t j = 0; j < width; ++j) c[j] = scale * u[j] + shift;

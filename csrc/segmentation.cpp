@@ -1,5 +1,6 @@
-// Sums over all segmentations of a sequence on the CPU: log-partition, posterior and its gradient, entropy, the
-// best segmentation, samples. A sequence has one owner; the recursions are in segmentation_rows.h.
+// Sums over all segmentations of a sequence on the CPU: log-partition, posterior and its gradient, entropy, best
+// segmentation, samples. One thread computes a sequence. The recursions and the terms (boundary, window, share, mass)
+// are in segmentation_rows.h.
 #include "common.h"
 
 #include <memory>
@@ -8,32 +9,32 @@
 
 namespace sukhops {
 
-constexpr int64_t kTile = 8;          // rows between two looks at the exponents of the window
+constexpr int64_t kTile = 8;          // rows between two checks of the exponents of the window
 constexpr int64_t kPair = 2 * kTile;  // rows whose shares are computed together
-constexpr int64_t kDrawTile = 64;     // boundaries whose inflow is tabulated at a time
-constexpr int64_t kTogether = 4;      // walks taken side by side
-constexpr int64_t kPadding = 32;      // numbers behind an array that whole vectors run into
+constexpr int64_t kDrawTile = 64;     // boundaries whose shares are tabulated at a time for sampling
+constexpr int64_t kTogether = 4;      // samples that are drawn at the same time
+constexpr int64_t kPadding = 32;      // elements of padding after an array, for vectors that run past its end
 
-// one sequence: its scores, what its recursion leaves, and the room that it needs
+// one sequence: its scores, the results of its recursions, and their buffers
 template <class S, class A>
 struct Chain {
   const S* scores;      // [length, k]
   int64_t length, k;
   A* alpha;             // [length + 1]
   double* exponent;     // [length + 1]
-  double base;          // what the window's exponents are relative to
-  A *a, *n;             // the window: mantissas and exponents, [kTile + k + kPadding]
-  A *sum, *inverse;     // of the boundaries of a plain pair of tiles, [kPair + k + kPadding]
-  A* from;              // the sum where it counts, 0 where a boundary is not reached, likewise
-  A* room;              // [k + kPadding]: a row
-  A* tile;              // [2, kPair, k + kPadding]: shares of two pairs; forwards, a window too long for registers
-  A* w;                 // the mass of each boundary, [length + k + kPadding]
-  A *mean, *after;      // likewise
-  A* kept;              // [length, k] or null: what forward leaves for marginals, see segmentation_logz_kept
-  bool bad;
+  double base;          // the exponents of the window are relative to it
+  A *a, *n;             // [kTile + k + kPadding] the window: mantissas and exponents
+  A *sum, *inverse;     // [kPair + k + kPadding] nonzero alpha of the boundaries of a plain pair, and its inverse
+  A* from;              // [kPair + k + kPadding] the same alpha, or 0 for boundaries that are not reached
+  A* row_buffer;        // [k + kPadding] one row of scores
+  A* tile;              // [2, kPair, k + kPadding] shares of two pairs; in the forward, a window too long for registers
+  A* w;                 // [length + k + kPadding] mass of each boundary
+  A *mean, *after;      // [length + k + kPadding] see segmentation_rows.h: expected_weight, covariance
+  A* kept;              // [length, k] exponentials that forward stores, see segmentation_logz_kept; or null
+  bool bad;             // whether a score or an exponent makes the result NaN
   A grad;
   S* out;               // [stored, k]
-  int64_t stored;       // rows of out; those behind length are 0
+  int64_t stored;       // rows of out; rows from length on are 0
   const S* upstream;    // [length, k]
 };
 
@@ -42,10 +43,10 @@ struct Draw {
   uint64_t seed;
   int64_t sequence, sequences, samples;
   A* table;           // [kDrawTile, padded k]
-  int64_t* position;  // [samples]
-  int64_t* segment;   // the length of the segment that starts there, likewise
-  uint64_t* stream;
-  int64_t* segments;  // [samples, sequences, T], at this sequence
+  int64_t* position;  // [samples] current boundary of each sample
+  int64_t* segment;   // [samples] length of the segment that starts there
+  uint64_t* stream;   // [samples] hashed seed of each sample
+  int64_t* segments;  // [samples, sequences, T], starting at this sequence
 };
 
 }  // namespace sukhops
@@ -62,12 +63,12 @@ struct Lattice {
   std::vector<int64_t> lengths;  // [B]
 };
 
-// what torch::stable::contiguous returns, without the dispatcher where that is the tensor itself
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// the same as torch::stable::contiguous, but without the dispatcher if the tensor is contiguous
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   const int64_t b = scores.size(0), t = scores.size(1);
-  Lattice g{dense(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
+  Lattice g{as_contiguous(scores), b, t, scores.size(2), std::vector<int64_t>(b, t)};
   if (lengths)
     for (int64_t i = 0; i < b; ++i) {
       const int64_t length = data<int64_t>(*lengths)[i * lengths->stride(0)];
@@ -78,47 +79,48 @@ Lattice lattice(const Tensor& scores, const std::optional<Tensor>& lengths) {
   return g;
 }
 
-// f(chain, b) for each sequence; a thread takes the next one when it is ready. alpha and exponent are rows of the given
-// tensors, or the thread's own room; `whole` says how many of w, mean and after are taken
+// Calls f(chain, b) for each sequence; an idle thread takes the next sequence. alpha and exponent are rows of the given
+// tensors, or buffers of the thread if these are null. `buffers` is the number of buffers of whole sequences that f
+// uses: 0, 1 for w, or 3 for w, mean and after.
 template <class S, class A, class F>
-void each_chain(const Lattice& g, int whole, const Tensor* alpha, const Tensor* exponent, const F& f) {
-  const int64_t window = g.k + kPadding, own = g.t + 1, size = g.t + window;
+void each_chain(const Lattice& g, int buffers, const Tensor* alpha, const Tensor* exponent, const F& f) {
+  const int64_t window = g.k + kPadding, boundaries = g.t + 1, size = g.t + window;
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.t * g.k));
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (g.b + grain - 1) / grain);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // left as it comes: memory that is not used is not touched
+    // not initialized, so that unused memory is never touched
     const int64_t fixed = 2 * kTile + 3 * kPair + (7 + 2 * kPair) * window;
-    const std::unique_ptr<A[]> room(new A[fixed + whole * size + (alpha ? 0 : own)]);
-    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : own]);
-    A* at = room.get();
+    const std::unique_ptr<A[]> scratch(new A[fixed + buffers * size + (alpha ? 0 : boundaries)]);
+    const std::unique_ptr<double[]> exponents(new double[exponent ? 0 : boundaries]);
+    A* at = scratch.get();
     const auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
     Chain<S, A> c{};
     c.k = g.k, c.stored = g.t;
     for (A** of : {&c.a, &c.n}) *of = take(kTile + window);
     for (A** of : {&c.sum, &c.inverse, &c.from}) *of = take(kPair + window);
-    c.room = take(window), c.tile = take((2 * kPair + 1) * window);
-    if (whole > 0) c.w = take(size);
-    if (whole > 1) c.mean = take(size), c.after = take(size);
-    A* const owned = at;
+    c.row_buffer = take(window), c.tile = take((2 * kPair + 1) * window);
+    if (buffers > 0) c.w = take(size);
+    if (buffers > 1) c.mean = take(size), c.after = take(size);
+    A* const alpha_buffer = at;
     for (int64_t b; (b = next++) < g.b;) {
       c.scores = data<S>(g.scores) + b * g.t * g.k, c.length = g.lengths[b];
-      c.alpha = alpha ? data<A>(*alpha) + b * own : owned;
-      c.exponent = exponent ? data<double>(*exponent) + b * own : exponents.get();
+      c.alpha = alpha ? data<A>(*alpha) + b * boundaries : alpha_buffer;
+      c.exponent = exponent ? data<double>(*exponent) + b * boundaries : exponents.get();
       f(c, b);
     }
   });
 }
 
-// whether the sum over all segmentations was found: it is NaN where a score is NaN or +inf, or an exponent inexact
+// Returns whether the sum over all segmentations is valid. It is NaN if a score is NaN or +inf, or an exponent inexact.
 template <class S, class A>
 bool run_forward(Chain<S, A>& c) {
   SUKHOPS_BEST(forward<S, A>)(c);
   return c.alpha[c.length] == c.alpha[c.length];
 }
 
-// f(chain) of the same sequence in float64, whose exponents reach much further, with alpha; for float64 itself there
-// is nothing better. Whether f was called and returned true.
+// Calls f(chain) for the same sequence in float64, with alpha. float64 has a much larger range of exact exponents.
+// Returns whether f was called and returned true. For float64 chains nothing better exists, so f is not called.
 template <class F>
 bool in_double(const Chain<float, float>& c, const Tensor& like, const F& f) {
   const Lattice g{empty({1, c.length, c.k}, ScalarType::Double, like), 1, c.length, c.k, {c.length}};
@@ -133,7 +135,7 @@ bool in_double(const Chain<float, float>& c, const Tensor& like, const F& f) {
 template <class F>
 bool in_double(const Chain<double, double>&, const Tensor&, const F&) { return false; }
 
-// calls f(S{}) with the type of the scores: float or double
+// calls f(S{}), where S is the type of the scores: float or double
 template <class F>
 void with_score(const Lattice& g, const F& f) {
   g.scores.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
@@ -162,24 +164,25 @@ std::tuple<Tensor, Tensor, Tensor> log_partition(const Tensor& scores, const std
   return {logz, alpha, exponent};
 }
 
-// alpha alone, with or without need_gradient: the posterior takes the mass of boundaries back from the end
+// Ignores need_gradient: on the CPU the posterior needs only alpha, because it computes masses from the end.
 std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const std::optional<Tensor>& lengths, bool) {
   return log_partition(scores, lengths, nullptr);
 }
 
-// Exponentials of scores, the better part of the other sweep's work, are kept in the buffer that its result goes to. A
-// row that is not in a plain tile, or no multiple of a vector, starts with a negative number; the rest is as it came.
+// Also stores the exponentials of the scores in `kept`, where segmentation_marginals_kept writes its result later. They
+// are most of the work of the posterior. Exponentials are stored only for rows of plain tiles that need no padding.
+// Other rows start with a negative number, and the rest of them is not initialized.
 std::tuple<Tensor, Tensor, Tensor, Tensor> segmentation_logz_kept(const Tensor& scores,
                                                                   const std::optional<Tensor>& lengths) {
   const Tensor kept = empty({scores.size(0), scores.size(1), scores.size(2)}, scores.scalar_type(), scores);
   return std::tuple_cat(log_partition(scores, lengths, &kept), std::tuple(kept));
 }
 
-// kept: whether out holds what forward kept
+// kept: whether `out` holds the exponentials that the forward stored
 void posterior(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha, const Tensor& exponent,
                const Tensor& grad, const Tensor& out, bool kept) {
   const Lattice g = lattice(scores, lengths);
-  const Tensor mantissas = dense(alpha), exponents = dense(exponent);
+  const Tensor mantissas = as_contiguous(alpha), exponents = as_contiguous(exponent);
   with_score(g, [&](auto s) {
     using S = decltype(s);
     each_chain<S, S>(g, 1, &mantissas, &exponents, [&](Chain<S, S>& c, int64_t b) {
@@ -190,8 +193,8 @@ void posterior(const Tensor& scores, const std::optional<Tensor>& lengths, const
       const int64_t count = c.length * c.k;
       std::fill_n(c.out + count, (g.t - c.length) * c.k, S(0));
       const bool found = in_double(c, scores, [&](Chain<double, double>& d) {
-        const std::unique_ptr<double[]> room(new double[count]);
-        d.grad = c.grad, d.out = room.get();
+        const std::unique_ptr<double[]> scratch(new double[count]);
+        d.grad = c.grad, d.out = scratch.get();
         if (!SUKHOPS_BEST(marginals<double>)(d)) return false;
         for (int64_t i = 0; i < count; ++i) c.out[i] = static_cast<S>(d.out[i]);
         return true;
@@ -210,12 +213,13 @@ Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>&
 
 void segmentation_marginals_kept(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
                                  const Tensor& exponent, const Tensor& grad, Tensor kept) {
-  STD_TORCH_CHECK(kept.is_contiguous(), "kept: expected as segmentation_logz_kept leaves it");
+  STD_TORCH_CHECK(kept.is_contiguous(), "kept: expected the contiguous tensor that segmentation_logz_kept returned");
   posterior(scores, lengths, alpha, exponent, grad, kept, true);
 }
 
-// The mean over segmentations of what their segments are worth (see `worth`) and, where a grad is given, grad times
-// its gradient through the posterior. In double throughout: differences of such means are what is wanted.
+// The mean, over segmentations, of the sum of the weights of their segments (see segment_weight). If `grad` is given,
+// also grad times the gradient of the mean through the posterior. Computed in double, because the gradient consists of
+// differences of such means.
 std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::optional<Tensor>& lengths,
                                              const Tensor* upstream, const Tensor* grad) {
   const Lattice g = lattice(scores, lengths);
@@ -238,7 +242,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
 std::tuple<Tensor, Tensor> segmentation_marginals_backward(
     const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
     bool need_scores) {
-  const Tensor given = dense(upstream);
+  const Tensor given = as_contiguous(upstream);
   return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
 }
 
@@ -250,7 +254,8 @@ Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<T
   return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
 }
 
-// follows the best sums back from the end, the shorter segment first among equals; the score is added along it
+// Follows the best sums backward from the end; of equal ones it takes the shorter segment. Returns the score, which it
+// adds up along the way.
 template <class S>
 double trace(const Chain<S, double>& c, int64_t* segments) {
   if (c.bad) return NAN;
@@ -262,7 +267,7 @@ double trace(const Chain<S, double>& c, int64_t* segments) {
       const double sum = c.a[j - 1 - k] + static_cast<double>(c.scores[(j - 1 - k) * c.k + k]);
       if (sum > best) best = sum, length = k + 1;
     }
-    if (!length) return -INFINITY;  // at the end, or nowhere: a boundary that is reached has a way back
+    if (!length) return -INFINITY;  // only at the end: a boundary that is reached has a predecessor
     j -= length;
     segments[j] = length;
     warp::add_exactly(score, lost, c.scores[j * c.k + length - 1]);
@@ -293,7 +298,7 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
     using S = decltype(s);
     std::atomic<int64_t> failed{-1};
     each_chain<S, S>(g, 0, &alpha, &exponent, [&](Chain<S, S>& c, int64_t b) {
-      const auto walk = [&](auto& chain) {
+      const auto draw_samples = [&](auto& chain) {
         using A = std::remove_reference_t<decltype(*chain.alpha)>;
         int64_t* const out = data<int64_t>(segments) + b * g.t;
         if (chain.alpha[chain.length] == 0) {
@@ -309,10 +314,10 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
         return SUKHOPS_BEST(samples<A>)(chain, d);
       };
       const S end = c.alpha[c.length];
-      if (!(end == end && walk(c)) && !in_double(c, scores, walk)) failed = b;
+      if (!(end == end && draw_samples(c)) && !in_double(c, scores, draw_samples)) failed = b;
     });
     STD_TORCH_CHECK(failed < 0, "scores: NaN or +inf in sequence ", failed.load(),
-                    ", or sums too large for float64: there is no distribution to sample");
+                    ", or sums too large for float64: no distribution to sample from");
   });
   return segments;
 }

@@ -1,9 +1,9 @@
-// The segmentation operators on CUDA: a warp per recursion, its window in registers. The recursions are in
-// segmentation_warp.h and are tested on the host.
+// The segmentation operators on CUDA. One warp computes a recursion, with its window in registers. The recursions are
+// in segmentation_warp.h and are tested on the host.
 //
-// alpha and beta of a sequence run at the same time in two warps of a block, and the posterior is then one
-// independent product per segment. Where that leaves most of the device idle, in a few long sequences, they are cut
-// into chunks; so the last bit of a result depends on how many sequences there are.
+// Two warps of a block compute alpha and beta of a sequence at the same time. The posterior is then one independent
+// product per segment. A few long sequences would leave most of the device idle, so they are divided into chunks.
+// Therefore the last bit of a result depends on the number of sequences.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -27,17 +27,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kMostSlots = 128;  // of a window: four to a lane
+constexpr unsigned kAll = 0xffffffffu;  // all lanes of a warp
+constexpr int kMostSlots = 128;         // most slots of a window: four per lane
 
-// a warp as the owner of a window of up to 32 * C slots. Rows of scores come coalesced into a ring in shared memory,
-// one advance ahead of the steps that read them, so that the sweep from the end can read them aslant.
+// A warp as the owner of a window of up to 32 * C slots. It loads rows of scores, coalesced, into a ring in shared
+// memory, one `advance` before they are read. Without the ring, the backward sweep would read global memory along
+// diagonals.
 template <int C, class S>
 struct Warp {
   static constexpr int kOwn = C, kAhead = 8;
   S* ring;             // [rows, k]
   int rows;            // k - 1 + 2 * kAhead
-  int64_t loaded = 0;  // rows, from the side of the sweep
+  int64_t loaded = 0;  // rows loaded so far, counted from the end where the sweep starts
 
   __host__ __device__ static constexpr int64_t shared(int64_t k) { return (k - 1 + 2 * kAhead) * k; }
 
@@ -50,7 +51,7 @@ struct Warp {
   __device__ __forceinline__ A broadcast(const A* v, int slot) const {
     A x = __shfl_sync(kAll, v[0], slot % 32);
 #pragma unroll
-    for (int i = 1; i < C; ++i) {  // a choice among v[i] before the shuffle would put v into memory
+    for (int i = 1; i < C; ++i) {  // selecting v[i] before the shuffle would move v to memory
       const A y = __shfl_sync(kAll, v[i], slot % 32);
       x = slot / 32 == i ? y : x;
     }
@@ -102,9 +103,9 @@ struct Warp {
     __syncwarp();
   }
 
-  // before step u, a multiple of kAhead: the rows of the steps after the next kAhead ones
+  // before step u, a multiple of kAhead: loads the rows of the kAhead steps that follow the next kAhead ones
   __device__ __forceinline__ void advance(const warp::Sequence<S>& q, const warp::Direction& d, int64_t u) {
-    __syncwarp();  // everyone has read what is overwritten here
+    __syncwarp();  // all lanes have read the rows that are overwritten now
     load(q, d, d.rows(u + 2 * kAhead, q.k));
     __syncwarp();
   }
@@ -121,14 +122,14 @@ struct Batch {
   const int64_t* lengths;  // or null
   int64_t b, t, k;
 
-  // length -1: out of range
+  // length is -1 if lengths[i] is out of range
   __device__ warp::Sequence<S> sequence(int64_t i) const {
     const int64_t n = lengths ? lengths[i] : t;
     return {scores + i * t * k, n < 0 || n > t ? -1 : n, k};
   }
 };
 
-// sequences in `count` chunks of `steps`
+// sequences in `count` chunks of `steps` steps
 struct Chunks {
   int64_t steps, count;
   warp::Number<double>* windows;   // [sides, b, count, k], at the start of each chunk
@@ -137,7 +138,7 @@ struct Chunks {
 
 // ------------------------------------------------------------------ kernels
 
-// one block per row of a matrix
+// computes the matrices of the chunks; one block per row of a matrix
 template <int C, class S>
 __global__ void __launch_bounds__(32, 1) transfers(Batch<S> g, Chunks chunks) {
   extern __shared__ char memory[];
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(32, 1) transfers(Batch<S> g, Chunks chunks) {
   if (to < q.length) warp::transfer<S>(p, q, side == 1, from, to, i, chunks.matrices + row * g.k);
 }
 
-// one block per side of a sequence
+// computes the window at the start of each chunk; one block per side of a sequence
 template <int C, class S>
 __global__ void __launch_bounds__(32, 1) windows(Batch<S> g, Chunks chunks) {
   const int64_t b = blockIdx.x % g.b;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(32, 1) windows(Batch<S> g, Chunks chunks) {
   }
 }
 
-// one block per chunk of a sequence: warp 0 alpha and logz, warp 1, where there is one, beta
+// one block per chunk of a sequence: warp 0 computes alpha and logz, warp 1 (only for gradients) beta
 template <int C, class S>
 __global__ void __launch_bounds__(64, 1) sweeps(Batch<S> g, Chunks chunks, S* logz, double* value, double* exponent) {
   extern __shared__ char memory[];
@@ -200,7 +201,7 @@ __global__ void posteriors(Batch<S> g, const double* value, const double* expone
     const warp::Sequence<S> q = g.sequence(b);
     double p = q.length < 0 ? NAN : 0;
     if (j <= q.length && value[sides + at] != value[sides + at])
-      p = NAN;  // beta's sum over all
+      p = NAN;  // the last sum of the beta sweep is NaN
     else if (j <= q.length && value[at + q.length] != 0)
       p = warp::posterior(g.scores[e], value[at + t], exponent[at + t], value[sides + at + j], exponent[sides + at + j],
                           value[at + q.length], exponent[at + q.length]);
@@ -234,20 +235,20 @@ __global__ void draws(Batch<S> g, const double* alpha, const double* exponent, c
                static_cast<uint64_t>(*seed) + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(i + 1), segments + i * g.t);
 }
 
-// `room`: alpha, exponent and mean, [3, B, T + 1]; out is null where no gradient is wanted
+// scratch: alpha, exponent and mean, [3, B, T + 1]; out is null if no gradient is needed
 template <int C, class S>
 __global__ void __launch_bounds__(32, 1) moments(Batch<S> g, const S* upstream, const S* grad, int64_t grad_stride,
-                                              double* room, S* mean, S* out) {
+                                              double* scratch, S* mean, S* out) {
   extern __shared__ char memory[];
   const int64_t b = blockIdx.x, n = g.b * (g.t + 1), at = b * (g.t + 1), from = b * g.t * g.k;
   Warp<C, S> p{reinterpret_cast<S*>(memory), static_cast<int>(g.k - 1 + 2 * Warp<C, S>::kAhead)};
   const warp::Sequence<S> q = g.sequence(b);
-  double *alpha = room + at, *exponent = room + n + at, *sum = room + 2 * n + at;
-  const S* worth = upstream ? upstream + from : nullptr;
+  double *alpha = scratch + at, *exponent = scratch + n + at, *sum = scratch + 2 * n + at;
+  const S* weights = upstream ? upstream + from : nullptr;
   if (q.length >= 0) {
     warp::sweep<double>(p, q, false, alpha, exponent);
-    warp::expect(p, q, alpha, exponent, worth, sum);
-    if (out) warp::covariance(p, q, alpha, exponent, worth, sum, double(grad[b * grad_stride]), out + from);
+    warp::expect(p, q, alpha, exponent, weights, sum);
+    if (out) warp::covariance(p, q, alpha, exponent, weights, sum, double(grad[b * grad_stride]), out + from);
   }
   __syncwarp();
   if (p.lead()) mean[b] = q.length < 0 ? S(NAN) : S(sum[q.length]);
@@ -277,7 +278,8 @@ struct Launch {
   Launch(const Tensor& given, const std::optional<Tensor>& given_lengths)
       : scores(torch::stable::contiguous(given)), b(given.size(0)), t(given.size(1)), k(given.size(2)),
         guard(given.get_device_index()) {
-    STD_TORCH_CHECK(k <= kMostSlots, "scores: CUDA takes segments of up to K = ", kMostSlots, " positions, got K = ", k);
+    STD_TORCH_CHECK(k <= kMostSlots, "scores: CUDA supports segments of up to K = ", kMostSlots,
+                    " positions, got K = ", k);
     if (given_lengths) lengths = torch::stable::contiguous(*given_lengths);
     void* raw = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(given.get_device_index(), &raw));
@@ -290,18 +292,19 @@ struct Launch {
   }
 };
 
-// f(S{}, slots per lane as a type) for the dtype of the scores and the width of the window
+// the number of slots per lane, as a type
 template <int C>
 struct Slots {
   static constexpr int value = C;
 };
 
+// calls f(S{}, Slots<C>()) for the dtype of the scores and the size of the window
 template <class F>
 void choose(const Launch& l, const F& f) {
   const auto width = [&](auto s) {
     if (l.k <= 32) return f(s, Slots<1>());
-    if constexpr (sizeof(s) == 8) {  // four doubles to a lane spill
-      STD_TORCH_CHECK(l.k <= 64, "scores: CUDA takes float64 segments of up to K = 64 positions, got K = ", l.k);
+    if constexpr (sizeof(s) == 8) {  // four double slots per lane would spill registers
+      STD_TORCH_CHECK(l.k <= 64, "scores: CUDA supports float64 segments of up to K = 64 positions, got K = ", l.k);
       f(s, Slots<2>());
     } else {
       l.k <= 64 ? f(s, Slots<2>()) : f(s, Slots<4>());
@@ -322,8 +325,9 @@ void launch(K kernel, const Launch& l, int64_t blocks, int threads, int64_t shar
   if (blocks == 0) return;
   if (shared > (48 << 10)) {
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    STD_TORCH_CHECK(shared <= most, "scores: K = ", l.k, " takes ", shared, " bytes of shared memory, this device has ", most);
-    // all that there is, so that no thread sets another limit before this launch
+    STD_TORCH_CHECK(shared <= most, "scores: K = ", l.k, " needs ", shared, " bytes of shared memory, this device has ",
+                    most);
+    // the maximum of the device, so that no other thread sets a lower limit before this launch
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), l.stream>>>(args...);
@@ -337,17 +341,17 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
   const int64_t sides = need_gradient ? 2 : 1;
   const Tensor logz = empty({l.b}, dtype, scores), value = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
   const Tensor exponent = empty({sides, l.b, l.t + 1}, ScalarType::Double, scores);
-  const int64_t room = 8 * attribute(cudaDevAttrMultiProcessorCount);  // two warps of each scheduler
-  const int64_t steps = warp::chunk_steps(l.b, l.t, l.k, room);
-  const int64_t count = steps < l.t ? (l.t + steps - 1) / steps : 1, cut = count > 1 ? sides * l.b * l.k : 0;
-  const Tensor window = empty({cut, count, 2}, ScalarType::Double, scores);
-  const Tensor matrix = empty({cut, count - 1, l.k, 2}, ScalarType::Double, scores);
+  const int64_t warps = 8 * attribute(cudaDevAttrMultiProcessorCount);  // two warps per scheduler
+  const int64_t steps = warp::chunk_steps(l.b, l.t, l.k, warps);
+  const int64_t count = steps < l.t ? (l.t + steps - 1) / steps : 1, matrix_rows = count > 1 ? sides * l.b * l.k : 0;
+  const Tensor window = empty({matrix_rows, count, 2}, ScalarType::Double, scores);
+  const Tensor matrix = empty({matrix_rows, count - 1, l.k, 2}, ScalarType::Double, scores);
   const Chunks chunks{steps, count, data<warp::Number<double>>(window), data<warp::Number<double>>(matrix)};
   choose(l, [&](auto s, auto c) {
     using S = decltype(s);
     constexpr int C = decltype(c)::value;
     const int64_t shared = Warp<C, S>::shared(l.k) * sizeof(S);
-    launch(transfers<C, S>, l, cut * (count - 1), 32, shared, l.batch<S>(), chunks);
+    launch(transfers<C, S>, l, matrix_rows * (count - 1), 32, shared, l.batch<S>(), chunks);
     launch(windows<C, S>, l, count > 1 ? sides * l.b : 0, 32, 0, l.batch<S>(), chunks);
     launch(sweeps<C, S>, l, l.b * count, 32 * static_cast<int>(sides), sides * shared, l.batch<S>(), chunks,
            data<S>(logz), data<double>(value), data<double>(exponent));
@@ -358,15 +362,16 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_logz(const Tensor& scores, const
 Tensor segmentation_marginals(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
                               const Tensor& exponent, const Tensor& grad) {
   const Launch l(scores, lengths);
-  STD_TORCH_CHECK(alpha.size(0) == 2, "alpha: expected both sweeps, as segmentation_logz with need_gradient leaves them");
+  STD_TORCH_CHECK(alpha.size(0) == 2,
+                  "alpha: expected both sweeps, which segmentation_logz returns with need_gradient=True");
   const Tensor value = torch::stable::contiguous(alpha), powers = torch::stable::contiguous(exponent);
   const Tensor out = empty({l.b, l.t, l.k}, scores.scalar_type(), scores);
   const int64_t blocks = (l.b * l.t * l.k + 255) / 256;
   choose(l, [&](auto s, auto) {
     using S = decltype(s);
-    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(), static_cast<const double*>(data<double>(value)),
-           static_cast<const double*>(data<double>(powers)), static_cast<const S*>(data<S>(grad)), grad.stride(0),
-           data<S>(out));
+    launch(posteriors<S>, l, blocks < 65536 ? blocks : 65536, 256, 0, l.batch<S>(),
+           static_cast<const double*>(data<double>(value)), static_cast<const double*>(data<double>(powers)),
+           static_cast<const S*>(data<S>(grad)), grad.stride(0), data<S>(out));
   });
   return out;
 }
@@ -376,13 +381,13 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
   const Launch l(scores, lengths);
   const ScalarType dtype = scores.scalar_type();
   const Tensor mean = empty({l.b}, dtype, scores), out = empty({grad ? l.b : 0, l.t, l.k}, dtype, scores);
-  const Tensor room = empty({3, l.b, l.t + 1}, ScalarType::Double, scores);
+  const Tensor scratch = empty({3, l.b, l.t + 1}, ScalarType::Double, scores);
   choose(l, [&](auto s, auto c) {
     using S = decltype(s);
     constexpr int C = decltype(c)::value;
     launch(moments<C, S>, l, l.b, 32, Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(),
            static_cast<const S*>(upstream ? data<S>(*upstream) : nullptr),
-           static_cast<const S*>(grad ? data<S>(*grad) : nullptr), grad ? grad->stride(0) : 0, data<double>(room),
+           static_cast<const S*>(grad ? data<S>(*grad) : nullptr), grad ? grad->stride(0) : 0, data<double>(scratch),
            data<S>(mean), grad ? data<S>(out) : nullptr);
   });
   return {mean, out};
@@ -411,8 +416,8 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
   choose(l, [&](auto s, auto c) {
     using S = decltype(s);
     constexpr int C = decltype(c)::value;
-    launch(best<C, S>, l, l.b, 32, Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(), data<double>(sums), data<S>(score),
-           data<int64_t>(segments));
+    launch(best<C, S>, l, l.b, 32, Warp<C, S>::shared(l.k) * sizeof(S), l.batch<S>(), data<double>(sums),
+           data<S>(score), data<int64_t>(segments));
   });
   return {score, segments};
 }
@@ -420,12 +425,13 @@ std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std:
 Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& alpha,
                            const Tensor& exponent, int64_t num_samples, const Tensor& seed) {
   const Launch l(scores, lengths);
-  const Tensor segments = torch::stable::new_zeros(scores, std::vector<int64_t>{num_samples, l.b, l.t}, ScalarType::Long);
+  const Tensor segments =
+      torch::stable::new_zeros(scores, std::vector<int64_t>{num_samples, l.b, l.t}, ScalarType::Long);
   choose(l, [&](auto s, auto) {
     using S = decltype(s);
-    launch(draws<S>, l, (num_samples * l.b + 127) / 128, 128, 0, l.batch<S>(), static_cast<const double*>(data<double>(alpha)),
-           static_cast<const double*>(data<double>(exponent)), static_cast<const int64_t*>(data<int64_t>(seed)),
-           num_samples, data<int64_t>(segments));
+    launch(draws<S>, l, (num_samples * l.b + 127) / 128, 128, 0, l.batch<S>(),
+           static_cast<const double*>(data<double>(alpha)), static_cast<const double*>(data<double>(exponent)),
+           static_cast<const int64_t*>(data<int64_t>(seed)), num_samples, data<int64_t>(segments));
   });
   return segments;
 }

@@ -1,11 +1,12 @@
-// What segmentation_rows.h computes with: numbers a * 2^n, and vectors of them. Included by it alone.
+// The arithmetic of segmentation_rows.h, the only file that includes this one: numbers a * 2^n, and vectors of them.
 
-// powers of two that bound the numbers of a plain tile: no product of theirs overflows or loses a bit
+// Powers of two that bound the numbers of a plain tile (see segmentation_rows.h), so that no product of two of them
+// overflows or loses a bit.
 struct Plain {
-  int lowest, scores;  // a score's exponential has one of this many exponents from -lowest on, or is 0
-  int low, high;       // sums over all ways to a boundary are in [2^-low, 2^high], or 0
-  int top;             // where the largest sum of the window starts
-  int least;           // a sum that ways are still missing from is at least 2^-least, or 0
+  int lowest, scores;  // exponentials of scores have one of `scores` exponents, from -lowest on, or are 0
+  int low, high;       // complete sums are in [2^-low, 2^high], or 0
+  int top;             // exponent of the largest sum of the window at the start
+  int least;           // sums that are not complete yet are at least 2^-least, or 0
 };
 
 template <class A>
@@ -14,14 +15,15 @@ template <>
 struct Format<float> {
   typedef int32_t Int;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kLn2 = 0.693147180559945309f, kLn2Rest = 0.693147180559945309 - double(kLn2);
   static constexpr Int kMagicBits = 0x4b400000;
   static constexpr Plain kPlain{48, 64, 54, 104, 40, 100};
   static constexpr float kUpper = 0x1.8p35f;  // 1.5 * 2^35: adding it rounds to a multiple of 2^12
-  static constexpr float kExact = 0x1p24f;    // exponents below it are exact
-  static constexpr float kScore = 0x1p22f;    // the exponents of a score beyond it are not: its product with log2(e) is
+  static constexpr float kExact = 0x1p24f;    // exponents below this are exact
+  // exponents of exp(score) are exact only below this, because score * log2(e) is rounded
+  static constexpr float kScore = 0x1p22f;
 };
 template <>
 struct Format<double> {
@@ -34,7 +36,7 @@ struct Format<double> {
   static constexpr double kUpper = 0x1.8p84, kExact = 0x1p53, kScore = 0x1p51;
 };
 
-// whether `reduced` takes one step: a float where products and sums are rounded once, as on these targets
+// whether `reduced` needs only one step: for float, on targets with fused multiply-add
 template <class A>
 constexpr bool kOneStep = sizeof(A) == 4 && kRegisterBytes > 16;
 
@@ -61,7 +63,7 @@ SUKHOPS_INLINE auto sum_lanes(V x) {
   }
 }
 
-// how many lanes of a comparison hold
+// the number of lanes in which a comparison is true
 template <int W, class I>
 SUKHOPS_INLINE int64_t count_lanes(I holds) {
 #ifdef SUKHOPS_X86
@@ -88,7 +90,7 @@ SUKHOPS_INLINE bool all_lanes(I holds) {
   return count_lanes<W>(holds) == W;
 }
 
-// how a window of k is held: W lanes a vector, N vectors, N = 0 for any number of them
+// how a window is stored: N vectors of W lanes; N = 0 if the number of vectors is only known at run time
 template <int W, int N>
 struct Shape {
   static constexpr int lanes = W, vectors = N;
@@ -111,7 +113,7 @@ SUKHOPS_INLINE auto with_shape(int64_t k, const F& f) {
   }
 }
 
-// exp(r) for |r| <= log(2) / 2; the minimax polynomial of its degree, error 5e-9
+// exp(r) for |r| <= log(2) / 2. The float version is a minimax polynomial with an error of 5e-9.
 template <class V>
 SUKHOPS_INLINE V exp_near_zero(V r, float) {
   V p = r * 1.381416223011911e-3f + 8.36892705410719e-3f;
@@ -138,7 +140,7 @@ SUKHOPS_INLINE V exp_near_zero(V r, double) {
   return p * (r * r) + r + 1.0;
 }
 
-// x - k * log(2): in one step where that is rounded once and k, at most 64, keeps its error below that of a float
+// x - k * log(2). With fused multiply-add, one step is accurate enough for float if |k| <= 64.
 template <class A, class V>
 SUKHOPS_INLINE V reduced(V x, V k) {
   using F = Format<A>;
@@ -146,7 +148,7 @@ SUKHOPS_INLINE V reduced(V x, V k) {
   return (x - k * F::kLn2High) - k * F::kLn2Low;
 }
 
-// the same for any k below kScore
+// the same for |k| < kScore
 template <class A, class V>
 SUKHOPS_INLINE V reduced_far(V x, V k) {
   using F = Format<A>;
@@ -155,13 +157,13 @@ SUKHOPS_INLINE V reduced_far(V x, V k) {
     if constexpr (kOneStep<A>) return r - (k * k > A(64 * 64) ? k : V{}) * F::kLn2Rest;
     return r;
   }
-  // without fused products: those of the upper and the lower half of k are exact
+  // without fused multiply-add: the products of the upper and the lower half of k are exact
   const V upper = (k + F::kUpper) - F::kUpper;
   return ((x - upper * F::kLn2High) - (k - upper) * F::kLn2High) - k * F::kLn2Low;
 }
 
-// m * 2^n = exp(x), n an integer; -inf is 1 * 2^-inf. For NaN, +inf and scores of more than kScore exponents, m is NaN
-// and n at least the exponent less 2.
+// m * 2^n = exp(x), where n is an integer; exp(-inf) is 1 * 2^-inf. For NaN, for +inf and for exponents beyond kScore,
+// m is NaN and n is at least the exponent minus 2.
 template <class A, class V>
 SUKHOPS_INLINE void split(V x, V& m, V& n) {
   using F = Format<A>;
@@ -177,8 +179,8 @@ SUKHOPS_INLINE void split(V x, V& m, V& n) {
   n = exact ? n : x == none ? none : rounded < least ? least : rounded;
 }
 
-// Marks numbers m * 2^n whose exponent has been rounded: m becomes NaN and n a bound from above. Numbers that are marked
-// keep such a bound: n grows by more than a sum over the window can.
+// Marks numbers m * 2^n whose exponent was rounded: m becomes NaN, and n an upper bound of the exponent. For numbers
+// that are already marked, n grows by more than a sum over the window can grow, so it stays an upper bound.
 template <class A, class V>
 SUKHOPS_INLINE void mark_inexact(V& m, V& n) {
   using F = Format<A>;
@@ -188,7 +190,8 @@ SUKHOPS_INLINE void mark_inexact(V& m, V& n) {
   n = (m == m) | none ? n : n + (exact ? V{} : size * A(0x1p-20)) + A(64);
 }
 
-// exp(x), to the bit what split has; `outside` gets bits above Plain::scores for a score that a plain tile cannot have
+// exp(x), bit for bit as `split` computes it. Sets bits above Plain::scores in `outside` if x is out of range for a
+// plain tile.
 template <class A, class V, class I>
 SUKHOPS_INLINE V plain_exp(V x, I& outside) {
   using F = Format<A>;
@@ -199,7 +202,7 @@ SUKHOPS_INLINE V plain_exp(V x, I& outside) {
   return (V)(possible & ((I)p + ((I)shifted << F::kMantissa)));
 }
 
-// 2^d for an integer d <= the largest exponent, 0 where d is below the smallest one or NaN
+// 2^d for an integer d <= the largest exponent; 0 if d is below the smallest exponent or NaN
 template <class A, class V>
 SUKHOPS_INLINE V power(V d) {
   using F = Format<A>;
@@ -208,7 +211,7 @@ SUKHOPS_INLINE V power(V d) {
   return d >= A(1 - F::kBias) ? (V)((I)shifted << F::kMantissa) : V{};
 }
 
-// what takes a mantissa into [1, 2)
+// the exponent of x as a floating-point number: x * 2^-exponent_of(x) is in [1, 2)
 template <int W, class A, class V>
 SUKHOPS_INLINE V exponent_of(V x) {
   using F = Format<A>;
@@ -219,7 +222,7 @@ SUKHOPS_INLINE V exponent_of(V x) {
 template <int W>
 using Lanes = std::make_integer_sequence<int, W>;
 
-// the lanes of x, then those of y
+// the lanes of x, followed by the lanes of y
 template <class V, int... l>
 SUKHOPS_INLINE auto joined(V x, V y, std::integer_sequence<int, l...>) {
   typedef __typeof__(x[0] + 0) E;
@@ -230,25 +233,25 @@ SUKHOPS_INLINE auto joined(V x, V y, std::integer_sequence<int, l...>) {
   return z;
 }
 
-// the lanes of x from the second one on, then the first one of y
+// the lanes of x without the first, followed by the first lane of y
 template <class V, int... l>
 SUKHOPS_INLINE V next_lane(V x, V y, std::integer_sequence<int, l...>) {
   return shuffle<(l + 1)...>(x, y);
 }
 
-// 0, then the lanes of x but the last one
+// 0, followed by the lanes of x without the last
 template <class V, int... l>
 SUKHOPS_INLINE V zero_before(V x, std::integer_sequence<int, l...>) {
   return shuffle<(l ? l - 1 : int(sizeof...(l)))...>(x, V{});
 }
 
-// the first lane of x, then the others of y
+// the first lane of x, followed by the lanes of y without the first
 template <class V, int... l>
 SUKHOPS_INLINE V first_of(V x, V y, std::integer_sequence<int, l...>) {
   return shuffle<(l ? l + int(sizeof...(l)) : 0)...>(x, y);
 }
 
-// p[l] - from in A, for W lanes
+// p[l] - from, converted to A, for W lanes
 template <int W, class A>
 SUKHOPS_INLINE typename Wide<A, W>::f difference(const double* p, double from) {
   if constexpr (W * sizeof(double) <= kRegisterBytes)
@@ -259,7 +262,7 @@ SUKHOPS_INLINE typename Wide<A, W>::f difference(const double* p, double from) {
 
 SUKHOPS_INLINE int64_t padded(int64_t k, int64_t w) { return k > 0 ? (k + w - 1) / w * w : w; }
 
-// the smallest exponent of those boundaries that are reached, +inf where none is
+// the smallest exponent of the boundaries that are reached, +inf if none is
 SUKHOPS_INLINE double smallest(const double* exponent, int64_t rows) {
   constexpr int kPart = kRegisterBytes / sizeof(double);
   typedef typename Wide<double, kPart>::f D;

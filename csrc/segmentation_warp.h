@@ -1,10 +1,13 @@
-// The recursions of segmentation.cu, written for an owner P of one sequence: a warp, whose lanes hold the slots of
-// a window between them, or a host thread that holds them all, on which tests run the same arithmetic.
-// As on the CPU (segmentation_rows.h) a number is a * 2^n and the window a ring: boundary j stays in slot j % k.
-// Mantissas are double: a posterior is alpha * beta / z of long products, and float ones would drift apart. What a
-// score's exponential is rounded to, E, cancels there: all three have the same one.
-// A number whose exponent is inexact is marked: its mantissa is negative, its exponent a bound from above. It vanishes
-// beside a much larger number and marks every sum in which it counts; a result that is marked is NaN.
+// The recursions of segmentation.cu, written for an owner P of one sequence: a warp, whose lanes together hold the
+// slots of the window, or a host thread that holds all of them. Tests run the same arithmetic on the host.
+//
+// The terms (boundary, window, share) are those of segmentation_rows.h. A number is stored as a * 2^n, and the window
+// as a ring: boundary j is in slot j % k. Mantissas are double: a posterior is alpha * beta / z, and the rounding
+// errors of these long products would be too large in float. The exponentials of the scores may be rounded to E,
+// because alpha, beta and z use the same ones, so the error cancels.
+//
+// A number with an inexact exponent is marked: its mantissa is negative, and its exponent is an upper bound. It
+// vanishes in a sum with a much larger number, and marks any other sum. A result that is marked is NaN.
 #pragma once
 
 #include <cmath>
@@ -13,7 +16,7 @@
 
 #ifdef __CUDACC__
 #define SUKHOPS_BOTH __host__ __device__ __forceinline__
-#define SUKHOPS_UNROLL _Pragma("unroll")  // what a lane owns stays in registers
+#define SUKHOPS_UNROLL _Pragma("unroll")  // keeps the slots of a lane in registers
 #else
 #define SUKHOPS_BOTH inline
 #define SUKHOPS_UNROLL
@@ -21,7 +24,7 @@
 
 namespace sukhops::warp {
 
-constexpr int kRebase = 16;  // steps between two alignments of the window's exponents
+constexpr int kRebase = 16;  // steps between two normalizations of the window
 
 SUKHOPS_BOTH double infinity() { return HUGE_VAL; }
 
@@ -30,14 +33,14 @@ struct Number {
   A m, n;
 };
 
-// the exponent of a marked number, kept finite
+// clamps the exponent of a marked number, to keep it finite
 template <class A>
 SUKHOPS_BOTH A within_bounds(A n) {
   return n < A(-0x1p100) ? A(-0x1p100) : n > A(0x1p100) ? A(0x1p100) : n;
 }
 
-// m * 2^n = exp(x), n an integer; m is NaN for NaN and +inf, n is -inf for -inf. Marked beyond 2^22 exponents (float64:
-// 2^51), where y loses bits.
+// m * 2^n = exp(x), where n is an integer. m is NaN for NaN and +inf; n is -inf for -inf. The number is marked if the
+// exponent is beyond 2^22 (float64: 2^51), because y loses bits there.
 template <class A>
 SUKHOPS_BOTH Number<A> split(A x) {
   constexpr bool narrow = sizeof(A) == 4;
@@ -60,7 +63,7 @@ SUKHOPS_BOTH Number<A> split(A x) {
   return {fma(p, r * r, r) + A(1), k};
 }
 
-// 2^d for an integer d, 0 below the smallest exponent or where d is NaN, at most 2^(half of the largest)
+// 2^min(d, 511) for an integer d; 0 if d is below the smallest exponent or NaN
 SUKHOPS_BOTH double power(double d) {
   if (!(d >= -1022.0)) return 0.0;
   const int64_t bits = (static_cast<int64_t>(d > 511.0 ? 511.0 : d) + 1023) << 52;
@@ -69,7 +72,7 @@ SUKHOPS_BOTH double power(double d) {
   return x;
 }
 
-// marks a * 2^n where n may have been rounded
+// marks a * 2^n if n may have been rounded
 template <class E>
 SUKHOPS_BOTH void mark_inexact(double& a, E& n) {
   constexpr E exact = sizeof(E) == 4 ? E(0x1p24) : E(0x1p52);
@@ -83,7 +86,7 @@ SUKHOPS_BOTH double marked_sum(double x, double y) { return x < 0 || y < 0 ? -(f
 
 SUKHOPS_BOTH double marked_product(double x, double y) { return x < 0 || y < 0 ? -fabs(x * y) : x * y; }
 
-// a * 2^n += (a0 * 2^n0) * exp(x); a slot that its boundary has left starts from nothing
+// a * 2^n += (a0 * 2^n0) * exp(x); `gone`: the boundary of the slot has left the window, so the sum starts at 0
 template <class E>
 SUKHOPS_BOTH void add(double& a, E& n, bool gone, double a0, E n0, E x) {
   const Number<E> e = split(x);
@@ -95,36 +98,37 @@ SUKHOPS_BOTH void add(double& a, E& n, bool gone, double a0, E n0, E x) {
   n = most;
 }
 
-// the mantissa into [1/2, 1)
+// normalizes the mantissa to [1/2, 1)
 template <class E>
-SUKHOPS_BOTH void normalise(double& a, E& n) {
+SUKHOPS_BOTH void normalize(double& a, E& n) {
   int e = 0;
   if (a != 0 && fabs(a) < infinity()) a = frexp(a, &e);
   n += E(e);
 }
 
-// what all recursions of a sequence share: segment (t, i) covers t .. t + i and has score[t * k + i]
+// the input of all recursions: segment (t, i) covers positions t .. t + i and has score[t * k + i]
 template <class S>
 struct Sequence {
   const S* score;
   int64_t length, k;
 };
 
-// the i-th segment that leaves boundary u towards u + 1 + i, boundaries counted from the side that a sweep starts at
+// The direction of a sweep. Steps and boundaries u are counted from the end where the sweep starts. The i-th segment of
+// step u leads from boundary u to boundary u + 1 + i.
 struct Direction {
   bool backwards;
   int64_t length;
   SUKHOPS_BOTH int64_t boundary(int64_t u) const { return backwards ? length - u : u; }
   SUKHOPS_BOTH int64_t row(int64_t u, int64_t i) const { return backwards ? length - u - 1 - i : u; }
-  // rows, counted from the same side, that steps before u have read
+  // the number of rows, counted from the same end, that the steps before u read
   SUKHOPS_BOTH int64_t rows(int64_t u, int64_t k) const {
     const int64_t n = backwards ? u + k - 1 : u;
     return n < length ? n : length;
   }
 };
 
-// sums a * 2^(base + n) of the boundaries u .. u + k - 1 as far as segments that start before u lead there, u counted
-// from the side of the sweep: boundary j in slot j % k
+// The sums a * 2^(base + n) of boundaries u .. u + k - 1 over the segments that start before boundary u. Boundary j is
+// in slot j % k; boundaries are counted as in Direction.
 template <class E, class P>
 struct Window {
   double a[P::kOwn];
@@ -132,13 +136,13 @@ struct Window {
   double base;
 };
 
-// the offset from u of the boundary in a slot
+// the distance from boundary u to the boundary in a slot
 SUKHOPS_BOTH int64_t offset(int64_t slot, int64_t u, int64_t k) {
   const int64_t o = slot - u % k;
   return o < 0 ? o + k : o;
 }
 
-// the window at u with a sum of 1 at u + i and nothing else
+// the unit window i at u: the sum is 1 at boundary u + i and 0 at all others
 template <class E, class P>
 SUKHOPS_BOTH Window<E, P> unit(const P& p, int64_t u, int64_t k, int64_t i) {
   Window<E, P> w;
@@ -151,8 +155,8 @@ SUKHOPS_BOTH Window<E, P> unit(const P& p, int64_t u, int64_t k, int64_t i) {
   return w;
 }
 
-// takes the window from u = from, a multiple of P::kAhead, to u = to; each(u, a, n) gets the sum of every boundary that
-// it leaves. Rows come through P's store, P::kAhead steps ahead of their use.
+// Advances the window from u = from, a multiple of P::kAhead, to u = to. Calls each(u, a, n) with the sum of every
+// boundary that leaves the window. P loads the rows of scores P::kAhead steps before they are used.
 template <class E, class P, class S, class F>
 SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_t from, int64_t to, Window<E, P>& w,
                           const F& each) {
@@ -163,7 +167,7 @@ SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_
     if (u % P::kAhead == 0) p.advance(q, d, u);
     if (u % kRebase == 0) {
       SUKHOPS_UNROLL
-      for (int i = 0; i < P::kOwn; ++i) normalise(w.a[i], w.n[i]);
+      for (int i = 0; i < P::kOwn; ++i) normalize(w.a[i], w.n[i]);
       const E top = p.max(w.n);
       if (top > -E(infinity())) {
         SUKHOPS_UNROLL
@@ -186,9 +190,10 @@ SUKHOPS_BOTH void advance(P& p, const Sequence<S>& q, const Direction& d, int64_
   }
 }
 
-// value[j] * 2^exponent[j], the sum over what lies between boundary j and the side that the sweep starts at: alpha
-// forwards, beta backwards; for the boundaries from `from` up to `to`, or with it where that is the end. A marked sum is
-// NaN at the end; before it, it counts as not reached: if it counted, so would the mark at the end.
+// Computes value[j] * 2^exponent[j], the sum over all segmentations between boundary j and the end where the sweep
+// starts: alpha if it runs forward, beta if backward. Covers boundaries [from, to), and `to` itself if the sequence
+// ends there. At the last boundary a marked sum is stored as NaN. Any other marked sum is stored as not reached: if it
+// mattered, the last sum is marked too.
 template <class E, class P, class S>
 SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, int64_t from, int64_t to, Window<E, P>& w,
                         double* value, double* exponent) {
@@ -196,7 +201,8 @@ SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, int64_t from
   const auto each = [&](int64_t u, double a, double n) {
     mark_inexact(a, n);
     const bool marked = a < 0, end = u == q.length;
-    if (p.lead()) value[d.boundary(u)] = !marked ? a : end ? NAN : 0, exponent[d.boundary(u)] = marked ? -infinity() : n;
+    if (p.lead())
+      value[d.boundary(u)] = !marked ? a : end ? NAN : 0, exponent[d.boundary(u)] = marked ? -infinity() : n;
   };
   advance(p, q, d, from, to, w, each);
   if (to < q.length) return;
@@ -214,11 +220,12 @@ SUKHOPS_BOTH void sweep(P& p, const Sequence<S>& q, bool backwards, double* valu
 
 // ------------------------------------------------------------------ a sequence in chunks of steps
 
-// A chunk maps the window at its start to the one at its end, and the map is linear: k windows, one from each unit
-// window, are its matrix. Chunks find theirs at the same time; then the windows between chunks follow from each other;
-// then chunks sweep from those at the same time. That is k + 1 times the work in steps / chunks of the time.
+// A chunk maps the window at its start to the window at its end. The map is linear; its matrix consists of k windows,
+// the images of the unit windows. First all chunks compute their matrices in parallel. Then the windows between the
+// chunks are computed one after the other. Then all chunks sweep in parallel, starting from these windows. The work is
+// k + 1 times larger, but the sequential part is divided by about the number of chunks.
 
-// out[o], o < k: what the unit window i at `from` has become at `to`
+// out[o], o < k: the unit window i at `from`, advanced to `to`
 template <class E, class P, class S>
 SUKHOPS_BOTH void transfer(P& p, const Sequence<S>& q, bool backwards, int64_t from, int64_t to, int64_t i,
                            Number<double>* out) {
@@ -245,12 +252,12 @@ SUKHOPS_BOTH void compose(const P& p, int64_t k, const Number<double>* window, c
       const double most = n > sum.n ? n : sum.n;
       sum = {marked_sum(sum.m * power(sum.n - most), m * power(n - most)), most};
     }
-    normalise(sum.m, sum.n);
+    normalize(sum.m, sum.n);
     out[o] = sum;
   }
 }
 
-// the window at u of which given[o] is the sum at u + o
+// the window at u whose sum at boundary u + o is given[o]
 template <class E, class P>
 SUKHOPS_BOTH Window<E, P> window_of(P& p, int64_t u, int64_t k, const Number<double>* given) {
   Window<E, P> w;
@@ -271,21 +278,22 @@ SUKHOPS_BOTH Window<E, P> window_of(P& p, int64_t u, int64_t k, const Number<dou
   return w;
 }
 
-// The steps of a chunk for b sequences of t steps, t where they stay whole. `room` warps run at a time as fast as one.
-// Counted in steps: the k transfers of every chunk, taking turns, its own sweep, and 4 + k / 8 for the window between two
-// chunks. A matrix takes no more memory than the scores of its chunk.
-inline int64_t chunk_steps(int64_t b, int64_t t, int64_t k, int64_t room) {
-  int64_t best = t, least = t / 2;  // for less than twice the speed it is not worth the work
+// The number of steps per chunk for b sequences of t steps; t if the sequences are not divided. The device runs `warps`
+// warps at the same time as fast as one. The estimated time is in steps: the k transfers of every chunk, in turns of
+// `warps` warps, then the sweep of a chunk, and 4 + k / 8 for each window between two chunks. Since a chunk has at
+// least 8 * k steps, its matrix needs no more memory than its scores.
+inline int64_t chunk_steps(int64_t b, int64_t t, int64_t k, int64_t warps) {
+  int64_t best = t, least = t / 2;  // chunks must at least double the speed
   for (int64_t steps = 128; steps <= t / 2; steps *= 2) {
     if (steps < 8 * k) continue;
-    const int64_t chunks = (t + steps - 1) / steps, turns = (2 * b * (chunks - 1) * k + room - 1) / room;
+    const int64_t chunks = (t + steps - 1) / steps, turns = (2 * b * (chunks - 1) * k + warps - 1) / warps;
     const int64_t time = steps * (turns + 1) + chunks * (4 + k / 8);
     if (time < least) best = steps, least = time;
   }
   return best;
 }
 
-// the share of segment x, from a boundary with sum (a0, n0), in a boundary's sum (a1, n1): at most 1
+// the share of a segment with score x that leads from a boundary with sum (a0, n0) to one with sum (a1, n1); at most 1
 template <class E>
 SUKHOPS_BOTH double share(E x, double a0, double n0, double a1, double n1) {
   const Number<E> e = split(x);
@@ -294,13 +302,13 @@ SUKHOPS_BOTH double share(E x, double a0, double n0, double a1, double n1) {
   return r > 1 ? 1 : r;
 }
 
-// the posterior of a segment between boundaries with alpha (a0, n0) and beta (b1, m1); logz is (z, nz)
+// the posterior of a segment from a boundary with alpha (a0, n0) to one with beta (b1, m1); the sum over all is (z, nz)
 template <class E>
 SUKHOPS_BOTH double posterior(E x, double a0, double n0, double b1, double m1, double z, double nz) {
   return share(x, a0 * b1, n0 + m1, z, nz);
 }
 
-// best[j], the largest sum of scores of the first j positions, in double; false where a score is NaN or +inf
+// computes best[j], the best score of the first j positions, in double; returns false if a score is NaN or +inf
 template <class P, class S>
 SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
   const Direction d{false, q.length};
@@ -328,14 +336,14 @@ SUKHOPS_BOTH bool best_sums(P& p, const Sequence<S>& q, double* best) {
   return p.max(bad) == 0;
 }
 
-// sum + lost += x, where lost is what sum has been rounded by (Neumaier's summation)
+// adds x to sum + lost, where `lost` is the rounding error of the sum so far (Neumaier's compensated summation)
 SUKHOPS_BOTH void add_exactly(double& sum, double& lost, double x) {
   const double before = sum;
   sum += x;
   lost += fabs(before) < fabs(x) ? (x - sum) + before : (before - sum) + x;
 }
 
-// follows the best sums back from the end, the shorter segment first among equals
+// Follows the best sums backward from the end; of equal ones it takes the shorter segment. Returns the score.
 template <class P, class S>
 SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_t* segments) {
   double score = 0, lost = 0;
@@ -357,13 +365,13 @@ SUKHOPS_BOTH double trace(P& p, const Sequence<S>& q, const double* best, int64_
   return score + lost;
 }
 
-SUKHOPS_BOTH uint64_t mixed(uint64_t z) {  // the finaliser of SplitMix64
+SUKHOPS_BOTH uint64_t mixed(uint64_t z) {  // the finalizer of SplitMix64
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
 }
 
-// walks one segmentation back from the end; `stream` is seed + step * (sample * sequences + sequence + 1)
+// samples one segmentation backward from the end; `stream` is seed + kStep * (sample * sequences + sequence + 1)
 template <class S>
 SUKHOPS_BOTH void draw(const Sequence<S>& q, const double* alpha, const double* exponent, uint64_t stream,
                        int64_t* segments) {
@@ -390,14 +398,14 @@ SUKHOPS_BOTH void draw(const Sequence<S>& q, const double* alpha, const double* 
   }
 }
 
-// what a segment is worth: the upstream gradient, or without one its surprise, -log of its share
+// per-segment weight: the upstream gradient or, when computing the entropy, -log of the segment's share
 template <class S>
-SUKHOPS_BOTH double worth(const S* upstream, int64_t at, double share) {
+SUKHOPS_BOTH double segment_weight(const S* upstream, int64_t at, double share) {
   if (!(share != 0.0)) return 0.0;
   return upstream ? static_cast<double>(upstream[at]) : -log(share);
 }
 
-// mean[j], the expected worth of all segments before boundary j
+// computes mean[j], the expected weight of all segments before boundary j
 template <class P, class S>
 SUKHOPS_BOTH void expect(P& p, const Sequence<S>& q, const double* alpha, const double* exponent, const S* upstream,
                          double* mean) {
@@ -416,14 +424,14 @@ SUKHOPS_BOTH void expect(P& p, const Sequence<S>& q, const double* alpha, const 
       if (slot == at) sum[i] = 0;
       if (slot >= q.k || j > q.length) continue;
       const double s = share<double>(q.score[t * q.k + to], alpha[t], exponent[t], alpha[j], exponent[j]);
-      if (s != 0.0) sum[i] += s * (before + worth(upstream, t * q.k + to, s));
+      if (s != 0.0) sum[i] += s * (before + segment_weight(upstream, t * q.k + to, s));
     }
   }
   const double end = q.k > 0 ? p.broadcast(sum, at) : 0.0;
   if (p.lead()) mean[q.length] = end;
 }
 
-// grad times the covariance of each segment's presence and the worth of all; `after` is mass times mean behind
+// writes grad times the covariance between the presence of a segment and the total weight, as in segmentation_rows.h
 template <class P, class S>
 SUKHOPS_BOTH void covariance(P& p, const Sequence<S>& q, const double* alpha, const double* exponent,
                              const S* upstream, const double* mean, double grad, S* out) {
@@ -444,7 +452,7 @@ SUKHOPS_BOTH void covariance(P& p, const Sequence<S>& q, const double* alpha, co
       if (slot >= q.k) continue;
       const double s =
           j <= q.length ? share<double>(q.score[at_out], alpha[t], exponent[t], alpha[j], exponent[j]) : 0.0;
-      const double v = worth(upstream, at_out, s);
+      const double v = segment_weight(upstream, at_out, s);
       if (s != 0.0) mass[i] = s * w[i], behind[i] = s * (w[i] * v + after[i]);
       out[at_out] = s != 0.0 ? static_cast<S>(s * (w[i] * (mean[t] - all + v) + after[i]) * grad) : S(0);
     }

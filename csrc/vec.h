@@ -1,6 +1,6 @@
-// Sixteen float32 lanes in the compiler's own vector type, which it lowers to whatever the current
-// target has. Included by isa.h inside a namespace per instruction set, so: no includes, no guard; before it
-// kRegisterBytes says how wide the target's registers are.
+// Vectors of sixteen float32 in the compiler's vector extension, which the compiler lowers to the registers of the
+// target. Included by isa.h inside a namespace per instruction set: no includes and no include guard. isa.h defines
+// kRegisterBytes, the width of the target's registers, before.
 #define SUKHOPS_INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t kLanes = 16;
@@ -20,11 +20,11 @@ SUKHOPS_INLINE vf splat(float a) {
   return vf{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a};
 }
 
-// bfloat16 is kept as its bits
+// bfloat16 is stored as its bits
 SUKHOPS_INLINE void store(uint16_t* p, vf x) {
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const vu kept = x == x ? rounded : (bits >> 16) | 0x40u;          // a NaN stays one
+  const vu kept = x == x ? rounded : (bits >> 16) | 0x40u;          // keeps NaN
   const vh h = __builtin_convertvector(kept, vh);
   __builtin_memcpy(p, &h, sizeof h);
 }
@@ -43,7 +43,7 @@ SUKHOPS_INLINE float to_float(HalfBits h) {
   uint32_t bits = magnitude << 13;
   float x;
   __builtin_memcpy(&x, &bits, sizeof x);
-  x *= 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
+  x *= 5.192296858534828e33f;  // 2^112 corrects the exponent, also of denormals
   __builtin_memcpy(&bits, &x, sizeof x);
   bits |= sign | (magnitude >= 0x7c00u ? 0x7f800000u : 0u);
   __builtin_memcpy(&x, &bits, sizeof x);
@@ -58,8 +58,8 @@ SUKHOPS_INLINE void put(uint16_t* p, float x) {
   *p = (uint16_t)(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
-// The vectors of one register of the target: sixteen lanes at once would pass through memory where a
-// register has fewer.
+// Vectors that fill one register of the target. A vector of sixteen lanes would pass through memory on targets with
+// narrower registers.
 template <class A>
 struct Register;
 template <>
@@ -76,7 +76,7 @@ struct Register<double> {
   static constexpr int64_t lanes = kRegisterBytes / 8;
 };
 
-// a vector from memory and back; without a V, one register
+// loads and stores a vector; by default the vector fills one register
 template <class V, class A>
 SUKHOPS_INLINE V get(const A* p) {
   V x;
@@ -97,14 +97,14 @@ SUKHOPS_INLINE void set(A* p, V x) {
 SUKHOPS_INLINE void store(HalfBits* p, vf x) {
   const vu bits = (vu)x, magnitude = bits & 0x7fffffffu;
   const vu normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const vu denormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;  // adding 1/2 rounds at the place of the last bit
+  const vu denormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;  // adding 1/2 rounds to the last bit of a denormal
   const vu large = magnitude > 0x7f800000u ? vu{} + 0x7e00u : vu{} + 0x7c00u;
   const vu rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? denormal : normal;
   const vh h = __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), vh);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// a register of numbers in the type that sums of them are kept in
+// loads a register of numbers and converts them to the accumulation type
 SUKHOPS_INLINE Register<float>::type widened(const float* p) { return get(p); }
 SUKHOPS_INLINE Register<double>::type widened(const double* p) { return get(p); }
 SUKHOPS_INLINE Register<float>::type widened(const uint16_t* p) {
@@ -115,12 +115,12 @@ SUKHOPS_INLINE Register<float>::type widened(const HalfBits* p) {
   typedef Register<float>::type F;
   typedef Register<float>::ints I;
   const I bits = __builtin_convertvector(get<Register<float>::halves>((const uint16_t*)p), I);
-  F x = (F)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, denormals too
+  F x = (F)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112 corrects the exponent, also of denormals
   x = (bits & 0x7c00) == 0x7c00 ? (F)((I)x | 0x7f800000) : x;
   return (F)((I)x | ((bits & 0x8000) << 16));
 }
 
-// lanes i of x and y one after the other
+// the lanes `i` of x and y, where the lanes of y are numbered after those of x
 template <int... i, class V>
 SUKHOPS_INLINE V shuffle(V x, V y) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -130,14 +130,14 @@ SUKHOPS_INLINE V shuffle(V x, V y) {
 #endif
 }
 
-// to nearest, ties to even; a NaN stays one
+// rounds to nearest, ties to even; keeps NaN
 SUKHOPS_INLINE void put(HalfBits* p, float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x47800000u) {  // 65536 and above
     p->bits = (uint16_t)(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
-  } else if (magnitude < 0x38800000u) {  // denormal: adding 1/2 rounds at the place of the last bit
+  } else if (magnitude < 0x38800000u) {  // denormal: adding 1/2 rounds to its last bit
     float small;
     __builtin_memcpy(&small, &magnitude, sizeof small);
     small += 0.5f;
@@ -149,7 +149,7 @@ SUKHOPS_INLINE void put(HalfBits* p, float x) {
   }
 }
 
-// keeps a vector in its register: read from memory in every product, it would cost a load each time
+// Keeps a vector in a register. Otherwise the compiler may load it from memory again for every product.
 template <class V>
 SUKHOPS_INLINE void hold(V& x) {
 #ifdef __x86_64__
@@ -159,7 +159,7 @@ SUKHOPS_INLINE void hold(V& x) {
 #endif
 }
 
-// a product that is rounded before it is added to another, not fused with the sum
+// Rounds the product x before it is added to another: keeps the compiler from fusing the product with the sum.
 template <class V>
 SUKHOPS_INLINE V rounded(V x) {
 #if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
@@ -170,12 +170,12 @@ SUKHOPS_INLINE V rounded(V x) {
 #endif
 }
 
-// exp to about 1 ulp; below -87.3 exactly 0; NaN stays NaN. For arguments up to 88.
+// exp for x <= 88, with an error of about 1 ulp. Exactly 0 below -87.3; keeps NaN.
 SUKHOPS_INLINE Register<float>::type register_exp(Register<float>::type x) {
   typedef Register<float>::type F;
   typedef Register<float>::ints I;
   const I tiny = x < -87.3f;
-  const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const F t = x * 1.44269504088896341f + magic;
   const I n = (I)t - (I)magic;
   const F k = t - magic;
@@ -205,7 +205,7 @@ SUKHOPS_INLINE vf vexp(vf x) {
   return x;
 }
 
-// tanh to a few ulp: an odd polynomial near 0, the exponential elsewhere; NaN stays NaN
+// tanh with an error of a few ulp: an odd polynomial near 0, exp elsewhere; keeps NaN
 SUKHOPS_INLINE vf vtanh(vf x) {
   const vf a = x < 0.0f ? -x : x;
   const vf z = x * x;
@@ -220,7 +220,7 @@ SUKHOPS_INLINE vf vtanh(vf x) {
   return a < 0.625f ? p : (x < 0.0f ? -big : big);
 }
 
-// halves are added until four lanes are left
+// adds the upper half of the lanes to the lower half until four lanes are left
 SUKHOPS_INLINE float reduce_add(vf x) {
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v4 __attribute__((vector_size(16)));

@@ -1,23 +1,25 @@
 // vocab_head on the CPU: a few numbers per row of logits = cap(scale * (hidden @ weight.T + bias)) / temperature,
-// and their exact gradients, from tiles of logits that are never kept.
+// and their exact gradients. Logits are computed in tiles.
 //
-// The forward walks the vocabulary in one parallel region: a thread takes some rows and a part of the vocabulary, and
-// passes over each tile of products while it is in cache. The backward goes by tiles of all rows: one region recomputes a
-// tile and turns it into the gradient in place, then come the products with it. Every output has one owner, so nothing
-// depends on timing.
-// The products of the first rows, as many as a budget holds, go to memory that the backward reads in place of the
-// recomputation.
+// Forward: in one parallel region, each thread takes cells (see blocks.h) and reduces each tile of products while it is
+// in cache. Backward, one tile of all rows at a time: one parallel region recomputes the tile and replaces it by its
+// gradient, the next multiplies it with hidden and with the weight. Each output has one owner, so results do not depend
+// on timing.
+//
+// The forward stores the products of the first rows, up to logits_budget bytes. For these rows the backward reads the
+// products instead of recomputing them.
 #include "blocks.h"
 
 namespace sukhops {
 
-// logit = scale * raw, or bound * tanh(scale * raw) if capped; slope is its derivative at raw = 0
+// The logit of raw = hidden . weight + bias: scale * raw, or bound * tanh(scale * raw) if capped. `slope` is its
+// derivative at raw = 0.
 template <class A>
-struct Curve {
+struct LogitCurve {
   A scale, bound, slope;
   bool capped;
 
-  Curve(std::optional<double> softcap, double by, double temperature)
+  LogitCurve(std::optional<double> softcap, double by, double temperature)
       : scale(softcap ? by / *softcap : by / temperature), bound(softcap ? *softcap / temperature : 0),
         slope(by / temperature), capped(softcap.has_value()) {}
 };
@@ -25,13 +27,13 @@ struct Curve {
 template <class A>
 struct ForwardRows {
   A* tile;         // [rows, width]
-  int64_t stride;  // of its rows
+  int64_t stride;  // between rows of the tile
   int64_t row0, v0, width, targets, k, depth;
-  const A* bias;  // of this block, or null
-  Curve<A> curve;
+  const A* bias;  // of the tile's columns, or null
+  LogitCurve<A> curve;
   const int64_t* target;  // [N, targets]
   A* target_logit;        // [N, targets]
-  A* top_value;           // [N, k], of this part of the vocabulary, like all that follow
+  A* top_value;           // [N, k]; this field and those below belong to one part
   int64_t* top_index;     // [N, k]
   A* maximum;             // [N]
   double* sum;            // [N]
@@ -42,14 +44,14 @@ struct ForwardRows {
 template <class A>
 struct BackwardRows {
   A* tile;                  // [rows, width]
-  int64_t stride;           // of its rows
-  const A* kept;            // [., vocab], or null: the products are in the tile
-  const int64_t* kept_row;  // [N], which of them
+  int64_t stride;           // between rows of the tile
+  const A* kept;            // [., vocab] products that the forward stored, or null if they are in the tile
+  const int64_t* kept_row;  // [N] row of `kept`
   int64_t vocab, row0, v0, width, picks;
   const A* bias;
-  Curve<A> curve;
+  LogitCurve<A> curve;
   const A *maximum, *log_sum, *entropy, *grad_log_sum, *grad_entropy;  // [N]
-  const int64_t* pick;  // [N, picks]: targets, then top k
+  const int64_t* pick;  // [N, picks] vocabulary entries: targets, then top k
   const A* grad_pick;   // [N, picks]
 };
 
@@ -61,8 +63,8 @@ struct BackwardRows {
 namespace sukhops {
 namespace {
 
-// checks every target and lists the rows with at least one that is not ignored; all rows if K is 0
-std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_index) {
+// checks every target and lists the active rows: those with at least one target that is not ignored; all rows if K is 0
+std::vector<int64_t> active_rows(const Tensor& target, int64_t v, int64_t ignore_index) {
   const int64_t n = target.size(0), k = target.size(1);
   const int64_t* t = data<int64_t>(target);
   std::vector<int64_t> rows;
@@ -84,19 +86,21 @@ std::vector<int64_t> kept_rows(const Tensor& target, int64_t v, int64_t ignore_i
 
 // ---------------------------------------------------------------- forward
 
-// mean [N, D] = the sum over the vocabulary of what pass(v0, width, tile, lo, hi) makes of rows of products, times weight.
-// The pass scales mean to the maximum so far, so tiles come one after the other.
+// mean [N, D] = tiles @ weight, summed over the vocabulary. pass(v0, width, tile, lo, hi) first replaces the products
+// in rows [lo, hi) of a tile by the factors of the weight, and rescales mean to the new maximum. So tiles are processed
+// one after the other.
 template <class A, class F>
-void mean_of(const Matrix& hidden, const Matrix& weight, const F& pass, A* mean, ScalarType acc) {
+void accumulate_mean(const Matrix& hidden, const Matrix& weight, const F& pass, A* mean, ScalarType acc) {
   const int64_t n = hidden.rows, v = weight.rows, d = weight.cols;
-  const Tiling tiling(n, v, sizeof(A));
+  const TilePlan tiling(n, v, sizeof(A));
   const int64_t most = std::min(tiling.width, kMaxWidth);
   std::vector<A> tile(n * most);
   for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
     width = std::min(most, v - v0);
-    const Matrix z(tile.data(), acc, n, width, width), w = weight.part(v0, 0, width, d);
+    const Matrix z(tile.data(), acc, n, width, width), w = weight.submatrix(v0, 0, width, d);
     multiply_all({{z, hidden, w.transposed()}});
-    torch::stable::parallel_for(0, n, grain(width), [&](int64_t lo, int64_t hi) { pass(v0, width, tile.data(), lo, hi); });
+    torch::stable::parallel_for(0, n, grain(width),
+                                [&](int64_t lo, int64_t hi) { pass(v0, width, tile.data(), lo, hi); });
     multiply_all({{Matrix(mean, acc, n, d, d), z, w, v0 > 0}});
   }
 }
@@ -106,10 +110,10 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 template <class A>
 Outputs forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias, int64_t k,
-    bool statistics, Curve<A> curve, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
+    bool statistics, LogitCurve<A> curve, int64_t ignore_index, int64_t logits_budget, bool keep_mean) {
   const int64_t v = weight.size(0), d = weight.size(1), targets = target.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
-  const std::vector<int64_t> rows = kept_rows(target, v, ignore_index);
+  const std::vector<int64_t> rows = active_rows(target, v, ignore_index);
   const int64_t n = rows.size(), all = hidden.size(0);
 
   const Tensor h = gather_rows(hidden, rows), b = as_acc(bias, acc, hidden);
@@ -120,33 +124,34 @@ Outputs forward(
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
   const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
   const int64_t kept = std::min(n, logits.size(0));
-  const Walk walk(n, v, sizeof(A), 1, k + 3 * statistics);
-  Found<A> found(n, k, keep_mean ? 1 : walk.parts, statistics);
+  const PartPlan plan(n, v, sizeof(A), 1, k + 3 * statistics);
+  RowStats<A> stats(n, k, keep_mean ? 1 : plan.parts, statistics);
   const Matrix x(h), w(weight);
   const auto pass = [&](int64_t part, int64_t v0, int64_t width, A* tile, int64_t stride, int64_t row0) {
     const int64_t from = part * n;
     return ForwardRows<A>{tile, stride, row0, v0, width, targets, k, d, bias ? data<A>(b) + v0 : nullptr, curve,
-                          picked.data(), logit.data(), found.value.data() + from * k, found.index.data() + from * k,
-                          found.maximum.data() + from, found.sum.data() + from,
-                          statistics ? found.moments.data() + 3 * from : nullptr, keep_mean ? data<A>(mean) : nullptr};
+                          picked.data(), logit.data(), stats.value.data() + from * k, stats.index.data() + from * k,
+                          stats.maximum.data() + from, stats.sum.data() + from,
+                          statistics ? stats.moments.data() + 3 * from : nullptr, keep_mean ? data<A>(mean) : nullptr};
   };
   count_products(n == 0 ? 0 : 1 + keep_mean);
   if (keep_mean) {
-    mean_of(x, w, [&](int64_t v0, int64_t width, A* tile, int64_t lo, int64_t hi) {
+    accumulate_mean(x, w, [&](int64_t v0, int64_t width, A* tile, int64_t lo, int64_t hi) {
       SUKHOPS_BEST(forward_rows<A>)(pass(0, v0, width, tile, width, 0), lo, hi);
     }, data<A>(mean), acc);
   } else {
-    walk.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
-      const int64_t above = std::max<int64_t>(0, std::min(kept - row0, count));  // rows whose logits are kept
+    plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
+      const int64_t above = std::max<int64_t>(0, std::min(kept - row0, count));  // rows whose products are stored
       for (int64_t width; v0 < end; v0 += width) {
-        width = std::min(walk.width, end - v0);
+        width = std::min(plan.width, end - v0);
         const auto rows_at = [&](int64_t row, int64_t rows, A* tile, int64_t stride) {
           if (rows == 0) return;
-          multiply({Matrix(tile, acc, rows, width, stride), x.part(row, 0, rows, d), w.part(v0, 0, width, d).transposed()});
+          multiply({Matrix(tile, acc, rows, width, stride), x.submatrix(row, 0, rows, d),
+                    w.submatrix(v0, 0, width, d).transposed()});
           SUKHOPS_BEST(forward_rows<A>)(pass(part, v0, width, tile, stride, row), 0, rows);
         };
         rows_at(row0, above, data<A>(logits) + row0 * v + v0, v);
-        rows_at(row0 + above, count - above, part_tile<A>(walk.rows * walk.width), width);
+        rows_at(row0 + above, count - above, part_tile<A>(plan.rows * plan.width), width);
       }
     });
   }
@@ -160,18 +165,18 @@ Outputs forward(
   const Tensor mean_weight = keep_mean ? zeros({all, d}, acc, hidden) : empty({0}, acc, hidden);
   parallel_rows(n, grain(d), [&](int64_t i) {
     const int64_t r = rows[i];
-    const A log = data<A>(log_sum)[r] = found.join(i);
-    data<A>(maximum)[r] = found.maximum[i];
+    const A log = data<A>(log_sum)[r] = stats.merge_parts(i);
+    data<A>(maximum)[r] = stats.maximum[i];
     std::copy_n(&logit[i * targets], targets, data<A>(target_logit) + r * targets);
-    finish_top(&found.value[i * k], &found.index[i * k], k, log != log);
-    std::copy_n(&found.value[i * k], k, data<A>(top_value) + r * k);
-    std::copy_n(&found.index[i * k], k, data<int64_t>(top_index) + r * k);
+    finish_top(&stats.value[i * k], &stats.index[i * k], k, log != log);
+    std::copy_n(&stats.value[i * k], k, data<A>(top_value) + r * k);
+    std::copy_n(&stats.index[i * k], k, data<int64_t>(top_index) + r * k);
     for (int64_t j = 0; keep_mean && j < d; ++j)
-      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / found.sum[i]);
+      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / stats.sum[i]);
     if (!statistics) return;
-    const double* m = &found.moments[3 * i];
-    const double log_of_sum = std::log(found.sum[i]);
-    data<A>(entropy)[r] = static_cast<A>(log_of_sum - m[0] / found.sum[i]);
+    const double* m = &stats.moments[3 * i];
+    const double log_of_sum = std::log(stats.sum[i]);
+    data<A>(entropy)[r] = static_cast<A>(log_of_sum - m[0] / stats.sum[i]);
     data<A>(log_sum_sq)[r] = static_cast<A>(std::log(m[1]) - 2 * log_of_sum);
     data<A>(mean_logit)[r] = static_cast<A>(m[2] / v);
   });
@@ -180,13 +185,13 @@ Outputs forward(
 
 // ---------------------------------------------------------------- backward
 
-// The upstream gradients, sorted by what they cost. A row whose log-sum-exp or entropy has a gradient needs its whole
-// softmax (dense); any other row only the few weight rows it picked (sparse).
+// The upstream gradients, grouped by cost. A row whose log-sum-exp or entropy has a nonzero gradient needs its whole
+// softmax (dense). Any other row needs only the weight rows of its picks, that is its targets and its top k (sparse).
 template <class A>
 struct Upstream {
-  int64_t picks;               // targets, then top k, of a row
+  int64_t picks;               // picks per row: targets, then top k
   std::vector<int64_t> dense;  // rows of hidden
-  std::vector<int64_t> place;  // [dense], among the rows that count
+  std::vector<int64_t> active_index;  // [dense] index among the active rows
   std::vector<A> grad_log_sum, grad_entropy;  // [dense]
   std::vector<int64_t> pick;                  // [dense, picks]
   std::vector<A> grad_pick;                   // [dense, picks]
@@ -200,11 +205,12 @@ struct Upstream {
     picks = targets + k;
     for (size_t i = 0; i < rows.size(); ++i) {
       const int64_t r = rows[i];
-      const A of_sum = g_log_sum ? data<A>(*g_log_sum)[r] : A(0), of_entropy = g_entropy ? data<A>(*g_entropy)[r] : A(0);
+      const A of_sum = g_log_sum ? data<A>(*g_log_sum)[r] : A(0);
+      const A of_entropy = g_entropy ? data<A>(*g_entropy)[r] : A(0);
       const bool whole = of_sum != 0 || of_entropy != 0;  // true for NaN
       if (whole) {
         dense.push_back(r);
-        place.push_back(i);
+        active_index.push_back(i);
         grad_log_sum.push_back(of_sum);
         grad_entropy.push_back(of_entropy);
       }
@@ -226,10 +232,10 @@ struct Upstream {
   }
 };
 
-// turns the gradient of each picked logit into that of its product hidden . weight
+// turns the gradient of each picked logit into the gradient of its product hidden . weight
 template <class A, class S>
-void through_curve(
-    std::vector<Pick<A>>& picks, const Tensor& hidden, const Tensor& weight, const A* bias, Curve<A> curve) {
+void backprop_curve(
+    std::vector<Pick<A>>& picks, const Tensor& hidden, const Tensor& weight, const A* bias, LogitCurve<A> curve) {
   const int64_t d = weight.size(1), hs = hidden.stride(0), hc = hidden.stride(1);
   const int64_t ws = weight.stride(0), wc = weight.stride(1);
   parallel_rows(picks.size(), grain(d), [&](int64_t i) {
@@ -244,12 +250,13 @@ void through_curve(
   });
 }
 
-// The dense rows: every tile recomputed or read, turned into its gradient, and used for all that is needed.
-// grad_hidden [dense, D] and grad_bias [V] are in the accumulation dtype, grad_weight in the weight's.
+// The gradients of the dense rows: recomputes or reads the products of each tile, replaces them by their gradient, and
+// multiplies it with hidden and with the weight. grad_hidden [dense, D] and grad_bias [V] have the accumulation dtype,
+// grad_weight has the dtype of the weight. An undefined tensor is not computed.
 template <class A>
 void backward_dense(
     const Upstream<A>& up, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& maximum,
-    const Tensor& log_sum, const Tensor& entropy, const Tensor& logits, Curve<A> curve, const Tensor& grad_hidden,
+    const Tensor& log_sum, const Tensor& entropy, const Tensor& logits, LogitCurve<A> curve, const Tensor& grad_hidden,
     const Tensor& grad_weight, const Tensor& grad_bias) {
   const int64_t n = up.dense.size(), v = weight.size(0), d = weight.size(1);
   const ScalarType acc = acc_dtype(hidden.scalar_type());
@@ -261,26 +268,27 @@ void backward_dense(
     if (entropy.numel()) row_entropy[i] = data<A>(entropy)[up.dense[i]];
   }
 
-  const int64_t kept = std::lower_bound(up.place.begin(), up.place.end(), logits.size(0)) - up.place.begin();
-  const Tiling tiling(n, v, sizeof(A));
+  const int64_t kept =
+      std::lower_bound(up.active_index.begin(), up.active_index.end(), logits.size(0)) - up.active_index.begin();
+  const TilePlan tiling(n, v, sizeof(A));
   const Tensor tile = empty({n * tiling.width}, acc, hidden);
   const Matrix x(h), w(weight);
   count_products((kept < n) + grad_hidden.defined() + grad_weight.defined());
   for (int64_t v0 = 0, width; v0 < v; v0 += width) {
     width = std::min(tiling.width, v - v0);
-    const Matrix z(tile.data_ptr(), acc, n, width, width), block = w.part(v0, 0, width, d);
+    const Matrix z(tile.data_ptr(), acc, n, width, width), block = w.submatrix(v0, 0, width, d);
     tiling.each(width, kept, [&](int64_t row0, int64_t count, int64_t, int64_t col, int64_t cols) {
-      const Matrix cell = z.part(row0, col, count, cols);
-      if (row0 >= kept) multiply({cell, x.part(row0, 0, count, d), block.part(col, 0, cols, d).transposed()});
+      const Matrix cell = z.submatrix(row0, col, count, cols);
+      if (row0 >= kept) multiply({cell, x.submatrix(row0, 0, count, d), block.submatrix(col, 0, cols, d).transposed()});
       const BackwardRows<A> b{
-          static_cast<A*>(cell.data), width, row0 < kept ? data<A>(logits) : nullptr, up.place.data(), v, row0,
+          static_cast<A*>(cell.data), width, row0 < kept ? data<A>(logits) : nullptr, up.active_index.data(), v, row0,
           v0 + col, cols, up.picks, bias.numel() ? data<A>(bias) + v0 + col : nullptr, curve, row_maximum.data(),
           row_log_sum.data(), row_entropy.data(), up.grad_log_sum.data(), up.grad_entropy.data(), up.pick.data(),
           up.grad_pick.data()};
       SUKHOPS_BEST(backward_rows<A>)(b, 0, count);
     });
     std::vector<Product> products;
-    if (grad_weight.defined()) products.push_back({Matrix(grad_weight).part(v0, 0, width, d), z.transposed(), x});
+    if (grad_weight.defined()) products.push_back({Matrix(grad_weight).submatrix(v0, 0, width, d), z.transposed(), x});
     if (grad_hidden.defined()) products.push_back({Matrix(grad_hidden), z, block, v0 > 0});
     multiply_all(products);
     if (grad_bias.defined()) add_columns(data<A>(grad_bias) + v0, matrix(tile, n, width));
@@ -293,13 +301,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& top_index, const Tensor& maximum, const Tensor& log_sum, const Tensor& entropy,
     const Tensor& mean_weight, const Tensor& logits, const std::optional<Tensor>& g_log_sum,
     const std::optional<Tensor>& g_target, const std::optional<Tensor>& g_top, const std::optional<Tensor>& g_entropy,
-    Curve<A> curve, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    LogitCurve<A> curve, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const int64_t all = hidden.size(0), v = weight.size(0), d = weight.size(1);
   const ScalarType dtype = hidden.scalar_type(), acc = acc_dtype(dtype);
   const A* of_entropy = g_entropy ? data<A>(*g_entropy) : nullptr;
-  const bool spread = of_entropy && std::any_of(of_entropy, of_entropy + all, [](A g) { return g != 0; });
-  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias && !spread;
-  Upstream<A> up(kept_rows(target, v, ignore_index), target, top_index, g_log_sum, g_target, g_top, g_entropy,
+  const bool any_entropy_grad = of_entropy && std::any_of(of_entropy, of_entropy + all, [](A g) { return g != 0; });
+  const bool use_mean = mean_weight.dim() == 2 && !need_weight && !need_bias && !any_entropy_grad;
+  Upstream<A> up(active_rows(target, v, ignore_index), target, top_index, g_log_sum, g_target, g_top, g_entropy,
                  ignore_index, use_mean);
   const int64_t n = up.dense.size();
   const Tensor b = as_acc(bias, acc, hidden);
@@ -308,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Tensor dh, dw, db, dh_dense;
   if (need_hidden) {
     const bool direct = dense && n == all && dtype == acc;
-    const ScalarType summed = use_mean ? acc : dtype;  // there two sums meet: their sum is rounded, not they
+    const ScalarType summed = use_mean ? acc : dtype;  // two gradients are added to dh then: only their sum is rounded
     dh = direct ? empty({all, d}, summed, hidden) : zeros({all, d}, summed, hidden);
     if (dense) dh_dense = direct ? dh : empty({n, d}, acc, hidden);
   }
@@ -333,13 +341,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (up.sparse.empty()) return;
     const auto row = [](const Pick<A>& p) { return p.row; };
     const auto entry = [](const Pick<A>& p) { return p.entry; };
-    through_curve<A, S>(up.sparse, hidden, weight, bias ? data<A>(b) : nullptr, curve);
-    if (need_hidden && use_mean) add_runs<A, S, A>(up.sparse, weight, dh, row, entry);
-    if (need_hidden && !use_mean) add_runs<A, S, S>(up.sparse, weight, dh, row, entry);
+    backprop_curve<A, S>(up.sparse, hidden, weight, bias ? data<A>(b) : nullptr, curve);
+    if (need_hidden && use_mean) scatter_add<A, S, A>(up.sparse, weight, dh, row, entry);
+    if (need_hidden && !use_mean) scatter_add<A, S, S>(up.sparse, weight, dh, row, entry);
     if (!need_weight && !need_bias) return;
     std::stable_sort(up.sparse.begin(), up.sparse.end(),
                      [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
-    if (need_weight) add_runs<A, S, S>(up.sparse, hidden, dw, entry, row);
+    if (need_weight) scatter_add<A, S, S>(up.sparse, hidden, dw, entry, row);
     for (const Pick<A>& p : up.sparse)
       if (need_bias) data<A>(db)[p.entry] += p.grad;
   });
@@ -359,7 +367,7 @@ Outputs vocab_head(
   const auto run = [&](auto a) {
     using A = decltype(a);
     return forward<A>(hidden, weight, torch::stable::contiguous(target), bias, k, statistics,
-                      Curve<A>(softcap, scale, temperature), ignore_index,
+                      LogitCurve<A>(softcap, scale, temperature), ignore_index,
                       need_weight || need_bias ? logits_budget : 0, keep_mean);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
@@ -379,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor> vocab_head_backward(
     using A = decltype(a);
     return backward<A>(hidden, weight, torch::stable::contiguous(target), bias, topk_index, maximum, log_sum, entropy,
                        mean_weight, logits, contiguous(grad_log_sum), contiguous(grad_target), contiguous(grad_topk),
-                       contiguous(grad_entropy), Curve<A>(softcap, scale, temperature), ignore_index, need_hidden,
+                       contiguous(grad_entropy), LogitCurve<A>(softcap, scale, temperature), ignore_index, need_hidden,
                        need_weight, need_bias);
   };
   return hidden.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

@@ -1,9 +1,11 @@
-// The row passes of vocab_head over one tile of raw products hidden @ weight.T. Included by isa.h once per instruction
-// set. A is the type of products (float or double). A row is read once into `x`, which is padded to whole vectors.
+// The row passes of vocab_head over one tile of products hidden @ weight.T. Included by isa.h once per instruction set.
+// A is the type of the products (float or double). Each row is copied to a buffer that is padded to a multiple of
+// kLanes.
 #include "rows.h"
 
-// the curve of product + bias; -inf in the padding
-static inline void load_logits(const float* z, float* x, int64_t width, const float* bias, const Curve<float>& curve) {
+// x = the logits of the products z, padded with -inf
+static inline void load_logits(
+    const float* z, float* x, int64_t width, const float* bias, const LogitCurve<float>& curve) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) store(x + j, load(z + j));
   if (j < width) {
@@ -24,28 +26,28 @@ static inline void load_logits(const float* z, float* x, int64_t width, const fl
 }
 
 static inline void load_logits(
-    const double* z, double* x, int64_t width, const double* bias, const Curve<double>& curve) {
+    const double* z, double* x, int64_t width, const double* bias, const LogitCurve<double>& curve) {
   for (int64_t j = 0; j < width; ++j) {
     const double raw = curve.scale * (z[j] + (bias ? bias[j] : 0.0));
     x[j] = curve.capped ? curve.bound * std::tanh(raw) : raw;
   }
 }
 
-// the derivative of the curve at a logit over its slope
+// the derivative of the curve at a logit, divided by the derivative at 0 (`slope`)
 template <class A>
-static inline A flattened(A logit, const Curve<A>& curve) {
+static inline A relative_slope(A logit, const LogitCurve<A>& curve) {
   if (!curve.capped) return 1;
   const A y = logit / curve.bound;
   return 1 - y * y;
 }
 
-// adds to sums those of e * t, e * e and x, where t = x - shift and e = exp(t)
+// adds the sums over a row of e * t, e * e and x to `sums`, where t = x - shift and e = exp(t)
 static inline void add_moments(const float* x, int64_t width, float shift, double* sums) {
   vf first{}, second{}, total{};
   int64_t j = 0;
   for (; j < width; j += kLanes) {
     const vf z = load(x + j), t = z - shift, e = vexp(t);
-    first += e * (t < kFar ? splat(kFar) : t);
+    first += e * (t < kMinShifted ? splat(kMinShifted) : t);
     second += e * e;
     if (j + kLanes <= width) total += z;
   }
@@ -58,31 +60,33 @@ static inline void add_moments(const float* x, int64_t width, float shift, doubl
 static inline void add_moments(const double* x, int64_t width, double shift, double* sums) {
   for (int64_t j = 0; j < width; ++j) {
     const double t = x[j] - shift, e = std::exp(t);
-    sums[0] += e * (t < kFar ? kFar : t);
+    sums[0] += e * (t < kMinShifted ? kMinShifted : t);
     sums[1] += e * e;
     sums[2] += x[j];
   }
 }
 
-// x = p * (grad_log_sum - grad_entropy * (log p + entropy)) of a row of logits, p = exp(log p)
+// replaces a row x of logits by p * (grad_log_sum - grad_entropy * (log p + entropy)), where p is the softmax of x
 static inline void softmax_gradient(
     float* x, int64_t width, float maximum, float log_sum, float entropy, float grad_log_sum, float grad_entropy) {
   for (int64_t j = 0; j < width; j += kLanes) {
     const vf t = (load(x + j) - maximum) - log_sum;
-    store(x + j, vexp(t) * (grad_log_sum - grad_entropy * ((t < kFar ? splat(kFar) : t) + entropy)));
+    store(x + j, vexp(t) * (grad_log_sum - grad_entropy * ((t < kMinShifted ? splat(kMinShifted) : t) + entropy)));
   }
 }
 
 static inline void softmax_gradient(
-    double* x, int64_t width, double maximum, double log_sum, double entropy, double grad_log_sum, double grad_entropy) {
+    double* x, int64_t width, double maximum, double log_sum, double entropy, double grad_log_sum,
+    double grad_entropy) {
   for (int64_t j = 0; j < width; ++j) {
     const double t = (x[j] - maximum) - log_sum;
-    x[j] = std::exp(t) * (grad_log_sum - grad_entropy * ((t < kFar ? kFar : t) + entropy));
+    x[j] = std::exp(t) * (grad_log_sum - grad_entropy * ((t < kMinShifted ? kMinShifted : t) + entropy));
   }
 }
 
-// rows [lo, hi) of a tile: updates the running maximum and sums, picks targets and the top k, and with
-// `mean` leaves in the tile exp(logit - maximum) * (dlogit/draw) / slope and scales the row of `mean` to the new maximum
+// Processes rows [lo, hi) of a tile: updates the running maximum, the sums and the top k, and copies the logits of the
+// targets. With `mean`, also replaces the tile by exp(logit - maximum) * (dlogit/draw) / slope, and rescales the rows
+// of `mean` to the new maximum.
 template <class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], flat[kMaxWidth];
@@ -106,7 +110,7 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
       add_moments(x, f.width, shift, m);
     }
     if (f.mean) {
-      for (int64_t j = 0; j < f.width; ++j) flat[j] = flattened(x[j], f.curve);
+      for (int64_t j = 0; j < f.width; ++j) flat[j] = relative_slope(x[j], f.curve);
     }
     const A sum = exp_row(x, f.width, shift);
     f.maximum[n] = top;
@@ -121,7 +125,8 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   }
 }
 
-// rows [lo, hi) of a tile: writes dloss/dproduct of each product, of the tile or of the rows that were kept
+// Processes rows [lo, hi) of a tile: writes dloss/dproduct to the tile. The products are those in the tile, or those
+// that the forward stored.
 template <class A>
 static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], g[kMaxWidth];
@@ -137,7 +142,7 @@ static void backward_rows(const BackwardRows<A>& b, int64_t lo, int64_t hi) {
       const int64_t t = b.pick[n * b.picks + p] - b.v0;
       if (t >= 0 && t < b.width) g[t] += b.grad_pick[n * b.picks + p] * b.curve.slope;
     }
-    for (int64_t j = 0; j < b.width && b.curve.capped; ++j) g[j] *= flattened(x[j], b.curve);
+    for (int64_t j = 0; j < b.width && b.curve.capped; ++j) g[j] *= relative_slope(x[j], b.curve);
     store_row(z, g, b.width);
   }
 }

@@ -1,15 +1,15 @@
 """Adaptive spans in a pretrained model: how little of its context does each attention head need?
 
-Every head of the model gets a span, first of the whole 1,024 tokens of a training text. The spans alone
-learn, with the published penalty, first a weak one and then, from there, a stronger one; the model's
-weights stay. Compared with the model as it was and with one fixed window for all heads that reads as many
-keys. The text is Django's manual, and every fifth page is to test on.
+Every head of the model gets a span that starts at the 1,024 tokens of a training text. Only the spans are
+trained, with the published penalty: first a weak penalty, then a stronger one from there. The weights of the
+model are frozen. The results are compared with the original model, and with one fixed window for all heads
+that reads as many keys. The text is Django's manual; every fifth page is used for testing.
 
     python examples/adaptive_span.py [--model NAME] [--seeds 0 1 2] [--quick]
 
-Prints mean ± deviation over seeds, saves bench/results/example_adaptive_span.jsonl and a plot of the spans
-by layer and head. Keys per query are the mean over a text. The last column is the time of a token that is
-decoded after 8,000 others. examples/adaptive_span_paper.py trains the published model.
+Prints mean ± standard deviation over seeds; saves bench/results/example_adaptive_span.jsonl and a plot of
+the spans by layer and head. Keys per query are the mean over a text. The last column is the time to decode a
+token after 8,000 tokens of context. examples/adaptive_span_paper.py trains the published model.
 """
 
 import argparse
@@ -46,14 +46,14 @@ def bits(model: transformers.PreTrainedModel, tests: Tensor) -> float:
 
 
 def keys_per_query(spans: AdaptiveSpans) -> float:
-    """Mean over the queries of a text and over all heads."""
+    """Mean number of keys over the queries of a text and over all heads."""
     seen = torch.arange(1, LENGTH + 1)
     reads = [seen.clamp(max=keys).double().mean() for layer in spans.report() for keys in layer.keys]
     return torch.stack(reads).mean().item()
 
 
 def fixed(spans: AdaptiveSpans, keys: float) -> None:
-    """Sets one span for all heads, the longest that reads at most so many keys per query."""
+    """Sets one span for all heads: the longest one that reads at most `keys` keys per query."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
@@ -77,7 +77,7 @@ def measure(variant: str, seed: int, model: transformers.PreTrainedModel, tests:
 def learn(
     name: str | None, state: dict | None, text: Tensor, tests: Tensor, coef: float, steps: int, seed: int
 ) -> tuple[dict, list[dict]]:
-    """Spans trained from a state: their state, and the rows of them and of one window for all heads."""
+    """Trains spans from `state`; returns the new state, and rows of these spans and of a fixed window."""
     model = with_spans(name, state)
     batches, spans = windows(text, LENGTH, 1, seed), adaptive_spans(model)
 
@@ -89,12 +89,12 @@ def learn(
     learned = measure(f"spans, penalty {coef:g}", seed, model, tests)
     fixed(spans, learned["keys per query"])
     window = measure(f"one window, keys of {coef:g}", seed, model, tests)
-    del window["spans"]  # for the plot of learned ones
+    del window["spans"]  # the plot shows only learned spans
     return found, [learned, window]
 
 
 def decoding(models: tuple, context: Tensor, rounds: int) -> list[float]:
-    """Milliseconds a token of each model after a context [N], in turns."""
+    """Milliseconds per decoded token after a context [N] for each model; the models take turns."""
     found = [[] for _ in models]
     for _ in range(rounds):
         for model, values in zip(models, found, strict=True):
@@ -110,7 +110,7 @@ def decoding(models: tuple, context: Tensor, rounds: int) -> list[float]:
 
 
 def with_spans(name: str | None, state: dict | None = None) -> transformers.PreTrainedModel:
-    """The model, of whose parameters only the spans learn."""
+    """The model with spans; only the spans require gradients."""
     model = load(name)[0].requires_grad_(False)
     add_adaptive_spans(model, LENGTH)
     for layer in adaptive_spans(model).layers:

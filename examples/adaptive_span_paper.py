@@ -2,14 +2,15 @@
 
     python examples/adaptive_span_paper.py --data enwik8 [--steps N] [--split N] [--checkpoint DIR]
 
-Post-norm blocks with ReLU, one table of relative positions for all layers and heads, spans that start before
-the token itself, Adagrad with a linear warm-up, each tensor's gradient clipped by itself, and text read in
-blocks, a cache behind them. What differs from the published run: dropout is on the residuals only (the
-operator has none on attention weights); the cache holds keys and values, not the hidden states that they come
-from, so no gradient reaches the projections through it; symbols are bytes. Source: Sukhbaatar et al. 2019.
+The model has post-norm blocks with ReLU, one table of relative positions for all layers and heads, and spans
+that do not include the token itself. It is trained with Adagrad, a linear warm-up, and gradient clipping of
+each tensor, on consecutive blocks of text with a cache of the previous ones. Differences from the published
+run: dropout only on the residuals (the operator has no dropout on attention weights); the cache holds keys
+and values instead of hidden states, so the projections get no gradient through it; symbols are bytes. Source:
+Sukhbaatar et al. 2019.
 
-It is meant for a GPU. On 2 CPU cores a step takes one to two minutes while spans are short, in 7 GB of memory
-with the batch in 8 parts; the caches of all 64 sequences grow to 26 GB over the first 16 steps.
+The example is meant for a GPU. On 2 CPU cores a step takes one to two minutes while spans are short, and 7 GB
+of memory with the batch in 8 parts; the caches of all 64 sequences grow to 26 GB over the first 16 steps.
 """
 
 import argparse
@@ -27,16 +28,16 @@ import sukhops
 class Paper(NamedTuple):
     layers: int
     width: int
-    inner: int  # of the feed-forward layer
+    inner: int  # width of the feed-forward layer
     heads: int
     max_span: int
     block: int  # tokens of each sequence in a step
     batch: int
-    coef: float  # of the penalty, in nats per token of mean span
+    coef: float  # coefficient of the penalty, in nats per token of mean span
     dropout: float
     lr: float
     warmup: int
-    clip: float  # of each tensor's gradient norm
+    clip: float  # limit of the gradient norm of each tensor
     steps: int
 
 
@@ -73,7 +74,7 @@ class PaperModel(nn.Module):
         self.head = nn.Linear(paper.width, 256, bias=False)
 
     def forward(self, ids: Tensor, caches: list | None) -> tuple[Tensor, list]:
-        """Mean cross entropy of [B, T + 1] in nats, and the caches behind the first T."""
+        """Mean cross entropy of ids [B, T + 1] in nats, and the caches after the first T tokens."""
         x, new = self.embedding(ids[:, :-1]), []
         for i, block in enumerate(self.blocks):
             x, cache = block(x, caches[i] if caches else None)
@@ -85,7 +86,7 @@ class PaperModel(nn.Module):
 
 
 class Text:
-    """Bytes as `batch` sequences side by side, read block after block, their rows in `split` parts."""
+    """Bytes as parallel sequences, read block by block; a batch of them is processed in `split` parts."""
 
     def __init__(self, text: Tensor, paper: Paper, split: int, device: torch.device):
         length = len(text) // paper.batch
@@ -96,7 +97,7 @@ class Text:
         self.caches: list = [None] * len(self.parts)
 
     def step(self, model: PaperModel, step: int):
-        """The loss of each part in turn, weighted so that the sum is the mean over the batch."""
+        """Yields the loss of each part, weighted so that their sum is the mean over the batch."""
         start = step % self.count * self.block
         rows = sum(len(part) for part in self.parts)
         for i, part in enumerate(self.parts):
@@ -114,7 +115,7 @@ def bits_per_byte(model: PaperModel, text: Text, blocks: int) -> float:
 
 
 def train(data: Path, steps: int, split: int, directory: Path | None) -> None:
-    """Trains, saving a thousand steps apart, and prints bits per byte of the held-out 5% and the spans."""
+    """Trains, saves a checkpoint every 1,000 steps, and prints held-out bits per byte and the spans."""
     paper, device = ENWIK8, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = torch.frombuffer(bytearray(data.read_bytes()), dtype=torch.uint8)
     learn, held = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) : int(0.95 * len(text))]
@@ -122,7 +123,7 @@ def train(data: Path, steps: int, split: int, directory: Path | None) -> None:
     model = PaperModel(paper).to(device)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=paper.lr)
     first, saved = 0, directory and directory / "enwik8.pt"
-    if saved and saved.exists():  # the caches start empty and fill up again
+    if saved and saved.exists():  # the caches are not saved and start empty
         state = torch.load(saved, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -147,8 +148,8 @@ def train(data: Path, steps: int, split: int, directory: Path | None) -> None:
                 torch.save(state, fresh)
                 fresh.replace(saved)
     test = Text(held, paper, split, device)
-    blocks = min(test.count, steps)  # a short trial is measured on little
-    print(f"{bits_per_byte(model, test, blocks):.3f} bits per byte of {blocks} blocks held out")
+    blocks = min(test.count, steps)  # measure a short trial on fewer blocks
+    print(f"{bits_per_byte(model, test, blocks):.3f} bits per byte on {blocks} held-out blocks")
     for i, block in enumerate(model.blocks):
         print(f"layer {i:2}: spans", *(f"{t:.0f}" for t in block.attention.adaptive_span.report().tokens))
 
@@ -158,9 +159,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="the file enwik8, or another text")
-    parser.add_argument("--steps", type=int, default=ENWIK8.steps, help="fewer than published")
-    parser.add_argument("--split", type=int, default=8, help="parts that a batch is computed in")
-    parser.add_argument("--checkpoint", type=Path, help="a directory to save to, and to go on from")
+    parser.add_argument("--steps", type=int, default=ENWIK8.steps, help="default: as published")
+    parser.add_argument("--split", type=int, default=8, help="number of parts in which a batch is processed")
+    parser.add_argument("--checkpoint", type=Path, help="directory to save to and resume from")
     options = parser.parse_args()
     if options.checkpoint:
         options.checkpoint.mkdir(parents=True, exist_ok=True)

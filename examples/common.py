@@ -1,4 +1,4 @@
-"""What the examples share: stages of a run, a small transformer, a training loop, the report over seeds."""
+"""Shared by the examples: stages of a run, a small transformer, a training loop, a report over seeds."""
 
 import argparse
 import json
@@ -30,16 +30,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="at most minutes: shows that it runs, no more")
+    parser.add_argument("--quick", action="store_true", help="run a few minutes at most, as a check")
     return parser
 
 
 class Stages:
-    """The stages of a run, kept in .cache until it ends: one that was stopped goes on from the last of them.
+    """Caches the stages of a run in .cache until the run ends, so that an interrupted run can be resumed.
 
     Args:
-        example: its name.
-        options: of the command line; all but the seeds, which name stages, are in the folder's name.
+        example: name of the example.
+        options: command-line options. All except the seeds are part of the folder's name; the names of stages
+            contain the seeds.
     """
 
     def __init__(self, example: str, options: argparse.Namespace):
@@ -50,7 +51,7 @@ class Stages:
         self.seconds = 0.0
 
     def __call__(self, name: str, make: Callable):
-        """What `make()` returned, now or before the stop: tensors, numbers, texts and containers of them."""
+        """The result of `make()`, cached: tensors, numbers, strings, or containers of them."""
         path = self.folder / f"{name}.pt"
         if not path.exists():
             began = time.perf_counter()
@@ -63,13 +64,13 @@ class Stages:
         return kept["found"]
 
     def end(self) -> float:
-        """Minutes of all stages. The next run starts from the beginning."""
+        """Deletes the cached stages and returns the minutes of all stages."""
         shutil.rmtree(self.folder)
         return self.seconds / 60
 
 
 def windows(ids: Tensor, length: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless random windows [batch, length] of ids [N], the same for the same seed."""
+    """Yields random windows [batch, length] of ids [N] forever; they depend only on the seed."""
     g = torch.Generator().manual_seed(seed)
     span = torch.arange(length)
     while True:
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         q, kv = qkv[0], qkv[1:]
         if cache is not None:
             kv = torch.cat([cache, kv], dim=3)
-        # a single query sees every key; a block without cache is causal
+        # with a cache there is one query, which sees every key
         y = F.scaled_dot_product_attention(q, *kv, is_causal=cache is None)
         return self.output(y.transpose(1, 2).flatten(2)), kv
 
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         return self.extend(ids, None)[0]
 
     def extend(self, ids: Tensor, caches: list | None, start: int = 0) -> tuple[Tensor, list]:
-        """Hidden states of `ids` that follow `start` tokens kept in the caches."""
+        """Hidden states of `ids`, which follow `start` tokens in the caches, and the new caches."""
         x, new = self.embedding(ids) + self.position.weight[start : start + ids.shape[1]], []
         for i, block in enumerate(self.blocks):
             x, cache = block(x, caches[i] if caches else None)
@@ -155,7 +156,7 @@ def generate(
     temperature: float = 1.0,
     scores: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`length` tokens after each prompt [B, P] -> [B, length]; greedy without a generator.
+    """Generates `length` tokens after each prompt [B, P] -> [B, length]; greedy without a generator.
 
     `scores` maps the last hidden states [B, D] to logits [B, V]; None: the model's head.
     """
@@ -175,7 +176,7 @@ def generate(
 
 
 def repeats(ids: Tensor, n: int) -> Tensor:
-    """Which tokens of [B, T] complete an n-gram that occurred before in their sequence: bool [B, T]."""
+    """Mask [B, T] of the tokens of ids that complete an n-gram that occurred earlier in their sequence."""
     found = torch.zeros(ids.shape, dtype=torch.bool)
     for row, sequence in enumerate(ids.tolist()):
         seen = set()
@@ -195,7 +196,7 @@ def train(
     name: str = "",
     weight_decay: float = 0.01,
 ) -> None:
-    """AdamW with warm-up and a cosine to a tenth of `lr`; `loss(step)` makes each step's loss."""
+    """Trains with AdamW, warm-up and a cosine decay to lr / 10; `loss(step)` returns the loss of a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     warm = max(1, steps // 20)
@@ -212,7 +213,7 @@ def train(
 
 
 def held_out(ids: Tensor, length: int, count: int) -> Tensor:
-    """`count` windows [count, length] evenly spread over ids [N]."""
+    """`count` windows [count, length], evenly spaced in ids [N]."""
     start = torch.linspace(0, len(ids) - length, count).long()
     return ids[start[:, None] + torch.arange(length)]
 
@@ -226,10 +227,10 @@ def report(
     minutes: float | None = None,
     save: bool = True,
 ) -> None:
-    """Prints mean ± deviation over seeds of each row["variant"]; columns: field -> format.
+    """Prints mean ± standard deviation over seeds for each variant, and saves the rows.
 
-    plot: the two columns of a plot of the trade-off. minutes: what the whole run took. Saves it all to
-    bench/results/example_<name>.jsonl, from which bench/report.py makes the table of docs and the plot.
+    columns: field -> format. plot: the two columns to plot against each other. minutes: duration of the whole
+    run. The file is bench/results/example_<name>.jsonl; bench/report.py makes the table and the plot from it.
     """
     found = [{"columns": columns, "plot": plot, "minutes": minutes, **machine()}, *rows]
     print(summary(found))

@@ -1,18 +1,18 @@
-"""A hybrid language model over characters and n-grams against a character model, on English.
+"""A hybrid language model over characters and n-grams, compared with a character model, on English text.
 
-The same small transformer reads characters. As a character model it predicts the next one; as a hybrid it
-predicts, with one softmax, whichever character or n-gram starts next, and its likelihood of a text is the
-sum over all segmentations of the text into those units. Once the hybrid trains on that likelihood from the
-start, once on the flat loss of the published recipe first. Compared after as many steps, and after as much
-time: a step of the hybrid takes longer, which alternating steps measure, so the character model gets more
-of them.
+Both models are the same small transformer, which reads characters. The character model predicts the next
+character. The hybrid predicts, with one softmax, the character or n-gram that starts next; its likelihood of
+a text is the sum over all segmentations of the text into those units. One hybrid is trained on this
+likelihood from the start, another first on the flat loss of the published recipe. The models are compared
+after the same number of steps and after the same time: a step of the hybrid takes longer (measured with
+alternating steps), so the character model gets more steps.
 
     python examples/hybrid_lm.py [--data FILE] [--seeds 0 1 2] [--quick]
 
-The text is that of a dictionary, its definitions and quotations, unless a file is given. Bits per character
-are those of the true likelihood of held-out text: one lattice spans all of it, so no boundary is forced
-anywhere, not even between blocks; the states are those of windows that overlap by half, the same for both
-models. Prints mean ± deviation over seeds and the likeliest segmentation of some held-out lines; saves
+The text is definitions and quotations of a dictionary, unless a file is given. Bits per character are
+computed from the exact likelihood of held-out text: one lattice spans the whole text, so no boundary is
+forced, not even between blocks. For both models, hidden states come from windows that overlap by half. Prints
+mean ± standard deviation over seeds and the most likely segmentation of some held-out lines; saves
 bench/results/example_hybrid_lm.jsonl.
 """
 
@@ -33,12 +33,12 @@ from sukhops.losses import unit_targets
 
 WIDTH, LAYERS, LENGTH, BATCH, STEPS = 96, 2, 128, 8, 350
 MAX_LENGTH, MIN_COUNT = 4, 200
-FLAT = 0.2  # share of the steps that train the flat loss, where it comes first
+FLAT = 0.2  # fraction of the steps with the flat loss, if it comes first
 RATE = 6e-3
 
 
 class Part(NamedTuple):
-    """A text and, for each position, the units that start there under a lexicon."""
+    """A text and, for each position, the ids of the units that start there."""
 
     text: str
     units: Tensor  # [N, K]
@@ -49,7 +49,7 @@ def parts(lexicon: sukhops.Lexicon, learn: str, held_out: str) -> list[Part]:
 
 
 def language_model(lexicon: sukhops.Lexicon, characters: int) -> Transformer:
-    """Reads characters, whose ids are the same in every lexicon of a text, and predicts units."""
+    """A model that reads characters (their ids are equal in both lexicons) and predicts units."""
     model = Transformer(characters, WIDTH, LAYERS, context=LENGTH)
     model.head = nn.Linear(WIDTH, len(lexicon), bias=False)
     nn.init.normal_(model.head.weight, std=0.02)
@@ -57,13 +57,13 @@ def language_model(lexicon: sukhops.Lexicon, characters: int) -> Transformer:
 
 
 def trainer(model: Transformer, part: Part, seed: int, warm: float = 0) -> Callable[[int], Tensor]:
-    """What makes the loss of each step, on random windows of the text: the flat loss before step `warm`."""
+    """Returns a function from the step to its loss on random windows; before step `warm`, the flat loss."""
     likelihood, flat = sukhops.nn.SegmentationLoss(), sukhops.nn.SegmentationLoss(flat=True)
     positions = windows(torch.arange(len(part.units)), LENGTH + 1, BATCH, seed)
 
     def step(i: int) -> Tensor:
-        at = next(positions)
-        read, units = part.units[at[:, :-1], 0], part.units[at[:, 1:]]  # [B, T], [B, T, K]
+        index = next(positions)
+        read, units = part.units[index[:, :-1], 0], part.units[index[:, 1:]]  # [B, T], [B, T, K]
         loss = flat if i < warm else likelihood
         return loss(model.backbone(read), model.head.weight, units).loss
 
@@ -71,7 +71,7 @@ def trainer(model: Transformer, part: Part, seed: int, warm: float = 0) -> Calla
 
 
 def relative_time(models: list[Transformer], learn: list[Part], rounds: int) -> float:
-    """How much longer a step of the second model takes: the median of alternating steps."""
+    """Median ratio of the time of a step of the second model to the first; their steps alternate."""
     steps = [trainer(model, part, 0) for model, part in zip(models, learn, strict=True)]
     optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
     ratios = []
@@ -89,7 +89,7 @@ def relative_time(models: list[Transformer], learn: list[Part], rounds: int) -> 
 
 @torch.no_grad()
 def lattice(model: Transformer, units: Tensor) -> Tensor:
-    """Scores [1, N - 1, K] of the units [N, K] of a text from its second position on."""
+    """Scores [1, N - 1, K] of the units [N, K] of a text, from its second position on."""
     half = LENGTH // 2
     read = units[:-1, 0].unfold(0, LENGTH, half)  # [W, LENGTH]
     starts = units[1:].unfold(0, LENGTH, half).transpose(1, 2)  # [W, LENGTH, K]
@@ -98,7 +98,7 @@ def lattice(model: Transformer, units: Tensor) -> Tensor:
         logp = sukhops.linear_logp(model.backbone(some), model.head.weight, ids.masked_fill(ids < 0, -100))
         scores.append(logp.masked_fill(ids < 0, -torch.inf))
     scores = torch.cat(scores)
-    # of each window the half that has seen the other half
+    # the second half of each window, which has the first half as context
     joined = torch.cat([scores[0, :half], scores[:, half:].flatten(0, 1)]).unsqueeze(0)
     ends = unit_targets(torch.zeros(joined.shape, dtype=torch.int64))
     return joined.masked_fill(ends < 0, -torch.inf)
@@ -109,12 +109,10 @@ def bits_per_character(scores: Tensor) -> float:
 
 
 def show(scores: Tensor, text: str, count: int) -> None:
-    """Lines of a text, cut as the likeliest segmentation is, over tenths of the posterior of a boundary."""
+    """Prints lines of a text in their most likely segmentation, and probabilities of boundaries in tenths."""
     starts = sukhops.segmentation_viterbi(scores).segments[0] > 0  # [N - 1], of text[1:]
     boundary = sukhops.segmentation_marginals(scores)[0].sum(-1)
-    print(
-        "\nlikeliest segmentation; below each character, in tenths, the probability that a unit starts there"
-    )
+    print("\nmost likely segmentation; below each character: probability that a unit starts there, in tenths")
     at = 0
     for line in text.split("\n"):
         if count and 0 < at and 30 <= len(line.strip()) and len(line) <= 70 and at + len(line) <= len(starts):
@@ -127,11 +125,11 @@ def show(scores: Tensor, text: str, count: int) -> None:
 
 
 class Data(NamedTuple):
-    """Of the characters alone and of the hybrid's units: what is learned from and, below it, tested on."""
+    """Lexicons and texts; index 0 of each list: only characters, index 1: units of the hybrid."""
 
     lexicons: list[sukhops.Lexicon]
-    learned: list[Part]
-    tested: list[Part]
+    learned: list[Part]  # to train on
+    tested: list[Part]  # held out
     held_out: str
 
     def model(self, kind: int) -> Transformer:
@@ -149,7 +147,7 @@ def prepare(text: str, tail: int) -> Data:
 
 
 def run(seed: int, data: Data, steps: int, longer: float) -> list[dict]:
-    """The rows of a seed; a step of the hybrid takes `longer` times one of the characters."""
+    """The rows of a seed; a step of the hybrid takes `longer` times as long as one of the character model."""
     rows = []
     for variant, kind, count, warm in (
         ("characters", 0, steps, 0), ("characters, in the time of a hybrid", 0, round(longer * steps), 0),
@@ -171,7 +169,7 @@ def run(seed: int, data: Data, steps: int, longer: float) -> list[dict]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, help="a text file in place of the dictionary")
+    parser.add_argument("--data", type=Path, help="a text file to use instead of the dictionary")
     options = parser.parse_args()
     stages = Stages("hybrid_lm", options)
     steps, tail, rounds = (20, 4_000, 3) if options.quick else (STEPS, 50_000, 25)

@@ -1,18 +1,18 @@
-"""LIFT-DPO: an instruction model that keeps the number of words it is told to keep.
+"""LIFT-DPO: trains an instruction model to follow word limits.
 
-The model answers instructions about everyday things, at length and in a sentence or two. Annotators like
-full answers, so the full one is chosen and the short one rejected. The model, which breaks word limits at
-times, is trained on such pairs: with DPO, with R-DPO, which pays for length, and with LIFT-DPO, which has
-half of its pairs under a limit between the lengths of the two answers, where the short one wins. All three
-see as many pairs. DPO and LIFT-DPO train in TRL's DPOTrainer on the head of sukhops, R-DPO, which TRL does
-not have, in LossTrainer; all with LoRA. Tested on things and, in part, on limits that are in no training
-pair.
+The model answers instructions about everyday things twice: at length, and in one or two sentences. Annotators
+prefer full answers, so the long answer is chosen and the short one rejected. The model, which sometimes
+breaks word limits, is trained on such pairs with DPO, with R-DPO (which penalizes length), and with LIFT-DPO.
+LIFT-DPO adds a word limit between the lengths of the two answers to half of its pairs, so that the short
+answer wins. All three are trained on the same number of pairs, with LoRA. DPO and LIFT-DPO use TRL's
+DPOTrainer with the head of sukhops; R-DPO, which TRL does not have, uses LossTrainer. The tests use other
+things, and some limits that are in no training pair.
 
     python examples/lift.py [--model NAME] [--seeds 0 1 2] [--quick]
 
-Prints mean ± deviation over seeds and saves bench/results/example_lift.jsonl: per cent of greedy answers
-that are longer than their limit, and their words with and without a limit. An answer is cut after 128
-tokens.
+Prints mean ± standard deviation over seeds and saves bench/results/example_lift.jsonl: the percentage of
+greedy answers that are longer than their limit, and the number of words with and without a limit. Answers
+have at most 128 tokens.
 """
 
 import argparse
@@ -43,9 +43,9 @@ QUESTIONS = (
     "List some surprising facts about {}.", "Give advice to someone who wants to learn about {}.",
     "What do scientists know about {}?", "Why do people care about {}?",
 )  # fmt: skip
-TESTED = 4  # the last things are in no training pair: 26 * 8 = 208 instructions to learn from
-LENGTH = 128  # tokens of an answer
-SEEN, UNSEEN = (20, 40), (15, 30)  # limits that are tested; UNSEEN are in no pair
+TESTED = 4  # the last four things are only tested; training has 26 * 8 = 208 instructions
+LENGTH = 128  # maximum number of tokens of an answer
+SEEN, UNSEEN = (20, 40), (15, 30)  # tested limits; UNSEEN are in no training pair
 LIMITS = [n for n in range(10, 91) if n not in UNSEEN]
 
 
@@ -55,7 +55,7 @@ def instructions(things: tuple[str, ...]) -> list[str]:
 
 @torch.no_grad()
 def answers(model: nn.Module, tokenizer, prompts: list[str], **options) -> list[str]:
-    """One to each instruction, greedy unless the options differ."""
+    """One answer to each instruction, greedy unless the options say otherwise."""
     model.eval()
     found = []
     texts = [template(tokenizer, prompt) for prompt in prompts]
@@ -78,7 +78,7 @@ def template(tokenizer, prompt: str) -> str:
 
 
 def make_pairs(model: nn.Module, tokenizer, prompts: list[str], seed: int) -> list[dict]:
-    """The full answer to each instruction over the short one, where it is longer."""
+    """Pairs of a full answer (chosen) and a short one (rejected), if the full one is longer."""
     torch.manual_seed(seed)
     sampled = {"do_sample": True, "temperature": 0.7, "top_k": 0}
     full = answers(model, tokenizer, prompts, **sampled)
@@ -93,7 +93,7 @@ def make_pairs(model: nn.Module, tokenizer, prompts: list[str], seed: int) -> li
 
 
 def lifted(pairs: list[dict], numbers: random.Random) -> list[dict]:
-    """The pairs, and each once more under a limit that only the rejected answer keeps."""
+    """The pairs, plus a copy of each with a limit that only the rejected answer satisfies."""
     limited = []
     for pair in pairs:
         short, long = count_words(pair["rejected"]), count_words(pair["chosen"])

@@ -1,19 +1,19 @@
-"""Meta-Rewarding: a model that is its own judge, and learns to judge too.
+"""Meta-Rewarding: a model judges its own answers and also learns to judge better.
 
-A response turns the five digits of its prompt round, then may chatter (`!`) before its full stop; only the
-digits make its true quality. A judgment writes the digits that should be there, marks each, `+` or `-`, and
-gives a score. A small transformer learns both from careless programs; the judging one errs in a mark out of
-six and likes chatter. Then, twice, it answers prompts, judges its answers, and trains by DPO on the pairs
-that `sukhops.pairs` makes: of answers, with or without length control, and, with the meta-judge, of
-judgments. The meta-judge is a program that sees which of two judgments is nearer the truth, with noise, and
-favours the one it is shown first.
+A response reverses the five digits of its prompt, then may add chatter (`!`) before the full stop; its true
+quality depends only on the digits. A judgment writes the correct digits, marks each digit of the answer with
+`+` or `-`, and gives a score. A small transformer learns both from careless programs; one in six of their
+marks is wrong, and their scores reward chatter. Then, in two rounds, the model answers prompts, judges its
+answers, and is trained with DPO on pairs from `sukhops.pairs`: pairs of answers (with or without length
+control) and, with the meta-judge, pairs of judgments. The meta-judge is a program that sees, with noise,
+which of two judgments has fewer wrong marks, and is biased toward the first one.
 
     python examples/meta_rewarding.py [--seeds 0 1 2] [--quick]
 
-Prints mean ± deviation over seeds and saves bench/results/example_meta_rewarding.jsonl: per cent of right
-digits and number of characters in answers to held-out prompts; per cent of right marks in judgments of
-them; per cent of judge pairs whose chosen judgment is truly nearer the truth than its rejected one, with
-position weights and with wins simply counted.
+Prints mean ± standard deviation over seeds and saves bench/results/example_meta_rewarding.jsonl: the
+percentage of right digits and the number of characters in answers to held-out prompts; the percentage of
+right marks in judgments of these answers; the percentage of judge pairs whose chosen judgment has fewer wrong
+marks than the rejected one, with position weights and with plain counts of wins.
 """
 
 import copy
@@ -26,14 +26,14 @@ from torch import Tensor
 import sukhops
 from sukhops.pairs import battle_matrix, judge_pairs, length_controlled_pairs, select_judged_response
 
-SYMBOLS = "0123456789=!.#?+-"  # `#` fills an answer up, `?` asks for a judgment
+SYMBOLS = "0123456789=!.#?+-"  # `#` pads an answer, `?` asks for a judgment
 DIGITS, CHATTER = 5, 8
 PROMPT, ANSWER = DIGITS + 1, DIGITS + CHATTER + 1
-JUDGMENT = 2 * DIGITS + 1  # digits as they should be, each with a mark; score
+JUDGMENT = 2 * DIGITS + 1  # the correct digits, each with a mark; the score
 MARKS = slice(1, 2 * DIGITS, 2)
 LENGTH = PROMPT + ANSWER + 1 + JUDGMENT
-CARELESS, MISJUDGED = 0.25, 1 / 6  # shares of wrong digits and wrong marks in what the model learns from
-BIAS, UNREADABLE = 2.0, 0.5  # of the meta-judge, in nats for the judgment shown first; a share of its answers
+CARELESS, MISJUDGED = 0.25, 1 / 6  # fractions of wrong digits and wrong marks in the demonstrations
+BIAS, UNREADABLE = 2.0, 0.5  # meta-judge: bias to the first judgment in nats; fraction of unreadable results
 RESPONSES, JUDGMENTS, RHO = 6, 5, 0.4
 END, FILL, YES, NO = (SYMBOLS.index(c) for c in ".#+-")
 
@@ -48,12 +48,12 @@ def prompts(count: int, seed: int) -> Tensor:
 
 
 def right(prompt: Tensor, answer: Tensor) -> Tensor:
-    """Which digits of the answers [B, ANSWER] are those of the prompts turned round: [B, DIGITS]."""
+    """Mask [B, DIGITS] of the right digits of the answers [B, ANSWER]."""
     return answer[:, :DIGITS] == prompt[:, :DIGITS].flip(1)
 
 
 def lengths(answer: Tensor) -> Tensor:
-    """Characters up to the full stop."""
+    """Number of characters up to the full stop."""
     ended = (answer == END).int().cumsum(1) > 0
     return (~ended).sum(1) + 1
 
@@ -71,13 +71,13 @@ def demonstrations(count: int, seed: int) -> Tensor:
     for row, length, marks in zip(prompt.tolist(), lengths(answer), right(prompt, answer), strict=True):
         seen = [bool(mark) != (numbers.random() < MISJUDGED) for mark in marks]
         text = "".join(f"{row[DIGITS - 1 - i]}{'+' if mark else '-'}" for i, mark in enumerate(seen))
-        score = sum(seen) + round((length.item() - DIGITS - 1) / 4)  # what it likes about chatter
+        score = sum(seen) + round((length.item() - DIGITS - 1) / 4)  # the score rewards chatter
         judgments.append(f"?{text}{score}")
     return torch.cat([prompt, answer, encode(judgments)], 1)
 
 
 def targets(ids: Tensor, first: int) -> Tensor:
-    """What each row predicts, from position `first` on; of what fills an answer up only the first counts."""
+    """Targets of each row from position `first` on; only the first `#` of the padding is a target."""
     target = ids[:, 1:].clone()
     target[(ids[:, 1:] == FILL) & (ids[:, :-1] == FILL)] = -100
     target[:, : first - 1] = -100
@@ -95,19 +95,19 @@ def judge(model: Transformer, prompt: Tensor, answers: Tensor, g: torch.Generato
 
 
 def score(judgments: Tensor) -> Tensor:
-    """[..., JUDGMENT] -> float; NaN where it cannot be read."""
+    """Scores of judgments [..., JUDGMENT]; NaN if a judgment cannot be parsed."""
     marks = judgments[..., MARKS]
     read = (judgments[..., -1] < 10) & ((marks == YES) | (marks == NO)).all(-1)
     return judgments[..., -1].float().masked_fill(~read, torch.nan)
 
 
 def wrong_marks(judgments: Tensor, truth: Tensor) -> Tensor:
-    """How many marks of judgments [..., JUDGMENT] are not the truth [..., DIGITS]."""
+    """Number of wrong marks of judgments [..., JUDGMENT], given the true marks [..., DIGITS]."""
     return (judgments[..., MARKS] != torch.where(truth, YES, NO)).sum(-1)
 
 
 def meta_judge(wrong: Tensor, g: torch.Generator) -> Tensor:
-    """Results [P, J, J] of battles between judgments with so many wrong marks [P, J]."""
+    """Results [P, J, J] of battles between judgments, given their numbers of wrong marks [P, J]."""
     first = torch.sigmoid(1.5 * (wrong.unsqueeze(1) - wrong.unsqueeze(2)) + BIAS)
     results = torch.where(torch.rand(first.shape, generator=g) < first, 1, -1)
     return results.masked_fill_(torch.rand(first.shape, generator=g) < UNREADABLE, 0)
@@ -116,7 +116,7 @@ def meta_judge(wrong: Tensor, g: torch.Generator) -> Tensor:
 def iterate(
     reference: Transformer, name: str, count: int, steps: int, seed: int, rho: float, meta: bool
 ) -> tuple[Transformer, dict]:
-    """The model after one round of pairs of its own, and how many of the judge pairs are right."""
+    """The model after one round of training on its own pairs, and the percentages of right judge pairs."""
     g = torch.Generator().manual_seed(seed)
     prompt = prompts(count, seed)
     many = prompt.repeat_interleave(RESPONSES, 0)

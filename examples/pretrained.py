@@ -1,4 +1,4 @@
-"""What the examples on a pretrained model share: the model, texts as tokens, greedy text, LoRA."""
+"""Shared by the examples with a pretrained model: loading, tokenized texts, generation, LoRA."""
 
 import argparse
 import math
@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from sukhops.integrations.transformers import LossTrainer
 
-ROWS = 50  # sequences of a batch in generation
+ROWS = 50  # batch size of generation
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = common.arguments(description)
     parser.add_argument(
         "--model", default=os.environ.get("SUKHOPS_MODEL"),
-        help="folder or name of a causal model; SmolLM2-135M-Instruct, fetched",
+        help="folder or hub name of a causal model (default: SmolLM2-135M-Instruct)",
     )  # fmt: skip
     return parser
 
@@ -35,14 +35,14 @@ def load(name: str | None) -> tuple[transformers.PreTrainedModel, transformers.P
     transformers.logging.set_verbosity_error()
     path = real_model.path(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    own = model.generation_config  # without its sampling and penalties
+    own = model.generation_config  # drop its sampling options and penalties
     kept = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id or 0}
     model.generation_config = transformers.GenerationConfig(**kept)
     return model, transformers.AutoTokenizer.from_pretrained(path)
 
 
 def manual(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids of Django's manual: of the pages to learn from, and of every fifth page, to test on."""
+    """Token ids of Django's manual: of the training pages, and of every fifth page for testing."""
     pages = documentation()
     parts = [[p for i, p in enumerate(pages) if (i % 5 == 4) == test] for test in (False, True)]
     learn, test = (tokenizer("\n\n".join(part), return_tensors="pt").input_ids[0] for part in parts)
@@ -51,7 +51,7 @@ def manual(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def continuations(model: nn.Module, prompts: Tensor, length: int, **options) -> Tensor:
-    """`length` tokens after each prompt [N, P] -> [N, length]; greedy unless the options differ."""
+    """Generates `length` tokens after each prompt [N, P] -> [N, length]; greedy by default."""
     model.eval()
     given = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length} | options
     parts = [
@@ -63,7 +63,7 @@ def continuations(model: nn.Module, prompts: Tensor, length: int, **options) -> 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, texts: Tensor, start: int, process: Callable | None = None) -> float:
-    """Of the tokens from `start` on of texts [N, T]; `process(before, logits)` is what generate applies."""
+    """Perplexity of texts [N, T] from token `start` on; `process(ids, logits)`: a logits processor."""
     model.eval()
     total, length = 0.0, texts.shape[1] - start
     for some in tqdm(texts.split(10), desc="perplexity"):
@@ -76,7 +76,7 @@ def perplexity(model: nn.Module, texts: Tensor, start: int, process: Callable | 
 
 
 def with_adapters(model: transformers.PreTrainedModel, seed: int, state: dict | None = None) -> nn.Module:
-    """The model with LoRA on the linear layers of its blocks, of a state of `learned` or new."""
+    """The model with LoRA on the linear layers of its blocks: new, or with a state from `learned`."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)

@@ -1,14 +1,14 @@
-"""Step-KTO against KTO: addition written out digit by digit, each step checked by a program.
+"""Step-KTO compared with KTO: addition written digit by digit, where a program checks each step.
 
-A problem is `347+285=`; its solution goes from the last digit to the first, `7+5+0=12,` with the carry as the
-third summand, and ends with the sum. A small transformer learns it from careless demonstrations, where some
-steps are wrong though the answer is right. Its own solutions are then judged, whole (the answer) and step by
-step, and train it in two rounds, once with KTO, which sees the judgment of the answer alone, and once with
-Step-KTO, which sees both.
+A problem is `347+285=`. Its solution has one step per digit, from the last to the first, such as `7+5+0=12,`
+(the third summand is the carry), and ends with the sum. A small transformer learns this from careless
+demonstrations, in which some steps are wrong although the answer is right. Then the model is trained in two
+rounds on its own solutions, which a program judges: with KTO, which sees only whether the answer is right,
+and with Step-KTO, which also sees whether each step is right.
 
     python examples/step_kto.py [--seeds 0 1 2] [--quick]
 
-Prints mean ± deviation over seeds and saves bench/results/example_step_kto.jsonl.
+Prints mean ± standard deviation over seeds and saves bench/results/example_step_kto.jsonl.
 """
 
 import copy
@@ -24,8 +24,8 @@ from sukhops.losses import mismatched
 SYMBOLS = "0123456789+=,."
 DIGITS = 3
 PROMPT, STEP = 2 * DIGITS + 2, 9  # characters of a problem and of one step
-LENGTH = DIGITS * STEP + DIGITS + 2  # of a solution: the steps, the sum, a full stop
-CARELESS, WRONG = 0.1, 0.2  # shares of wrong steps, and of wrong answers, in the demonstrations
+LENGTH = DIGITS * STEP + DIGITS + 2  # characters of a solution: the steps, the sum, a full stop
+CARELESS, WRONG = 0.1, 0.2  # fractions of wrong steps and of wrong answers in the demonstrations
 ROUNDS, BATCH = 2, 64
 
 
@@ -34,10 +34,10 @@ def encode(texts: list[str]) -> Tensor:
 
 
 def solution(a: int, b: int, careless: random.Random | None = None) -> str:
-    """The steps and the sum; with `careless`, some steps and some sums come out wrong."""
+    """The steps and the sum; with `careless`, some steps and sums are wrong."""
     parts, carry = [], 0
-    for place in range(DIGITS):
-        x, y = a // 10**place % 10, b // 10**place % 10
+    for digit in range(DIGITS):
+        x, y = a // 10**digit % 10, b // 10**digit % 10
         total = written = x + y + carry
         if careless and careless.random() < CARELESS:
             written = careless.randrange(20)
@@ -59,7 +59,7 @@ def prompts(pairs: list[tuple[int, int]]) -> Tensor:
 
 
 def judge(pairs: list[tuple[int, int]], text: Tensor) -> tuple[Tensor, Tensor]:
-    """Is the answer right [B], is each step right [B, DIGITS]."""
+    """Whether the answer is right [B], and whether each step is right [B, DIGITS]."""
     right = text == encode([solution(a, b) for a, b in pairs])
     steps = right[:, : DIGITS * STEP].unflatten(1, (DIGITS, STEP)).all(-1)
     return right[:, DIGITS * STEP :].all(-1), steps
@@ -70,28 +70,28 @@ def sample(model: Transformer, pairs: list[tuple[int, int]], seed: int) -> Tenso
 
 
 def shifted(ids: Tensor) -> Tensor:
-    """What each row predicts; the problem does not count."""
+    """The targets of each row; the problem is ignored."""
     target = ids[:, 1:].clone()
     target[:, : PROMPT - 1] = -100
     return target
 
 
 def preference(model: Transformer, kind: str, steps: int, texts: int, seed: int) -> Transformer:
-    """A copy of the model, trained on judgments of its own solutions, with itself as the reference."""
+    """A copy of the model, trained on judgments of the model's solutions; the model is the reference."""
     pairs = problems(texts, seed)
     text = sample(model, pairs, seed)
     prompt, (right, right_steps) = prompts(pairs), judge(pairs, text)
     reference, model = model, copy.deepcopy(model)
     step_loss, loss = sukhops.nn.StepKTOLoss(beta=0.1), sukhops.nn.KTOLoss(beta=0.1)
-    place = torch.arange(PROMPT + LENGTH - 1) - (PROMPT - 1)
-    place = torch.where((place >= 0) & (place < DIGITS * STEP), place // STEP, -1)
-    step_ids = place.expand(BATCH, -1)
+    position = torch.arange(PROMPT + LENGTH - 1) - (PROMPT - 1)
+    ids_of_steps = torch.where((position >= 0) & (position < DIGITS * STEP), position // STEP, -1)
+    step_ids = ids_of_steps.expand(BATCH, -1)
     rows = torch.Generator().manual_seed(seed)
 
     def step(_: int) -> Tensor:
         some = torch.randint(0, texts, (BATCH,), generator=rows)
         ids = torch.cat([prompt[some], text[some]], 1)
-        # the reference point: each problem with the solution of another
+        # for the reference point: each problem with the solution of another
         other = torch.cat([prompt[some], mismatched(text[some])], 1)
         with torch.no_grad():
             given = {

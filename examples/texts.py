@@ -1,4 +1,4 @@
-"""English that the examples read. It is fetched once, with pip or apt-get, and kept in .cache."""
+"""English texts for the examples. They are downloaded once, with pip or apt-get, and kept in .cache."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ MANUALS = ("faq", "howto", "internals", "intro", "misc", "ref", "topics")
 
 
 def _fetch(pattern: str, command: list[str], advice: str) -> Path:
-    """The file in .cache that the command downloads there."""
+    """The file in .cache that matches `pattern`; `command` downloads it if it is missing."""
     CACHE.mkdir(exist_ok=True)
     if not list(CACHE.glob(pattern)):
         try:
@@ -25,7 +25,7 @@ def _fetch(pattern: str, command: list[str], advice: str) -> Path:
 
 
 def documentation() -> list[str]:
-    """Django's manual (BSD license), one text a page: its prose, without code, headings and markup."""
+    """Prose of Django's manual (BSD license), one text per page, without code, headings and markup."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "Django", DJANGO]
     name = DJANGO.lower().replace("==", "-")
     advice = f"Download {name}.tar.gz from the package index and put it in {CACHE}."
@@ -39,7 +39,7 @@ def documentation() -> list[str]:
 
 
 def _prose(page: str) -> str:
-    """The paragraphs of sentences of a page in reStructuredText."""
+    """The prose paragraphs of a page in reStructuredText."""
     kept = []
     for paragraph in page.split("\n\n"):
         if len(paragraph) < 120 or not paragraph[0].isupper() or re.search(r"^[=\-~+|]{4}", paragraph, re.M):
@@ -52,7 +52,7 @@ def _prose(page: str) -> str:
 
 
 def dictionary() -> str:
-    """Definitions and quotations of GCIDE, a dictionary of English (GPL), one a line, in plain ASCII."""
+    """Definitions and quotations of GCIDE, an English dictionary (GPL), one per line, in ASCII."""
     command = ["apt-get", "download", "-q", GCIDE]
     advice = f"Download the package {GCIDE} of Debian and put it in {CACHE}."
     data = _member(_fetch(f"{GCIDE}_*.deb", command, advice), "data.tar.xz")
@@ -62,7 +62,7 @@ def dictionary() -> str:
     kept = []
     for paragraph in text.split("\n\n"):
         if not paragraph.startswith("   "):
-            paragraph = paragraph.partition("\n")[2]  # the word itself, its pronunciation and origin
+            paragraph = paragraph.partition("\n")[2]  # drop the headword, its pronunciation and origin
         line = re.sub(r"\[[^\]]*\]|--[A-Z].*|\{|\}|^\W*(\d+\.|\([a-z]\))", "", " ".join(paragraph.split()))
         line = " ".join(line.split())
         if len(line) > 40 and line.isascii() and line[0].isupper() and line[-1] in ".!?" and "\\" not in line:
@@ -71,11 +71,12 @@ def dictionary() -> str:
 
 
 def _member(archive: Path, name: str) -> bytes:
-    """A file in a Debian package, which is an archive of `ar`."""
-    data, at = archive.read_bytes(), 8
-    while at < len(data):
-        found, size = data[at : at + 16].decode().strip(" /"), int(data[at + 48 : at + 58])
+    """A file in a Debian package, which is an `ar` archive."""
+    data, offset = archive.read_bytes(), 8
+    while offset < len(data):
+        found = data[offset : offset + 16].decode().strip(" /")
+        size = int(data[offset + 48 : offset + 58])
         if found == name:
-            return data[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
-    raise ValueError(f"{archive.name}: holds no {name}")
+            return data[offset + 60 : offset + 60 + size]
+        offset += 60 + size + size % 2
+    raise ValueError(f"{archive.name}: contains no {name}")

@@ -1,7 +1,7 @@
 """Fused CPU, CUDA and Triton operators for training and decoding language models."""
 
 from sukhops import (
-    _library,  # noqa: F401  (loads the compiled operators before they are named)
+    _library,  # noqa: F401  (first: loads the compiled operators that the other modules use)
     losses,
     nn,
     pairs,

@@ -1,4 +1,4 @@
-"""`python -m sukhops info`: what was built and what runs where. `check`: every op against its reference."""
+"""`python -m sukhops info` prints the build and each operator's backends; `check` tests every operator."""
 
 import argparse
 import platform
@@ -60,7 +60,7 @@ def topk_inputs() -> dict:
     given = vocab_head_inputs()
     del given["target"]
     bias = torch.zeros(1000)
-    bias[::200] = 20.0 + 10.0 * torch.arange(5)  # far apart: rounding must not change their order
+    bias[::200] = 20.0 + 10.0 * torch.arange(5)  # far apart, so that rounding does not change their order
     return given | {"k": 5, "bias": bias.requires_grad_()}
 
 
@@ -135,12 +135,12 @@ def span_attention(op: Callable) -> Callable:
 def segmentation_inputs() -> dict:
     scores = torch.randn(4, 60, 6)
     scores[torch.rand(scores.shape) < 0.2] = -torch.inf
-    scores[..., 0] = 0.0  # every end is reached
+    scores[..., 0] = 0.0  # every sequence has a segmentation
     return {"scores": scores.requires_grad_(), "lengths": torch.tensor([60, 0, 17, 59])}
 
 
 def samples_covered(scores: Tensor, lengths: Tensor) -> Tensor:
-    """How many positions each of three samples covers; the reference: all of them."""
+    """Number of positions that each of three samples covers: [3, B]. The reference is `lengths_covered`."""
     samples = sukhops.segmentation_sample(scores, 3, lengths)
     return samples.sum(-1).to(_checks.accumulation_dtype(scores.dtype))
 
@@ -169,7 +169,7 @@ def segmentation_loss_reference(
     return losses.segmentation_loss(logp, unit_ids, lengths=lengths).loss
 
 
-# name, operators behind it, op, reference, inputs
+# name, registered operators that it calls, function under test, its reference, function that makes the inputs
 OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_logp", ["vocab_head", "vocab_head_backward"], sukhops.linear_logp, reference.linear_logp,
      vocab_head_inputs),
@@ -210,7 +210,7 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
 
 
 def backend(operator: str, device: str) -> str:
-    """What runs `operator` on `device` in this installation."""
+    """The implementation of `operator` on `device` ("cpu" or "cuda") in this installation."""
     if device == "cpu":
         return "C++" if torch._C._dispatch_has_kernel_for_dispatch_key(f"sukhops::{operator}", "CPU") else "-"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sukhops::{operator}", "CUDA"):
@@ -243,7 +243,7 @@ def info() -> int:
 
 
 def check() -> int:
-    """Compares each op and its gradients with the reference; the exit status is 1 if any is over budget."""
+    """Compares each op and its gradients with the reference. Returns 1 if any error exceeds its budget."""
     failed = False
     print(f"{'op':<26}{'device':<8}{'dtype':<10}{'result':<18}{'max error':>12}{'budget':>12}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:

@@ -1,27 +1,29 @@
-"""How many bytes of logits a call may keep for its backward."""
+"""Memory budget for the logits that a call keeps from its forward pass for its backward pass."""
 
 _nbytes = 64 << 20
 
 
 def set_logits_budget(nbytes: int) -> int:
-    """Sets how many bytes of logits one call on a vocabulary head may keep for its backward.
+    """Sets how many bytes of logits one call on a vocabulary head may keep for its backward pass.
 
-    The forward keeps the logits of as many rows, each [V], as fit, in float32 (float64 for float64 inputs).
-    Their backward takes two matrix products instead of three; the logits of other rows are computed again.
-    Gradients are the same to rounding. Only what a call needs is kept, until its graph is freed; without
-    gradient, or where weight and bias are frozen, nothing is. The budget is read when the forward runs; under
-    `torch.compile` it is read when the call is traced, and a change traces it again.
+    The forward pass keeps the logits [V] of as many token rows as fit into the budget, in float32 (float64
+    for float64 inputs). For these rows the backward pass takes two matrix products instead of three; for all
+    other rows it computes the logits again. Gradients are equal up to rounding. A call keeps at most the
+    logits of its own rows, until its autograd graph is freed. It keeps none if no gradient is needed, or if
+    weight and bias are frozen. The budget is read in the forward pass. Under `torch.compile` it is read when
+    the call is traced, and a change of the budget causes a new trace.
 
     Args:
-        nbytes: >= 0, for this process; the default is 64 MiB. 0 keeps nothing.
+        nbytes: the budget of this process in bytes, >= 0. The default is 64 MiB; 0 keeps no logits.
 
     Returns:
-        The budget before.
+        The previous budget in bytes.
 
     Raises:
-        TypeError, ValueError: nbytes is no int, or negative.
+        TypeError: nbytes is not an int.
+        ValueError: nbytes is negative.
 
-    Source: the trade of memory for time of activation checkpointing (Chen et al. 2016), row by row.
+    Source: activation checkpointing (Chen et al. 2016), which trades memory for time, applied row by row.
     """
     global _nbytes
     if not isinstance(nbytes, int) or isinstance(nbytes, bool):
@@ -33,5 +35,5 @@ def set_logits_budget(nbytes: int) -> int:
 
 
 def get_logits_budget() -> int:
-    """The budget that `set_logits_budget` sets, in bytes."""
+    """Returns the budget that `set_logits_budget` sets, in bytes."""
     return _nbytes

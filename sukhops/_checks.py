@@ -1,4 +1,4 @@
-"""The checks that public functions share. Each names the argument, what it got and what it expected."""
+"""Argument checks shared by the public functions. Errors have the form "argument: expected ..., got ..."."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ DEVICES = ("cpu", "cuda", "meta")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over `dtype`, and so log-probs and losses, are kept in."""
+    """The dtype of sums over values of `dtype`, and so of log-probs and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -37,25 +37,29 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """All floating, on one supported device, under no transform of torch.func; of dtypes of their own."""
+    """Checks that all tensors are floating-point, on one supported device and outside torch.func transforms.
+
+    Their dtypes may differ.
+    """
     for name, t in tensors.items():
         check_tensor(name, t)
         if hasattr(t, "device_mesh"):
             raise TypeError(
-                f"{name}: a DTensor is not taken here; pass its local part, and group= where there is"
+                f"{name}: expected a plain tensor, got a DTensor; pass its local part "
+                "(and group=, if the function has it)"
             )
         if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device.type not in DEVICES:
-            raise NotImplementedError(f"{name}: sukhops runs on cpu and cuda tensors, got {t.device}")
+            raise NotImplementedError(f"{name}: expected a cpu or cuda tensor, got {t.device}")
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                f"{name}: torch.func transforms (grad, vjp, jvp, vmap and the like) are not supported; use "
-                "backward() or torch.autograd.grad, and leading axes as the batch"
+                f"{name}: torch.func transforms (grad, vjp, jvp, vmap and others) are not supported; use "
+                "backward() or torch.autograd.grad for gradients, and leading axes for batches"
             )
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            if forward_ad.unpack_dual(t).tangent is not None:  # torch would give a tangent of 0 in silence
-                raise NotImplementedError(f"{name}: forward-mode AD is not implemented, reverse mode is")
+            if forward_ad.unpack_dual(t).tangent is not None:  # else torch silently returns a tangent of 0
+                raise NotImplementedError(f"{name}: forward-mode AD is not supported; use reverse mode")
     if len(tensors) > 1:
         (like, first), *others = tensors.items()
         for name, t in others:
@@ -63,9 +67,9 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def as_floats(**tensors: Tensor | None) -> list[Any]:
-    """The tensors, checked as by `check_floats`, cast where autocast is on, and of one dtype.
+    """Checks tensors as `check_floats` does, applies autocast, and checks that all have one dtype.
 
-    Autocast leaves float64 alone, as torch does. None passes through (Any: a Tensor for a Tensor).
+    Autocast leaves float64 unchanged, as in torch. None stays None, which is why the result type is Any.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     check_floats(**given)

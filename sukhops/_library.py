@@ -1,4 +1,4 @@
-"""Loads the compiled operators and holds what registering an operator in Python takes."""
+"""Loads the compiled operators, and has the functions with which sukhops/ops registers them in Python."""
 
 import importlib
 from collections.abc import Callable
@@ -32,9 +32,9 @@ launched: set[str] = set()  # operators whose CUDA kernel is launched from Pytho
 
 
 def launcher(name: str) -> Callable:
-    """The function `name` ("module:function"), run on the device of its first tensor.
+    """Returns a function that calls `name` ("module:function") on the device of its first tensor argument.
 
-    Its module, and Triton with it, is imported on the first call.
+    The module, and with it Triton, is imported on the first call.
     """
     module, function = name.split(":")
 
@@ -55,7 +55,7 @@ def cuda_launcher(op: str, name: str) -> None:
 
 
 def not_differentiable_twice(op: str) -> None:
-    """Makes a gradient of the backward operator `op` raise, instead of being silently absent."""
+    """Makes differentiating the backward operator `op` raise; torch would silently leave the gradient out."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise NotImplementedError(f"sukhops::{op}: second derivatives are not implemented")

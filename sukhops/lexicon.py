@@ -1,4 +1,4 @@
-"""The units of a hybrid language model: characters and frequent n-grams, and where they start in a text."""
+"""The units of a hybrid language model (characters and frequent n-grams), and where they occur in a text."""
 
 import functools
 import os
@@ -20,23 +20,24 @@ try:
 except ImportError as error:
     raise ImportError(f"sukhops._lexicon is not built for this Python: {error}. Build it: {BUILD}") from error
 
-# a file is the head, three arrays of little-endian 32-bit integers, and the CRC-32 of all that
+# file format: header, three arrays of little-endian 32-bit integers, CRC-32 of header and arrays
 _MAGIC = b"sukhops lexicon\x01"
 _HEAD = struct.Struct("<16sIIII")  # magic, 1 for str or 0 for bytes, max_length, characters, n-grams
 
 
 class Lexicon:
-    """Units that a text is a sequence of: characters and frequent n-grams. Made by `from_text` or `load`.
+    """A vocabulary of units: characters and frequent n-grams. Create one with `from_text` or `load`.
 
-    Unit 0 stands for every unknown character; then come the characters that were seen, by code point, a
-    newline too, then the n-grams by length and, within a length, by code points. A character of str is a code
-    point, one of bytes a byte. No unit crosses the end of a line (a newline is a unit alone) or of a text.
+    Unit 0 stands for every unknown character. Then come the characters of the texts (including newline) by
+    code point, then the n-grams by length and, within a length, by code points. A character of a str is a
+    code point; a character of bytes is one byte. No unit crosses the end of a line (a newline is a unit of
+    its own) or the end of a text.
 
-    A lexicon does not change: threads may share it, and it can be pickled. len(lexicon) is the number V of
+    A lexicon is immutable: threads may share it, and it can be pickled. `len(lexicon)` is the number V of
     units.
 
-    Source: Grave et al. 2019 (hybrid language models); its public code also counts n-grams that run over the
-    end of a line, these are left out.
+    Source: Grave et al. 2019 (hybrid language models). Their public code also counts n-grams that cross the
+    end of a line; this class does not.
     """
 
     def __init__(self, trie: Trie):
@@ -46,18 +47,22 @@ class Lexicon:
     def from_text(
         cls, texts: Iterable[str] | Iterable[bytes], max_length: int = 4, min_count: int = 200
     ) -> "Lexicon":
-        """The lexicon of texts: all their characters, and the n-grams within lines that are frequent.
+        """Builds a lexicon from texts: all their characters, and the frequent n-grams within their lines.
 
-        Takes about four bytes of memory per character besides the texts.
+        Needs about four bytes of memory per character, in addition to the texts.
 
         Args:
-            texts: str, or bytes, all of one kind; at least one.
-            max_length: characters of the longest unit, >= 1.
-            min_count: how often an n-gram of 2 to max_length characters must come, overlaps counted, >= 1.
+            texts: at least one text, either all str or all bytes.
+            max_length: number of characters of the longest unit, >= 1.
+            min_count: how often an n-gram of 2 to max_length characters must occur, >= 1; overlapping
+                occurrences all count.
+
+        Returns:
+            The lexicon.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type or out of range; no text; 2**31 characters or
-                more.
+            TypeError, ValueError: an argument has the wrong type or is out of range; there is no text; the
+                texts have 2**31 characters or more.
         """
         texts = _as_list(texts)
         for name, value in (("max_length", max_length), ("min_count", min_count)):
@@ -71,15 +76,18 @@ class Lexicon:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Lexicon":
-        """The lexicon that `save` wrote.
+        """Reads a lexicon that `save` wrote.
 
         Raises:
-            OSError: a file that cannot be read.
-            ValueError: a file that is not a lexicon, or one that is truncated or damaged.
+            OSError: the file cannot be read.
+            ValueError: the file is not a lexicon, or is truncated or damaged.
         """
         content = Path(path).read_bytes()
-        if not content or content[: len(_MAGIC)] != _MAGIC[: len(content)]:
-            raise ValueError(f"{path}: not a lexicon of sukhops, it begins with {content[: len(_MAGIC)]!r}")
+        if not content:
+            raise ValueError(f"{path}: not a lexicon of sukhops, the file is empty")
+        if content[: len(_MAGIC)] != _MAGIC[: len(content)]:
+            start = content[: len(_MAGIC)]
+            raise ValueError(f"{path}: not a lexicon of sukhops, the file starts with {start!r}")
         size = _HEAD.size + 4
         if len(content) >= size:
             _, unicode, max_length, characters, ngrams = _HEAD.unpack_from(content)
@@ -87,7 +95,7 @@ class Lexicon:
         if len(content) != size:
             raise ValueError(f"{path}: truncated or damaged, expected {size:,} bytes, got {len(content):,}")
         if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
-            raise ValueError(f"{path}: damaged, its checksum is wrong")
+            raise ValueError(f"{path}: damaged, the checksum does not match")
         codes, parents, symbols = np.split(
             np.frombuffer(content, "<u4", characters + 2 * ngrams, _HEAD.size),
             [characters, characters + ngrams],
@@ -98,10 +106,10 @@ class Lexicon:
             raise ValueError(f"{path}: not a lexicon of sukhops: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the lexicon to a file; what was there stays until the new file is whole.
+        """Writes the lexicon to a file. An existing file is replaced only after the new one is complete.
 
         Raises:
-            OSError: a place that cannot be written.
+            OSError: the file cannot be written.
         """
         path = Path(path)
         trie = self._trie
@@ -109,43 +117,43 @@ class Lexicon:
         arrays = (trie.codes, trie.parents, trie.symbols)
         content = head + b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)
         content += zlib.crc32(content).to_bytes(4, "little")
-        fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            with open(fresh, "xb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            fresh.replace(path)
+            temporary.replace(path)
         except BaseException:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def unit_ids(self, texts: Iterable[str] | Iterable[bytes]) -> tuple[Tensor, Tensor]:
-        """Which units start at each position of each text.
+        """Finds the units that start at each position of each text.
 
         Args:
-            texts: B str or bytes, of the lexicon's kind.
+            texts: B texts, str or bytes like the texts of the lexicon.
 
         Returns:
-            ids: [B, T, max_length] int64 with T the longest text's length: ids[b, t, k] is the unit that
-                covers positions t .. t+k, -1 where there is none. Column 0 has the characters, 0 for an
-                unknown one.
-            lengths: [B] int64, of the texts; positions from there on are -1.
+            The tuple (ids, lengths). ids [B, T, max_length], int64, has T positions, the length of the
+            longest text; ids[b, t, k] is the unit that covers positions t .. t+k, or -1 if there is none.
+            ids[..., 0] holds the characters, with 0 for an unknown character. lengths [B], int64, is the
+            length of each text; ids is -1 at and after this position.
 
         Raises:
-            TypeError: texts of another kind.
+            TypeError: a text is not of the lexicon's type (str or bytes).
         """
         ids, lengths = self._trie.map(_as_list(texts), torch.get_num_threads())
         return torch.from_numpy(ids), torch.from_numpy(lengths)
 
     @property
     def max_length(self) -> int:
-        """Characters of the longest unit there may be: the last axis of `unit_ids`."""
+        """Largest number of characters of a unit: the size of the last axis of `unit_ids`."""
         return self._trie.max_length
 
     @functools.cached_property
     def units(self) -> list[str] | list[bytes]:
-        """The units by id. Number 0, the unknown character, is the empty str or bytes."""
+        """All units, in the order of their ids. Unit 0, the unknown character, is the empty str or bytes."""
         trie = self._trie
         if trie.unicode:
             units: list[Any] = ["", *map(chr, trie.codes.tolist())]
@@ -176,7 +184,7 @@ def _restore(*state: Any) -> Lexicon:
 
 def _as_list(texts: Iterable) -> list:
     if isinstance(texts, (str, bytes)):
-        raise TypeError(f"texts: expected several, in a list, got one {type(texts).__name__}")
+        raise TypeError(f"texts: expected a list of str or bytes, got a single {type(texts).__name__}")
     if not isinstance(texts, Iterable):
         raise TypeError(f"texts: expected a list of str or bytes, got {type(texts).__name__}")
     return list(texts)

@@ -1,7 +1,7 @@
-"""How far a result may be from the truth: budgets derived from the data, not tolerances.
+"""Compares operators with their references. Errors are held to budgets from the data, not to tolerances.
 
-The truth is the reference in float64 on the same rounded inputs. An operator may be off by twice what
-the reference is off in the operator's own precision, plus four roundings of the result's dtype.
+The exact result is the reference in float64 on the same rounded inputs. The error of an operator may be twice
+the error of the reference in the operator's own dtype, plus four roundings in the dtype of the result.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Comparison(NamedTuple):
-    name: str  # of the output, or "grad of" an input
-    error: float  # largest distance from the truth
-    budget: float
+    name: str  # of an output, or "grad of <input>"
+    error: float  # largest absolute difference from the exact result
+    budget: float  # largest allowed error
 
     @property
     def ok(self) -> bool:
@@ -27,9 +27,10 @@ _comparing = False
 
 @contextmanager
 def compared_ranks() -> Iterator[None]:
-    """Within it, calls with a group also check that hidden and targets have the same values on all ranks.
+    """Inside this context, calls with a group check that hidden and targets are equal on all ranks.
 
-    Where they have not, every rank raises. It costs a pass over them; enter it on all ranks.
+    If they differ, every rank raises a ValueError. Each call then reads these tensors once more. Enter the
+    context on all ranks.
     """
     global _comparing
     before, _comparing = _comparing, True
@@ -40,17 +41,21 @@ def compared_ranks() -> Iterator[None]:
 
 
 def ranks_are_compared() -> bool:
+    """Whether `compared_ranks` is active."""
     return _comparing
 
 
 def budget(result: Tensor, low: Tensor, exact: Tensor) -> float:
-    """`2 * err(low) + 4 * eps(result.dtype) * max(1, max|exact|)`; `low` is the reference's result."""
+    """Largest allowed error: `2 * err(low) + 4 * eps(result.dtype) * max(1, max|exact|)`.
+
+    `low` is the result of the reference in the operator's dtype. All three tensors have the same shape.
+    """
     eps = torch.finfo(result.dtype).eps
     return 2 * distance(low, exact) + 4 * eps * max(1.0, finite_max(exact))
 
 
 def distance(result: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference; equal infinities and NaN at the same places count 0."""
+    """Largest absolute difference of two tensors of one shape; equal infinities, or two NaN, differ by 0."""
     result, exact = result.detach().double(), exact.detach().double()
     difference = torch.where(result == exact, 0.0, (result - exact).abs())
     difference = torch.where(result.isnan() & exact.isnan(), 0.0, difference)
@@ -58,6 +63,7 @@ def distance(result: Tensor, exact: Tensor) -> float:
 
 
 def finite_max(t: Tensor) -> float:
+    """Largest absolute value of the finite elements; 0 if there are none."""
     t = t.detach()[torch.isfinite(t.detach())]
     return t.abs().max().item() if t.numel() else 0.0
 
@@ -65,11 +71,20 @@ def finite_max(t: Tensor) -> float:
 def compare(
     op: Callable, reference: Callable, inputs: dict[str, Any], dtype: torch.dtype, seed: int = 0
 ) -> list[Comparison]:
-    """Runs `op` and `reference` on `inputs` in `dtype`, and the reference in float64 as the truth.
+    """Runs `op` and `reference` on `inputs` in `dtype`, and compares both with the reference in float64.
 
-    Floating tensors of `inputs` are rounded to `dtype`; those that require a gradient get one, from a
-    random upstream gradient of every differentiable output. Results without a gradient that are
-    integers (indices, say) are not compared.
+    Floating-point tensors of `inputs` are rounded to `dtype`. Inputs that require a gradient get one, from
+    random upstream gradients of all differentiable outputs. Integer outputs (indices, for example) are not
+    compared.
+
+    Args:
+        op, reference: functions with the same keyword arguments; they return a tensor or a named tuple.
+        inputs: their arguments by name.
+        dtype: of the floating-point inputs of `op`.
+        seed: of the upstream gradients.
+
+    Returns:
+        One `Comparison` per floating-point output and per gradient.
     """
     rounded = {
         name: t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -91,12 +106,12 @@ def compare(
         upstream = {
             n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for n, t in named.items()
         }
-        paths = [n for n, t in named.items() if t.requires_grad]
-        if wanted and paths:
+        differentiable = [n for n, t in named.items() if t.requires_grad]
+        if wanted and differentiable:
             grads = torch.autograd.grad(
-                [named[n] for n in paths],
+                [named[n] for n in differentiable],
                 [given[n] for n in wanted],
-                [upstream[n] for n in paths],
+                [upstream[n] for n in differentiable],
                 allow_unused=True,
             )
             for n, g in zip(wanted, grads, strict=True):
@@ -110,7 +125,7 @@ def compare(
 def assert_close(
     op: Callable, reference: Callable, inputs: dict[str, Any], dtype: torch.dtype, seed: int = 0
 ) -> None:
-    """`compare`, raising an AssertionError that lists every result over its budget."""
+    """Calls `compare`, and raises an AssertionError that lists every result over its error budget."""
     rows = compare(op, reference, inputs, dtype, seed)
     bad = [f"{r.name}: error {r.error:.3g} over budget {r.budget:.3g}" for r in rows if not r.ok]
     assert not bad, f"{getattr(op, '__name__', op)} in {dtype}: " + "; ".join(bad)

@@ -1,4 +1,4 @@
-"""The budget of logits, for the time of a test."""
+"""A context manager that sets the logits budget temporarily."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Every test runs with fresh memory filled with NaN (an unwritten output shows) and a fixed seed."""
+"""Every test runs with a fixed seed and with new tensors filled with NaN, to detect unwritten outputs."""
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: its products repeat
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; makes cuBLAS deterministic
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ import torch
 import sukhops  # noqa: F401  (loads torch.ops.sukhops)
 
 ISAS = torch.ops.sukhops.cpu_isas()
-OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_bf16")  # what users get
+OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_bf16")  # the default
 
 
 def pytest_generate_tests(metafunc):
-    """Tests of CPU kernels run for each instruction set of this CPU; portable code in the long matrix."""
+    """Tests marked every_isa run for each instruction set of this CPU; the portable one is marked full."""
     if metafunc.definition.get_closest_marker("every_isa"):
         metafunc.fixturenames.append("isa")
         long = [pytest.mark.full if isa == "portable" != OWN_ISA else () for isa in ISAS]
@@ -30,16 +30,17 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(request):
+def seeded_and_nan_filled(request):
     torch.manual_seed(0)
-    # on CUDA the reference has operations without a deterministic kernel
+    # on CUDA, the reference uses operations without a deterministic kernel; this setting also fills new
+    # tensors with NaN
     torch.use_deterministic_algorithms(True, warn_only="gpu" in request.keywords)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items):
-    """Kernels run either in Triton's interpreter or compiled: a process does one of the two."""
+    """Skips tests that this process cannot run: Triton kernels are either all interpreted or all compiled."""
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if ("interpreter" in item.keywords) != interpreting:

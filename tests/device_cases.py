@@ -1,6 +1,6 @@
-"""What the tests on a device run: every operation of `python -m sukhops check`, and shapes that fill one.
+"""Cases of the CUDA tests: every operation of `python -m sukhops check`, and shapes large enough for a GPU.
 
-A case of an operation that is not in this build is left out; `MISSING` says which.
+Operations that are not in this build are left out and listed in `MISSING`.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ GROUPS = ("vocab_head", "director", "adaptive_span", "segmentation")
 
 
 class Case(NamedTuple):
-    op: str  # the group it is chosen by
+    op: str  # the group, selected with pytest -k
     name: str
     call: Callable
     reference: Callable
-    inputs: Callable[[], dict]  # on the CPU; tensors that require a gradient get one
+    inputs: Callable[[], dict]  # on the CPU; gradients are compared for tensors with requires_grad
     small: bool = True
 
 
 def group(name: str, operators: list[str]) -> str:
-    """The losses on a vocabulary head are a group of their own."""
+    """The group of an operation: "preference" for losses on a vocabulary head, else the operator's file."""
     return "preference" if name.endswith("Loss") else next(g for g in GROUPS if operators[0].startswith(g))
 
 
@@ -35,7 +35,7 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def head_blocks() -> dict:
-    """Several blocks of a vocabulary whose size divides by nothing; two targets a row."""
+    """A vocabulary of prime size that spans several blocks; two targets per row."""
     target = torch.randint(0, 100_003, (700, 2))
     target[::4] = -100
     target[1, 0] = -100
@@ -54,7 +54,7 @@ def frozen_blocks() -> dict:
 
 
 def director_blocks() -> dict:
-    """More rows than a block of rows, two attributes, a factor per row."""
+    """More rows than one block has, two classifiers, gamma per row."""
     return {"hidden": normal(70, 96), "lm_weight": normal(50_001, 96, scale=0.2),
             "one": normal(50_001, 96, scale=0.2), "two": normal(50_001, 96, scale=0.2),
             "gamma": (2 * torch.rand(70)).requires_grad_()}  # fmt: skip
@@ -80,7 +80,7 @@ def attention(
 
 
 def spans(op: Callable, **options) -> Callable:
-    """Spans stay in float32, or float64, when the rest is rounded."""
+    """Keeps spans in float32 or float64 if the other inputs are in half precision."""
 
     def call(q, k, v, span, **given):
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -93,14 +93,14 @@ def segments(batch: int, length: int, longest: int) -> Callable[[], dict]:
     def inputs() -> dict:
         scores = torch.randn(batch, length, longest) - 1.0
         scores[torch.rand(scores.shape) < 0.2] = float("-inf")
-        scores[..., 0] = scores[..., 0].clamp(min=-5.0)  # single symbols are always there
+        scores[..., 0] = scores[..., 0].clamp(min=-5.0)  # keep all segments of length 1
         ends = torch.linspace(length, length // 2, batch).long()
         return {"scores": scores.requires_grad_(), "lengths": ends}
 
     return inputs
 
 
-# function that it needs, group, name, what makes the call from the function, inputs, small
+# function of sukhops, group, name, wrapper of the function, inputs, small
 CONTRACT = [
     ("linear_logp", "vocab_head", "blocks",
      lambda f: lambda **g: f(**g, softcap=6.0, scale=1.3, return_lse=True), head_blocks, False),
@@ -142,13 +142,13 @@ def on(device: str, inputs: dict) -> dict:
 
 
 class Large(NamedTuple):
-    """Inputs of more than 2^31 elements whose last rows are compared with those rows on their own."""
+    """Inputs of more than 2^31 elements; results of the last rows are compared with a call on those alone."""
 
     op: str
     function: str
-    gigabytes: float  # of device memory that it takes
+    gigabytes: float  # device memory that the case needs
     make: Callable[[], dict]  # on the device
-    rows: Callable[[dict], dict]  # the last of them
+    rows: Callable[[dict], dict]  # selects the last rows
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -159,7 +159,7 @@ def tail(*names: str) -> Callable[[dict], dict]:
     return lambda given: {n: t[-2:] if n in names else t for n, t in given.items()}
 
 
-# just above 2^31 elements of: hidden, the weight, Director's scores, keys and values, segments
+# one tensor has slightly more than 2^31 elements: hidden, weight, Director's scores, k and v, segments
 LARGE = [
     Large("vocab_head", "linear_logp", 20,
           lambda: {"hidden": random(530_000, 4096), "weight": random(1000, 4096, scale=0.02),

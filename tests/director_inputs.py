@@ -1,4 +1,4 @@
-"""Random inputs that Director's tests share."""
+"""Random inputs for the tests of Director."""
 
 import torch
 
@@ -22,10 +22,10 @@ def make(n=9, d=19, v=1003, dtype=torch.float32, bias=False, shared=False, gamma
     return inputs
 
 
-def labelled(n=37, d=19, v=503, dtype=torch.float32, bias=False):
+def labeled(n=37, d=19, v=503, dtype=torch.float32, bias=False):
     target, label = torch.randint(0, v, (n,)), torch.arange(n) % 3 - 1
     target[::5] = -100
-    target[1:5] = target[1]  # a run
+    target[1:5] = target[1]  # consecutive equal targets
     inputs = {
         "hidden": torch.randn(n, d, dtype=dtype).requires_grad_(),
         "weight": (0.4 * torch.randn(v, d, dtype=dtype)).requires_grad_(),

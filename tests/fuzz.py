@@ -1,7 +1,7 @@
-"""Random calls of everything public on the CPU, each compared with the reference in float64.
+"""Makes random calls of the public functions on the CPU and compares each with the reference in float64.
 
-python tests/fuzz.py --minutes 10                     rounds of fresh seeds, until one fails
-python tests/fuzz.py --seed 17 --only linear_logp     one round again
+python tests/fuzz.py --minutes 10                     run rounds with new seeds until one fails
+python tests/fuzz.py --seed 17 --only linear_logp     repeat one round
 """
 
 import argparse
@@ -29,12 +29,12 @@ TARGETS = (
     | fuzz_labelled.TARGETS
     | fuzz_pairs.TARGETS
 )
-CASES = 25  # of each target in a round
-HANG = 120  # seconds after which a case shows where it is, and the process ends
+CASES = 25  # per target and round
+HANG = 120  # after this many seconds in one case, print the traceback and exit
 
 
 def run(name: str, seed: int, cases: int = CASES, *, shrink: bool = True) -> int:
-    """Raises on the smallest case that fails; returns how many cases were run."""
+    """Runs random cases of a target and returns their number; raises with the smallest failing case."""
     ran = 0
 
     @hypothesis.seed(seed)
@@ -62,11 +62,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, help="of one round, that is run alone")
+    parser.add_argument("--seed", type=int, help="run only the round with this seed")
     parser.add_argument("--only", choices=TARGETS, metavar="NAME", help=", ".join(TARGETS))
     options = parser.parse_args()
-    faulthandler.enable()  # a crash shows the case it came from
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN, so an unwritten result shows
+    faulthandler.enable()  # print the traceback of a crash
+    torch.use_deterministic_algorithms(True)  # also fills new tensors with NaN, to detect unwritten results
     end = time.monotonic() + 60 * options.minutes
     seed = int(time.time()) if options.seed is None else options.seed
     counts: Counter[str] = Counter()

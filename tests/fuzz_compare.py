@@ -1,4 +1,4 @@
-"""The comparison of a fuzz case: a call against its truth in float64, and what must hold of any call."""
+"""Compares the call of a fuzz case with the true result in float64, and checks rules for every call."""
 
 import math
 from collections.abc import Callable
@@ -13,32 +13,33 @@ from sukhops.testing import distance, finite_max
 Call = Callable[..., dict[str, Tensor]]
 
 NOT_FINITE = ("nan", "inf", "-inf")
-LARGE = 1e3  # numbers beyond it have a budget of their own: theirs would hide errors of the others
+LARGE = 1e3  # larger numbers are judged separately: their error budget would hide errors of small ones
 SAMPLES = 64
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype by size in bytes
 HALVES = (torch.bfloat16, torch.float16)
 
 _move: Callable[[Tensor, Tensor | float], Tensor] | None = None
 
 
 def rounded(t: Tensor, size: float | None = None) -> Tensor:
-    """A truth passes what it sums through here, so that `Neighbours` can move it by its rounding.
+    """Returns t; while `Perturbations` computes a perturbed truth, t changed by possible rounding errors.
 
-    size: of the numbers whose rounding t carries; None: its own.
+    A truth calls this function on every intermediate result that an implementation rounds. size: magnitude of
+    the numbers that are rounded; None: that of t.
     """
     return t if _move is None else _move(t, t.detach() if size is None else size)
 
 
 def moving() -> bool:
-    """Whether a truth is one of `Neighbours`."""
+    """Whether `Perturbations` is computing a perturbed truth."""
     return _move is not None
 
 
 class Upstream:
-    """Gradients from above, the same in every run; at times some are 0, or one result has none."""
+    """Upstream gradients, equal in every run of a case; some may be 0, or missing for one result."""
 
     def __init__(self, s: Source):
-        finite = s.special not in NOT_FINITE  # 0 * NaN is NaN in the truth, and kernels skip it
+        finite = s.special not in NOT_FINITE  # kernels skip 0 * NaN, which is NaN in the truth
         self.kind = s.pick("upstream", "normal", "ones", "sparse") if finite else "normal"
         self.left_out = s.pick("upstream: left out", None, None, 0, 1) if finite else None
         self.generator = s.generator
@@ -58,7 +59,7 @@ class Upstream:
             grad = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)
             if self.kind == "sparse" and like.dim():
                 grad *= torch.rand(like.shape, generator=self.generator) < 0.4
-            if self.kind == "ones":  # as a sum's gradient comes: one number in memory
+            if self.kind == "ones":  # expanded from one element, like the gradient of sum()
                 grad = torch.ones((), dtype=like.dtype).expand(like.shape)
             self.made[name] = grad.to(like.dtype)
             self.copies[name] = self.made[name].clone()
@@ -70,7 +71,7 @@ class Upstream:
 
 
 def results(call: Call, given: dict, leaves: dict[str, Tensor], upstream: Upstream) -> dict[str, Tensor]:
-    """What a call returns, and its gradients of the leaves by name."""
+    """The results of a call and the gradients of its leaves, by name."""
     found = dict(call(**given))
     grads = dict.fromkeys(leaves)
     paths = {n: t for n, t in found.items() if t.requires_grad}
@@ -96,19 +97,19 @@ def compare(
     off: Callable[[str], float] = lambda name: 0.0,
     spreads: bool = False,
 ) -> dict[str, Tensor]:
-    """Fails unless the call equals its truth within budget, repeats to the bit and changes no argument.
+    """Fails unless the call is within budget of its truth, is bitwise deterministic and changes no argument.
 
     Args:
-        call, truth: of the arguments `given`, return tensors by name. Without a truth the rest is checked.
-        terms: how many numbers the longest sums behind a result have.
-        fixed: arguments whose rounding is no part of the call's error.
-        unknown: of a result and its truth, where the result may be any number or NaN.
-        plain: the truth in the call's own precision, where it is another; NaN may go as far as it does there.
-        off: of a result's name, how far its truth may be off where the call is in float64 too.
-        spreads: whether NaN may spread to numbers that do not depend on it.
+        call, truth: take the arguments `given`, return tensors by name. truth=None skips the comparison.
+        terms: number of terms of the longest sums in the computation.
+        fixed: arguments that are not perturbed to estimate rounding errors.
+        unknown: for a result's name and truth, a mask of elements that may have any value, also NaN.
+        plain: replaces `truth` in the call's own precision, where NaN may spread as it does in `plain`.
+        off: for a result's name, the error of the truth itself, added to the budget of float64 calls.
+        spreads: whether NaN may spread to elements that do not depend on it.
 
     Returns:
-        what the call returned.
+        The results of the call.
     """
     tensors = named(given)
     leaves = {n: t for n, t in tensors.items() if t.requires_grad}
@@ -119,7 +120,7 @@ def compare(
     assert_unchanged(before, tensors)
     upstream.assert_unchanged()
     for name in ours:
-        assert same_bits(ours[name], again[name]), f"{name}: other bits at the second call"
+        assert same_bits(ours[name], again[name]), f"{name}: the second call gives other bits"
 
     if truth is None:
         return ours
@@ -136,13 +137,13 @@ def compare(
         (exact[n].isfinite() & ~low[n].isfinite()).any() or (s.special in HUGE and exact[n].isnan().any())
         for n in exact
     )
-    near = Neighbours(s, at, terms, {id(t) for n, t in tensors.items() if n in fixed})
+    near = Perturbations(s, at, terms, {id(t) for n, t in tensors.items() if n in fixed})
     for name, found in ours.items():
         shape, dtype = low[name].shape, low[name].dtype
         assert found.shape == shape and found.dtype == dtype, f"{name}: {found.dtype} {list(found.shape)}"
         if found.is_floating_point():
             known = ~unknown(name, exact[name])
-            if overflow:  # which other numbers are lost with those is not the same everywhere
+            if overflow:  # after an overflow, implementations differ in which other numbers become inf or NaN
                 known = known & found.isfinite() & exact[name].isfinite()
             if spreads:
                 known = known & ~(found.isnan() & ~exact[name].isnan())
@@ -154,7 +155,7 @@ def compare(
 
 
 class Tanh(torch.autograd.Function):
-    """tanh whose slope 1 - y * y is that of a rounded y: where y is almost 1 no rounding of x is like it."""
+    """tanh with derivative 1 - y * y of a rounded y: near 1, no rounding of x has the same effect."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
@@ -167,13 +168,13 @@ class Tanh(torch.autograd.Function):
         return grad * (1 - y * y), None
 
 
-class Neighbours:
-    """Truths of inputs that are each off by as much as rounding may make of them.
+class Perturbations:
+    """Samples of the truth for inputs that are perturbed by the size of rounding errors.
 
-    A sum of n products in any order is the exact sum of products that are off by at most n roundings each
-    (Higham 2002, section 3.1), so a call may return what the truth returns for such inputs. Samples of them
-    say how far that is where the reference's own error is small by chance, as that of one number at times is.
-    A result in half precision comes from numbers that were rounded to half precision themselves, a few times.
+    A sum of n products computed in any order is the exact sum of products with at most n rounding errors each
+    (Higham 2002, section 3.1), so any result of the truth for such inputs is acceptable. The samples set the
+    budget where the reference's own error happens to be small, which is likely for a single number.
+    For results in half precision, the perturbation is a few roundings to half precision.
     """
 
     def __init__(self, s: Source, at: Callable, terms: int, fixed: set[int]):
@@ -206,27 +207,27 @@ class Neighbours:
 
         _move = move
         try:
-            with mock.patch("torch.tanh", tanh):  # the reference's cap
+            with mock.patch("torch.tanh", tanh):  # the softcap in the reference
                 return self.at(change)
         finally:
             _move = None
 
 
 def judge(
-    name: str, ours: Tensor, low: Tensor, exact: Tensor, near: Neighbours, known: Tensor, off: float
+    name: str, ours: Tensor, low: Tensor, exact: Tensor, near: Perturbations, known: Tensor, off: float
 ) -> None:
-    """The contract of one result; `low` is the truth in the call's own precision."""
+    """Asserts that one result is correct; `low` is the truth computed in the call's own precision."""
     dtype = ours.dtype
     roundings_of = (
         near.dtype if name.startswith("grad") else dtype
-    )  # gradients come from numbers of that dtype
+    )  # gradients are computed from numbers of the input dtype
     ours, low = ours.double(), low.double()
     lost = known & exact.isnan() & ~ours.isnan()
     assert not lost.any(), f"{name}: {ours[lost][0]} where the truth is NaN"
     lost = known & exact.isinf() & ours.isfinite()
     assert not lost.any(), f"{name}: {ours[lost][0]} where the truth is {exact[lost][0]}"
     lost = known & (exact == -torch.inf) & (low == -torch.inf) & (ours != -torch.inf)
-    lost = lost & (not name.startswith("grad"))  # there 0 * inf may be in a sum
+    lost = lost & (not name.startswith("grad"))  # a gradient's sum may contain 0 * inf
     assert not lost.any(), f"{name}: {ours[lost][0]} where the truth is -inf"
     known = known & exact.isfinite() & low.isfinite()
     lost = known & ~ours.isfinite()
@@ -248,4 +249,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def assert_unchanged(before: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     after = memory_of(tensors)
     for name in before:
-        assert torch.equal(before[name], after[name]), f"{name}: the call changed it"
+        assert torch.equal(before[name], after[name]), f"{name}: the call changed its argument"

@@ -1,4 +1,4 @@
-"""Fuzz cases of the operators on a vocabulary head: arguments, and what the reference makes of them."""
+"""Fuzz cases of the operators on a vocabulary head: random arguments and true results."""
 
 import torch
 from fuzz_compare import NOT_FINITE, compare, moving, rounded
@@ -12,14 +12,14 @@ from sukhops.reference.vocab_head import logits
 
 
 def spread(values: Tensor, counts: Tensor) -> Tensor:
-    """Values of the rows that count at their places among all rows, 0 in the others."""
+    """Scatters `values` to the rows where `counts` is True; other rows are 0."""
     index = counts.reshape(-1).nonzero().squeeze(1)
     whole = values.new_zeros(counts.numel(), *values.shape[1:]).index_copy(0, index, values)
     return whole.reshape((*counts.shape, *values.shape[1:]))
 
 
 def linear_head(s: Source) -> dict[str, object]:
-    """hidden, weight and perhaps bias, and options of the logits; hidden and weight may be one tensor."""
+    """hidden, weight, optional bias and options of the logits; hidden and weight may be the same tensor."""
     one = s.pick("hidden is weight", False, False, False, False, True)
     v, d = s.size("V", 70 if one else 300, 1), s.size("D", 80)
     weight = s.tensor("weight", v, d, scale=0.3)
@@ -39,7 +39,7 @@ def linear_head(s: Source) -> dict[str, object]:
 
 
 def terms(given: dict) -> int:
-    """Products behind a logit, logits behind a sum, rows behind a weight's gradient."""
+    """Length of the longest sums: D per logit, V per softmax, the number of rows per weight gradient."""
     v, d = given["weight"].shape
     return v + d + given["hidden"].numel() // max(d, 1)
 
@@ -53,9 +53,9 @@ def rows_of(given: dict) -> tuple[int, ...]:
 
 
 def of_each_part(logp: Tensor, target: Tensor, z: Tensor) -> Tensor:
-    """`logp` [n] or [n, K]; among neighbours the two parts of its gradient, softmax and targets, are rounded.
+    """Returns `logp` [n] or [n, K]; `Perturbations` perturbs both terms of its gradient, softmax and target.
 
-    z [n, V] are its logits. Where a token is certain the two cancel, and in the reference exactly.
+    z [n, V] are the logits. The terms cancel if a token is certain; in the reference they cancel exactly.
     """
     if not moving():
         return logp
@@ -123,7 +123,8 @@ def stats_truth(*, hidden, target, ignore_index=-100, **rest) -> dict[str, Tenso
             found["logp"] = of_each_part(found["logp"], target[rows], z)
         if found["entropy"] is not None:
             log_p = z.detach().log_softmax(-1)
-            terms = log_p.exp() * (found["entropy"].detach().unsqueeze(-1) - log_p)  # their signs cancel
+            # terms of both signs, which cancel
+            terms = log_p.exp() * (found["entropy"].detach().unsqueeze(-1) - log_p)
             found["entropy"] = found["entropy"] + (
                 rounded(torch.zeros_like(z), terms) * (z - z.detach())
             ).sum(-1)
@@ -147,7 +148,7 @@ def linear_token_stats(s: Source) -> None:
 
 
 def logit_rounding(s: Source, given: dict) -> Tensor:
-    """[..., V], how far a logit may be off after any order of its sum."""
+    """Bound [..., V] on the rounding error of a logit, for any order of summation."""
     hidden, weight, bias = (precise(given.get(n)) for n in ("hidden", "weight", "bias"))
     size = hidden.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
     size = abs(given.get("scale", 1.0)) * size + (given.get("softcap") or 0.0)
@@ -166,7 +167,7 @@ def exact_logits(given: dict) -> Tensor:
 
 
 def check_top1(s: Source, given: dict, top1: Tensor) -> None:
-    """Right wherever rounding cannot change the order; False in ignored rows and those with a NaN."""
+    """top1 must be right where rounding cannot change the order, and False in ignored rows or with a NaN."""
     target = given["target"].long()
     counts = target != given["ignore_index"]
     z, off = exact_logits(given), logit_rounding(s, given)
@@ -190,7 +191,7 @@ def linear_topk(s: Source) -> None:
     given = linear_head(s)
     v = len(given["weight"])
     given["k"] = s.integer("k", 1, min(v, 9)) if s.flag("few") else s.size("k", v, 1)
-    chosen: list[Tensor] = []  # the indices of the last call: of near ties any may be first
+    chosen: list[Tensor] = []  # indices of the last call, since near ties may come in any order
 
     def call(**given) -> dict[str, Tensor]:
         top = sukhops.linear_topk(**given)
@@ -200,7 +201,7 @@ def linear_topk(s: Source) -> None:
 
     def truth(*, hidden, weight, k, bias=None, softcap=None, scale=1.0, temperature=1.0) -> dict[str, Tensor]:
         z = logits(hidden, weight, bias, softcap, scale, temperature)
-        lost = z.isnan().any(-1) | (z == torch.inf).any(-1)  # such a row has no log-probs: all NaN
+        lost = z.isnan().any(-1) | (z == torch.inf).any(-1)  # the log-probs of such a row are NaN
         z = z * torch.ones_like(z).masked_fill(lost.unsqueeze(-1), torch.nan)
         best = z.detach().topk(k).values
         return {"values": z.gather(-1, chosen[0]), "best": best, "lse": torch.logsumexp(z, -1)}
@@ -211,7 +212,7 @@ def linear_topk(s: Source) -> None:
 
 
 def check_order(values: Tensor, indices: Tensor, v: int, ties: bool = True) -> None:
-    """Distinct entries in descending order, of equal ones the lower index first."""
+    """Asserts distinct entries in descending order; of equal ones the lower index comes first if `ties`."""
     assert indices.dtype == torch.int64 and ((indices >= 0) & (indices < v)).all(), f"indices: {indices}"
     assert (indices.sort(-1).values.diff(dim=-1) > 0).all(), f"indices: {indices}"
     right = (values[..., :-1] > values[..., 1:]) | (
@@ -270,7 +271,7 @@ def gamma(s: Source, rows: tuple[int, ...]) -> float | Tensor:
 
 
 def constant_gate(given: dict) -> bool:
-    """Whether a gate is the same for all entries: its gamma's gradient is 0, and by rounding alone is not."""
+    """Whether a gate is equal for all entries: the gradient of gamma is then 0, up to rounding."""
     weights, biases = (
         [precise(t) for t in (x if isinstance(x, list) else [x])]
         for x in (given["cls_weight"], given.get("cls_bias"))
@@ -298,7 +299,7 @@ def director_logp(s: Source) -> None:
             return must_raise(s, RuntimeError, sukhops.director_logp, given)
 
         def unknown(name: str, exact: Tensor) -> Tensor:
-            """A gate of gamma 0 in a row that is NaN: its gradient is 0 in the truth, 0 * NaN in a kernel."""
+            """With gamma 0 in a NaN row, the classifier's gradient is 0 in the truth and NaN in a kernel."""
             return (exact == 0) & (s.special in NOT_FINITE and name.startswith("grad of cls"))
 
         compare(
@@ -320,7 +321,7 @@ def director_topk(s: Source) -> None:
     def call(**given) -> dict[str, Tensor]:
         top = sukhops.director_topk(**given)
         chosen[:] = [top.indices]
-        check_order(top.values, top.indices, v, ties=False)  # ties of log-probs need be none of logits
+        check_order(top.values, top.indices, v, ties=False)  # log-probs may be equal where logits differ
         return {"values": top.values, "best": top.values}
 
     def truth(*, k, **rest) -> dict[str, Tensor]:

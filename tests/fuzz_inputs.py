@@ -1,4 +1,4 @@
-"""What a fuzz case is made of: choices that hypothesis shrinks, and tensors of any layout from one seed."""
+"""Inputs of a fuzz case: choices that hypothesis can shrink, and tensors of any layout from one seed."""
 
 import contextlib
 import math
@@ -32,7 +32,7 @@ EDGES = (
     255,
     256,
     257,
-)  # of tiles and vectors
+)  # sizes around those of tiles and vectors
 LAYOUTS = ("plain", "offset", "steps", "rows apart", "transposed", "padded", "flipped")
 HUGE = ("huge", "negative huge", "root of huge")
 SPECIALS = ("nan", "inf", "-inf", "denormal", *HUGE)
@@ -40,15 +40,16 @@ OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_b
 
 
 class Source:
-    """The choices of one case. Numbers come from one seed, so a failing case is a short list of choices."""
+    """The choices of one case. All numbers come from one seed, so a short list describes a failing case."""
 
     def __init__(self, data, special: bool = True):
         self.data = data
         self.generator = torch.Generator().manual_seed(self.integer("seed", 0, 2**31))
-        self.dtype = self.pick("dtype", *DTYPES[:3], *DTYPES)  # float64 is compared less sharply
+        # float64 less often, because it is compared less strictly
+        self.dtype = self.pick("dtype", *DTYPES[:3], *DTYPES)
         self.acc = accumulation_dtype(self.dtype)
         self.special = self.pick("special value", *[None] * 9, *SPECIALS) if special else None
-        self.bad = False  # whether an argument is one that must raise
+        self.bad = False  # whether the call must raise an error
 
     def pick(self, label: str, *values):
         return self.data.draw(st.sampled_from(values), label)
@@ -60,7 +61,7 @@ class Source:
         return self.data.draw(st.integers(low, high), label)
 
     def size(self, label: str, most: int, least: int = 0) -> int:
-        """Mostly small, at times around a tile's edge."""
+        """A size, often small, sometimes near a multiple of a tile or vector."""
         edges = [e for e in EDGES if least <= e <= most]
         sizes = st.integers(least, max(least, min(most, 4))) | st.integers(least, most)
         return self.data.draw(sizes | st.sampled_from(edges) if edges else sizes, label)
@@ -86,7 +87,7 @@ class Source:
         return torch.randint(low, high, shape, generator=self.generator)
 
     def tensor(self, label: str, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers, numbers with many ties, or zeros; at times with special values; of any layout."""
+        """A tensor in any layout: normal numbers, many equal numbers or zeros; sometimes special values."""
         kind = self.pick(f"{label}: values", "normal", "normal", "normal", "ties", "zero", "equal rows")
         t = scale * self.normal(*shape)
         if kind == "ties":
@@ -96,8 +97,8 @@ class Source:
         t = t.to(dtype or self.dtype)
         if self.special and t.numel() and self.flag(f"{label}: special"):
             for _ in range(self.integer(f"{label}: special values", 1, 3)):
-                place = self.whole(0, t.numel(), 1).item()
-                t.view(-1)[place] = special_value(self.special, t.dtype)
+                index = self.whole(0, t.numel(), 1).item()
+                t.view(-1)[index] = special_value(self.special, t.dtype)
         t = self.laid_out(label, t)
         if kind == "equal rows" and t.dim() and t.shape[0]:
             t = t[:1].expand(t.shape)
@@ -110,7 +111,7 @@ class Source:
         return self.laid_out(label, t.to(self.pick(f"{label}: dtype", torch.int64, torch.int32)))
 
     def target(self, shape: tuple[int, ...], v: int, ignore: int = -100, label: str = "target") -> Tensor:
-        """Targets of which none, some or all are ignored; at times one that must raise."""
+        """Targets of which none, some or all are ignored; sometimes one is invalid and must raise."""
         t = self.whole(0, v, *shape)
         share = self.pick(f"{label}: ignored", 0.3, 0.0, 1.0)
         t[self.uniform(*shape) < share] = ignore
@@ -121,7 +122,7 @@ class Source:
         return self.integers(label, t)
 
     def with_gradients(self, given: dict[str, object], never: tuple[str, ...] = ()) -> dict[str, object]:
-        """Any part of the floating tensors wants a gradient."""
+        """Sets requires_grad of a random subset of the floating-point tensors."""
         floats = [
             t for n, t in named(given).items() if t.is_floating_point() and n.split("[")[0] not in never
         ]
@@ -133,7 +134,7 @@ class Source:
 
 def special_value(name: str, dtype: torch.dtype) -> float:
     info = torch.finfo(dtype)
-    huge = info.max / 1024  # kernels add up to 300 of them before they divide
+    huge = info.max / 1024  # small enough for sums of up to 300 of them
     return {
         "denormal": info.smallest_normal / 4,
         "huge": huge,
@@ -143,7 +144,7 @@ def special_value(name: str, dtype: torch.dtype) -> float:
 
 
 def laid_out(t: Tensor, kind: str) -> Tensor:
-    """The same numbers in other memory. What lies between them is NaN, or no valid target."""
+    """A copy of t in another memory layout; gaps contain NaN or invalid targets."""
     shape = t.shape
     fill = torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else 10**6 + 7
 
@@ -168,7 +169,7 @@ def laid_out(t: Tensor, kind: str) -> Tensor:
 
 
 def named(given: object, name: str = "") -> dict[str, Tensor]:
-    """Every distinct tensor among arguments, by name; those of a list as name[i]."""
+    """Every distinct tensor among the arguments, by name; elements of a list are name[i]."""
     found: dict[str, Tensor] = {}
     if isinstance(given, Tensor):
         found[name] = given
@@ -183,7 +184,7 @@ def named(given: object, name: str = "") -> dict[str, Tensor]:
 
 
 def changed(given: object, change: Callable[[Tensor], Tensor], seen: dict[int, Tensor]) -> object:
-    """The same arguments with each distinct tensor changed once; `seen` maps its id to what it became."""
+    """The arguments with `change` applied once to each distinct tensor; `seen` maps ids to new tensors."""
     if isinstance(given, Tensor):
         if id(given) not in seen:
             seen[id(given)] = change(given)
@@ -200,7 +201,7 @@ def precise(t: Tensor | None) -> Tensor | None:
 
 
 def memory_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of all bytes that belong to each tensor, those between its numbers too."""
+    """A copy of the whole storage of each tensor, including gaps."""
     return {
         n: torch.empty(0, dtype=torch.uint8).set_(t.detach().untyped_storage()).clone()
         for n, t in tensors.items()
@@ -209,7 +210,7 @@ def memory_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def surroundings(s: Source, row_bytes: int = 0) -> Iterator[None]:
-    """A number of threads, an instruction set and a budget of logits, for the time of a case."""
+    """Sets the number of threads, the instruction set and the logits budget during a case."""
     budgets = (None, 0, 2 * row_bytes + 3) if row_bytes else (None,)
     threads, isa = s.pick("threads", 1, 2), s.pick("isa", *reversed(torch.ops.sukhops.cpu_isas()))
     budget = s.pick("logits budget", *budgets)
@@ -225,13 +226,13 @@ def surroundings(s: Source, row_bytes: int = 0) -> Iterator[None]:
 
 
 def must_raise(s: Source, error: type[Exception], call: Callable, given: dict[str, object]) -> None:
-    """The call must raise this error and leave its arguments alone."""
+    """Asserts that the call raises this error and does not change its arguments."""
     tensors = named(given)
     before = memory_of(tensors)
     try:
         call(**given)
     except error:
         after = memory_of(tensors)
-        assert all(torch.equal(before[n], after[n]) for n in before), "an input was changed"
+        assert all(torch.equal(before[n], after[n]) for n in before), "the call changed an argument"
     else:
         raise AssertionError(f"expected {error.__name__}")

@@ -1,4 +1,4 @@
-"""Fuzz cases of the losses on labelled tokens: CRINGE, Director, segmentations."""
+"""Fuzz cases of the losses on labeled tokens: CRINGE, Director, segmentations."""
 
 from unittest import mock
 
@@ -20,7 +20,7 @@ from sukhops.reference.vocab_head import logits
 
 
 class Rivals:
-    """Log-probs of the targets, and their logits less those of rivals that the generator's state decides."""
+    """Log-probs of the targets, and their logits minus those of rivals sampled with a seeded generator."""
 
     def __init__(self, s: Source):
         self.k, self.seed, self.acc = s.pick("k", 1, 2, 5), s.integer("generator", 0, 9), s.acc
@@ -31,7 +31,7 @@ class Rivals:
     def __call__(self, hidden, weight, target, bias, detach: bool = False) -> tuple[Tensor, Tensor]:
         rows, logp = target != IGNORE, token_logp(hidden, weight, target, bias)
         z = rounded(logits(hidden[rows], weight, bias, None, 1.0, 1.0))
-        lost = (z == torch.inf).any(-1, keepdim=True)  # such a row has no log-probs: all NaN
+        lost = (z == torch.inf).any(-1, keepdim=True)  # the log-probs of such a row are NaN
         z = z * torch.ones_like(z).masked_fill(lost, torch.nan)
         if len(weight) == 1:
             return logp, torch.full_like(logp, -torch.inf)
@@ -142,7 +142,7 @@ def director(s: Source) -> None:
 
 def segmentation(s: Source) -> None:
     if s.special in HUGE:
-        s.special = None  # log-probs beyond the sums that segmentation_logz has numbers for
+        s.special = None  # sums of such log-probs overflow in segmentation_logz
     flat = s.flag("flat")
     batch = Batch(s, s.size("sequences", 4), packed=False)
     given, (b, t), k = batch.given, batch.shape, s.size("K", 6)
@@ -156,7 +156,7 @@ def segmentation(s: Source) -> None:
     first = [0] * b if t and k else []
     ends = given["lengths"].tolist() if "lengths" in given else [t] * b
     if wrong is not None and any(end for end, _ in zip(ends, first, strict=False)):
-        ids[:, 0, 0] = wrong  # counts wherever a sequence has a symbol
+        ids[:, 0, 0] = wrong  # position 0 exists in every non-empty sequence
         s.bad = True
     given["unit_ids"] = s.integers("unit_ids", ids)
     batch.num_items()
@@ -171,7 +171,7 @@ def segmentation(s: Source) -> None:
         logp = reference.linear_logp(hidden[rows], weight, targets[rows], bias)
         with mock.patch(
             "sukhops.losses.segmentation.segmentation_logz", logz
-        ):  # the functional loss's own is fused
+        ):  # the functional loss itself calls the fused operator
             return losses.segmentation_loss(
                 spread(rounded(logp), rows), unit_ids, lengths=lengths, flat=flat, num_items=num_items
             )

@@ -1,4 +1,4 @@
-"""Fuzz cases of the loss modules: the truth is their functional twin on log-probs of the reference."""
+"""Fuzz cases of the loss modules; the truth is the functional loss on log-probs of the reference."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from sukhops import losses, nn, reference
 from sukhops.losses._preference import LOSSES, SMOOTHED
 
 IGNORE = -100
-STEPS = ("accuracy", "f1")  # metrics that jump where two numbers meet
+STEPS = ("accuracy", "f1")  # metrics that are discontinuous, so they are not compared
 
 
 def shown(out: losses.LossOutput) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def shown(out: losses.LossOutput) -> dict[str, Tensor]:
 
 
 def token_logp(hidden, weight, target, bias=None) -> Tensor:
-    """Log-probs of the targets that count, 0 elsewhere."""
+    """Log-probs of the targets, 0 where ignored."""
     rows = target != IGNORE
     hidden, target = hidden[rows], target[rows]
     logp = reference.linear_logp(hidden, weight, target, bias)
@@ -31,7 +31,7 @@ def token_logp(hidden, weight, target, bias=None) -> Tensor:
 
 
 class Batch:
-    """Sequences, padded or packed, under a head: hidden, weight, target and perhaps bias and cu_seqlens."""
+    """Padded or packed sequences and a head: hidden, weight, target, optional bias and cu_seqlens."""
 
     def __init__(self, s: Source, sequences: int, packed: bool | None = None):
         self.s, self.sequences = s, sequences
@@ -57,7 +57,7 @@ class Batch:
         return (int(ends[-1]),)
 
     def reference(self, forms: tuple[str, ...]) -> str:
-        """Adds a reference in one of the forms head, tokens, sequences."""
+        """Adds a reference model: its head, or its log-probs of tokens or of sequences."""
         form = self.s.pick("reference", *forms)
         if form == "head":
             self.given |= self._reference_head()
@@ -85,7 +85,7 @@ class Batch:
         return s.laid_out(label, t.to(s.pick(f"{label}: dtype", s.acc, s.dtype)))
 
     def mismatched(self, ref: str) -> None:
-        """Adds a mismatched batch: as many sequences, of other lengths."""
+        """Adds a mismatched batch with the same number of sequences, of other lengths."""
         s, shape = self.s, self._sequences("kl_", self.sequences)
         if not self.packed and self.sequences > 1 and s.flag("of this batch"):
             self.given["kl_target"] = losses.mismatched(self.given["target"])
@@ -130,7 +130,7 @@ class Batch:
 
 
 def unread(name: str, exact: Tensor) -> Tensor:
-    """The truth's 0 * NaN, of a gradient that is 0 or of a norm's own target: kernels do not read it."""
+    """Elements where the truth computes 0 * NaN and kernels do not: zero gradients, the target in a norm."""
     return exact.isnan() & name.startswith(("grad", "norm"))
 
 
@@ -142,7 +142,7 @@ def reference_logp(target, ref_logp=None, ref_hidden=None, ref_weight=None, ref_
 
 
 def split(given: dict) -> tuple[dict, dict]:
-    """The arguments of the reference, and the others."""
+    """Splits the arguments into those of the reference model and the others."""
     ref = {n: given[n] for n in ("ref_logp", "ref_hidden", "ref_weight", "ref_bias") if n in given}
     return ref, {n: v for n, v in given.items() if n not in ref}
 
@@ -151,7 +151,7 @@ def split(given: dict) -> tuple[dict, dict]:
 
 
 def dpo_options(s: Source) -> dict[str, object]:
-    """Any options that fit together: those that the ones before them forbid are left out."""
+    """Random valid options: an option that conflicts with earlier ones is left out."""
     types = [s.pick("loss_type", *LOSSES) for _ in range(s.pick("loss types", 1, 1, 2, 3))]
     options: dict[str, object] = {"loss_type": types[0] if len(types) == 1 else types}
     if not SMOOTHED.isdisjoint(types) and ({"robust", "exo_pair"} & {*types} or s.flag("smoothed")):
@@ -226,7 +226,7 @@ def reference_point(s: Source, batch: Batch, ref: str, name: str = "kl") -> None
 
 
 def of_mismatched(given: dict, ref: dict, weight: Tensor, bias: Tensor | None) -> dict:
-    """The arguments of the functional loss: a mismatched batch becomes its log-probs."""
+    """The arguments of the functional loss, in which log-probs replace the mismatched batch."""
     batch = {n: given.pop(n) for n in [*given] if n.startswith("kl_")}
     if not batch:
         return given

@@ -1,4 +1,4 @@
-"""Fuzz cases of sukhops.pairs: one prompt at a time in plain Python, and facts of a maximum."""
+"""Fuzz cases of sukhops.pairs, compared with plain Python or with conditions that the result must satisfy."""
 
 import math
 
@@ -11,13 +11,13 @@ from sukhops.pairs import Reason
 
 
 def twice(call, **given):
-    """What a call returns, after it returned it twice and changed no argument."""
+    """The result of a call; asserts that a second call gives the same and that no argument changes."""
     before = memory_of(named(given))
     found, again = call(**given), call(**given)
     after = memory_of(named(given))
-    assert all(torch.equal(before[n], after[n]) for n in before), "an input was changed"
+    assert all(torch.equal(before[n], after[n]) for n in before), "the call changed an argument"
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, again)), strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()), "other numbers at the second call"
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), "a second call gives different numbers"
     return found
 
 
@@ -130,7 +130,7 @@ def battles_of(s: Source) -> Tensor:
 
 
 def bradley_terry(s: Source) -> None:
-    """At a maximum the likelihood has no slope: none beyond the Hessian times the error of the scores."""
+    """The gradient of the likelihood is 0 at its maximum, up to the Hessian times the error of the scores."""
     battles, ridge = battles_of(s), s.pick("ridge", 1e-2, 1.0, 1e-4)
     scores = twice(pairs.bradley_terry, battles=battles, ridge=ridge)
     assert scores.dtype == battles.dtype and scores.isfinite().all()
@@ -139,7 +139,8 @@ def bradley_terry(s: Source) -> None:
     slope = (b * torch.sigmoid(-gap) - b.mT * torch.sigmoid(gap)).sum(-1) - ridge * e
     curvature = 2 * (0.25 * (b + b.mT).sum(-1) + ridge)  # bounds the absolute row sums of the Hessian
     size = e.abs().amax(-1, keepdim=True).clamp(min=1)
-    off = 1e-7 + 4 * torch.finfo(scores.dtype).eps * size  # of each score: the last step, and its rounding
+    # error of a score: tolerance of the solver and rounding
+    off = 1e-7 + 4 * torch.finfo(scores.dtype).eps * size
     assert (slope.abs() <= curvature * off).all(), f"slope {slope} at {scores}"
     assert (e.mean(-1, keepdim=True).abs() <= off).all(), f"mean of {scores}"
 

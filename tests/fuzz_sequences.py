@@ -11,7 +11,7 @@ import sukhops
 from sukhops import reference
 from sukhops.testing import finite_max
 
-VAST = 2.0**52 * math.log(2)  # sums of scores beyond it give NaN
+VAST = 2.0**52 * math.log(2)  # larger sums of scores give NaN
 
 
 # ------------------------------------------------------------------ adaptive_span_attention
@@ -24,7 +24,7 @@ def adaptive_span_attention(s: Source) -> None:
     n = m + s.size("more keys", 6 if special else 60)
     scale = s.pick("size", 1.0, 1.0, 1e-3, 30.0)
     if s.special in HUGE:
-        s.special = "root of huge"  # gradients multiply two of these, and what cancels leaves a rounding
+        s.special = "root of huge"  # gradients multiply two of these; cancellation leaves rounding errors
     q = s.tensor("q", b, h, m, d, scale=scale)
     k = q if m == n and group == 1 and s.flag("k is q") else s.tensor("k", b, hkv, n, d)
     v = k if s.flag("v is k") else s.tensor("v", b, hkv, n, d)
@@ -61,22 +61,22 @@ def adaptive_span_attention(s: Source) -> None:
             return {"out": truth(**given) + (recomputation(**given) if moving() else 0)}
 
         def unknown(name, exact):
-            """The truth's gradient of a span is NaN for a key that its query does not see: 0 * NaN."""
+            """The truth computes 0 * NaN in the gradient of a span, for NaN in an invisible key."""
             return exact.isnan() & (name == "grad of span")
 
         compare(
             s, lambda **g: {"out": sukhops.adaptive_span_attention(**g)}, exact, given, n + d,
             fixed=("span",), unknown=unknown, plain=lambda **g: {"out": plain(**g)},
-            spreads=s.special in NOT_FINITE,  # a key that is not seen has a weight of 0, and 0 * NaN is NaN
+            spreads=s.special in NOT_FINITE,  # 0 * NaN of an invisible key is NaN
         )  # fmt: skip
 
 
 def span(s: Source, ramp: float, shape: tuple[int, int, int], n: int) -> Tensor:
-    """In the dtype that goes with q's, where the ramp's ends fall on keys, between them, or nowhere."""
+    """Spans in the accumulation dtype whose ramps end at keys, between keys, or outside the sequence."""
     shape = shape if s.flag("span of each query") else shape[1:2]
     kind = s.pick("span", "real", "whole", "ramp ends here", "boundless", "none")
     if s.special:
-        kind = "real"  # whether a key of weight 0 is read is nobody's contract
+        kind = "real"  # it is not specified whether keys of weight 0 are read
     t = {
         "real": 20 * s.normal(*shape),
         "whole": s.whole(-3, n + 3, *shape).double(),
@@ -91,10 +91,11 @@ def recomputation(
     q, k, v, span, *, ramp, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None,
     query_start=None,
 ):  # fmt: skip
-    """0, with the gradients that the rounding of a backward adds which computes its weights again.
+    """Returns 0, with gradients that perturb the result by the rounding errors of a recomputing backward.
 
-    Its weights exp(score - lse) and the two sums v . grad and out . grad are rounded one by one, so what
-    cancels in the reference does not: the gradient of the score of an only key, say, is 0 there.
+    Such a backward rounds its weights exp(score - lse) and the sums v . grad and out . grad separately, so
+    terms that cancel exactly in the reference do not. For example, if a query sees a single key, the gradient
+    of its score is exactly 0 in the reference.
     """
     (_, h, m, d), n = q.shape, k.shape[2]
     k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
@@ -109,17 +110,17 @@ def recomputation(
         index = x.clamp(0, rel_pos.shape[-2] - 1).expand(score.shape)
         score = score + (q @ rel_pos.mT).gather(-1, index)
     score = (d**-0.5 if scale is None else scale) * score
-    reach = span.view(-1, 1, 1) if span.dim() == 1 else span.unsqueeze(-1)
-    place = (ramp + (reach - x)) / ramp
-    mask, fixed = place.detach().clamp(0, 1), score.detach()
+    spans = span.view(-1, 1, 1) if span.dim() == 1 else span.unsqueeze(-1)
+    weight = (ramp + (spans - x)) / ramp
+    mask, fixed = weight.detach().clamp(0, 1), score.detach()
     lse = (fixed + mask.log()).masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
-    whole = (fixed - lse).exp().masked_fill(~seen | (place < 0) | (lse == -torch.inf), 0.0)
+    whole = (fixed - lse).exp().masked_fill(~seen | (weight < 0) | (lse == -torch.inf), 0.0)
 
     def noise(t):
         return rounded(torch.zeros_like(t), t)
 
-    inside = (place.detach() >= 0) & (place.detach() <= 1)
-    moved = noise(mask * whole) * (score - fixed) + noise(whole * inside) * (place - place.detach())
+    inside = (weight.detach() >= 0) & (weight.detach() <= 1)
+    moved = noise(mask * whole) * (score - fixed) + noise(whole * inside) * (weight - weight.detach())
     signs = rounded(torch.zeros_like(q), 1.0).sign()
     return (moved @ v.detach().abs()) * signs + noise(mask * whole) @ (v - v.detach())
 
@@ -128,15 +129,15 @@ def by_query(
     q, k, v, span, *, ramp, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None,
     query_start=None,
 ):  # fmt: skip
-    """The reference, a query at a time, of the keys that it sees: 0 * NaN of any other key would be NaN."""
+    """The reference for one query at a time, without its invisible keys, which could give 0 * NaN."""
     (b, h, m, _), (_, hkv, n, _) = q.shape, k.shape
     first = torch.as_tensor(n - m if query_start is None else query_start).expand(b).tolist()
     rows = []
     for i, j, t in ((i, j, t) for i in range(b) for j in range(h) for t in range(m)):
-        reach = span[j] if span.dim() == 1 else span[i, j, t]
+        own_span = span[j] if span.dim() == 1 else span[i, j, t]
         table = rel_pos if rel_pos is None or rel_pos.dim() == 2 else rel_pos[j]
         x = first[i] + t - torch.arange(n) - int(not include_self)
-        seen = (x >= 0) & ~((ramp + (reach.detach() - x)) < 0)
+        seen = (x >= 0) & ~((ramp + (own_span.detach() - x)) < 0)
         for limit in (max_span, None if table is None else len(table)):
             seen = seen if limit is None else seen & (x < limit)
         if key_start is not None:
@@ -150,7 +151,7 @@ def by_query(
         )
         rows.append(
             reference.adaptive_span_attention(
-                q[i, j, t].view(1, 1, 1, -1), keys, values, reach.view(1), ramp=ramp, rel_pos=table,
+                q[i, j, t].view(1, 1, 1, -1), keys, values, own_span.view(1), ramp=ramp, rel_pos=table,
                 scale=scale, include_self=include_self, max_span=max_span, key_start=start,
                 query_start=first[i] + t,
             )
@@ -162,13 +163,13 @@ def by_query(
 
 
 def lattice(s: Source) -> dict[str, object]:
-    """scores with impossible segments, and lengths; at times one that must raise."""
+    """scores with impossible segments, and lengths; sometimes one length is invalid and must raise."""
     b, t = s.size("B", 4), s.size("T", 70)
     k = s.size("K", 70 if t < 9 else 8 if t < 33 else 4)
     scale = s.pick("size", 1.0, 1.0, 30.0, 1e-3, 1e4, 1e9)
     scores = s.tensor("scores", b, t, k, scale=min(scale, 1e4) if s.dtype == torch.float16 else scale)
     missing = s.pick("missing", 0.0, 0.3, 0.7, 1.0)
-    if missing:  # in memory of its own: equal rows share theirs
+    if missing:  # a new tensor, because equal rows share memory
         scores = s.laid_out("scores", scores.masked_fill(s.uniform(b, t, k) < missing, -torch.inf))
     given: dict[str, object] = {"scores": scores}
     if s.flag("lengths"):
@@ -181,7 +182,7 @@ def lattice(s: Source) -> dict[str, object]:
 
 
 def counting(scores: Tensor, lengths: Tensor | None) -> Tensor:
-    """[B, T, K], the segments that end within their sequence."""
+    """Mask [B, T, K] of the segments that end within their sequence."""
     b, t, k = scores.shape
     ends = torch.arange(1, t + 1).unsqueeze(1) + torch.arange(k)
     limit = torch.full((b,), t) if lengths is None else lengths
@@ -189,7 +190,7 @@ def counting(scores: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def segment_scores(scores: Tensor, lengths: Tensor | None) -> Tensor:
-    """Those that count, each off by the rounding of a sum that leads to it, if neighbours are looked at."""
+    """Scores of segments within the sequence; `Perturbations` changes them by rounding errors of the sums."""
     scores = scores.where(counting(scores, lengths), -torch.inf)
     _, t, k = scores.shape
     wide = scores if scores.dtype == torch.float64 else scores.float()
@@ -200,7 +201,7 @@ ORDERS = {"segmentation_logz": (0, 1), "segmentation_marginals": (1, 2), "segmen
 
 
 def rounding(order: int, scores: Tensor) -> float:
-    """How far the reference in float64 may be off; `rounding` of test_segmentation derives it."""
+    """Error bound of the reference in float64; see `rounding` in test_segmentation.py."""
     _, t, k = scores.shape
     a = t * (finite_max(scores) + math.log(k + 1))
     e = t * (3 * a + k + 4) * torch.finfo(torch.float64).eps / 2
@@ -208,7 +209,7 @@ def rounding(order: int, scores: Tensor) -> float:
 
 
 def vast(given: dict) -> bool:
-    """Whether sums may be too large for numbers: results may be NaN then."""
+    """Whether sums may be so large that results are NaN."""
     return finite_max(precise(given["scores"])) * given["scores"].shape[1] > VAST
 
 
@@ -228,7 +229,7 @@ def differentiable(name: str):
                 return {"result": getattr(reference, name)(segment_scores(scores, lengths), lengths)}
 
             def unknown(_: str, exact: Tensor) -> Tensor:
-                """Segments that have no part in a sequence which is NaN may be 0 or NaN."""
+                """In a sequence with NaN, impossible segments may be 0 or NaN."""
                 if exact.shape != apart.shape:
                     return torch.zeros_like(exact, dtype=torch.bool)
                 return apart | (lost.view(-1, 1, 1) & exact.isfinite())
@@ -272,12 +273,12 @@ def segmentation_viterbi(s: Source) -> None:
             2 * (1 + scores.shape[1]) ** 2 * torch.finfo(torch.float64).eps * max(1.0, finite_max(scores))
         )
         assert ((total - best.score[kept]).abs() <= rounding).all(), f"{segments}: {total}, not {best.score}"
-        if (clean[clean.isfinite()] % 1 == 0).all():  # sums are exact, so ties are ties
+        if (clean[clean.isfinite()] % 1 == 0).all():  # sums of integers are exact, so ties are exact
             assert torch.equal(segments, best.segments), f"{segments}, not {best.segments}"
 
 
 def score_of(segments: Tensor, scores: Tensor, lengths: Tensor | None) -> Tensor:
-    """[B], the scores of segmentations [B, T], NaN where the segments do not cover their sequence."""
+    """Scores [B] of segmentations [B, T]; NaN if the segments do not cover the sequence exactly."""
     b, t, k = scores.shape
     ends = [t] * b if lengths is None else lengths.tolist()
     totals = []
@@ -291,7 +292,7 @@ def score_of(segments: Tensor, scores: Tensor, lengths: Tensor | None) -> Tensor
 
 
 def count(row: list[int], end: int) -> int:
-    """Segments on the way from 0 to the end."""
+    """Number of consecutive segments from 0 to the end."""
     at = steps = 0
     while at < end and row[at] > 0:
         at, steps = at + row[at], steps + 1
@@ -328,7 +329,7 @@ def segmentation_sample(s: Source) -> None:
 
 
 def check_frequencies(drawn: Tensor, posterior: Tensor) -> None:
-    """No count further from its mean than a chance of 1e-12 for each allows (Bernstein)."""
+    """Asserts that counts are close to their means: Bernstein bounds that chance violates once in 1e12."""
     n, k = len(drawn), posterior.shape[2]
     counts = torch.stack([(drawn == i).sum(0) for i in range(1, k + 1)], -1) if k else posterior
     unlikely = math.log(2 / 1e-12)

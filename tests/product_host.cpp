@@ -1,5 +1,5 @@
-// The product kernels of one instruction set without torch, against float64, for tests/test_compilers.py: the portable
-// ones, which are NEON's on aarch64. Exits with 1 and a line where a result is outside its budget.
+// Compares the portable product kernels (NEON on aarch64) with float64, without torch; run by tests/test_compilers.py.
+// If an error is too large, prints the shape and exits with 1.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -33,7 +33,7 @@ static std::vector<T> normal(int64_t size) {
   return x;
 }
 
-// out [m, n] = a [m, k] @ b, b [n, k] transposed or [k, n]; whether every entry is right to a few roundings
+// out [m, n] = a [m, k] @ b, where b is [k, n] or [n, k] transposed; whether all errors are a few roundings
 template <class A, class T>
 static bool right(void (*kernel)(const Factors&), int64_t m, int64_t n, int64_t k, bool transposed) {
   const std::vector<T> a = normal<T>(m * k), b = normal<T>(n * k);

@@ -1,4 +1,4 @@
-"""Processes of one thread that a test starts: gloo, a store in a file, a time limit, none left behind."""
+"""Starts the ranks of a test: processes with one thread, gloo, a time limit, and cleanup."""
 
 import os
 import tempfile
@@ -14,9 +14,9 @@ SECONDS = 30
 
 
 def on_ranks(count: int, work: Callable, *arguments: object) -> list:
-    """What `work(rank, *arguments)`, a function of a module, returns on each of `count` ranks.
+    """Runs `work(rank, *arguments)` on each of `count` ranks and returns the results in a list.
 
-    An exception on a rank comes back as its text.
+    `work` must be a module-level function. For a rank that raises, the result is the text of the exception.
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -27,11 +27,11 @@ def on_ranks(count: int, work: Callable, *arguments: object) -> list:
         ]
         for process, (_, end) in zip(processes, pipes, strict=True):
             process.start()
-            end.close()  # the rank has its own: if it dies, the pipe says so
+            end.close()  # only the rank holds this end, so that the pipe closes if it dies
         try:
             found = []
             for rank, (end, _) in enumerate(pipes):
-                assert end.poll(2 * SECONDS), f"rank {rank} of {count} said nothing for {2 * SECONDS} s"
+                assert end.poll(2 * SECONDS), f"rank {rank} of {count} did not answer for {2 * SECONDS} s"
                 found.append(torch.load(end.recv(), weights_only=False))
             return found
         finally:
@@ -41,7 +41,7 @@ def on_ranks(count: int, work: Callable, *arguments: object) -> list:
 
 
 def outcomes(work: Callable, counts: Iterable[int]) -> Callable:
-    """A fixture: what `work(rank)` finds on each rank, started once for each number of ranks."""
+    """A fixture with the results of `work(rank)` on all ranks; it runs once for each number of ranks."""
 
     @pytest.fixture(scope="module", params=counts)
     def ranks(request):
@@ -58,10 +58,10 @@ def _run(rank: int, count: int, folder: str, end, work: Callable, arguments: tup
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count,
         timeout=timedelta(seconds=SECONDS),
     )  # fmt: skip
-    dist.barrier()  # a rank that fails at once must not break the connections of the others
+    dist.barrier()  # all are connected before any rank can fail
     try:
         result = work(rank, *arguments)
-        dist.barrier()  # nobody leaves while another still talks to it
+        dist.barrier()  # no rank exits while another still communicates with it
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
     path = os.path.join(folder, f"result-{rank}")

@@ -1,6 +1,6 @@
 """Runs the CPU operators' tests and the fuzzer on a build with AddressSanitizer and UBSan: make sanitize.
 
-Reports go to files, not to stderr, which pytest captures; one report is a failure.
+Reports go to files, because pytest captures stderr. A single report is a failure.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TESTS = (
 
 
 def library(name: str) -> str:
-    """The file of a sanitizer that the compiler links with."""
+    """The path of the sanitizer library that gcc links with."""
     found = subprocess.run(["gcc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
     return str(Path(found.stdout.strip()).resolve())
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=2, help="of the fuzzer, after its fixed cases")
+    parser.add_argument("--minutes", type=float, default=2, help="time limit of the fuzzer")
     options = parser.parse_args()
     build = [sys.executable, "setup.py", "-q", "build", "-b", FOLDER, "--build-lib", FOLDER / "lib"]
     subprocess.run(build, check=True, cwd=ROOT, env=os.environ | {"SUKHOPS_SANITIZE": "1"})
@@ -39,7 +39,7 @@ def main() -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{FOLDER / 'lib'}{os.pathsep}{ROOT}",
         "LD_PRELOAD": f"{library('libasan')}:{library('libubsan')}:{library('libstdc++')}",
-        # Python and torch leave memory to the end of the process, and load symbols twice
+        # Python and torch do not free all memory at exit, and some symbols are defined in two libraries
         "ASAN_OPTIONS": f"detect_leaks=0:detect_odr_violation=0:log_path={FOLDER / 'report'}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={FOLDER / 'report'}",
     }
@@ -62,7 +62,7 @@ def main() -> None:
     reports = sorted(FOLDER.glob("report.*"))
     for report in reports:
         print(report.read_text())
-    print(f"{len(reports)} reports of sanitizers")
+    print(f"{len(reports)} sanitizer reports")
     if reports or any(codes):
         raise SystemExit(1)
 

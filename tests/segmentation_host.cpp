@@ -1,4 +1,4 @@
-// The recursions of segmentation.cu on the host, one sequence a call, for tests/test_segmentation_cuda.py.
+// Runs the recursions of segmentation.cu on the CPU, one sequence per call, for tests/test_segmentation_cuda.py.
 #include "segmentation_warp.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@ using namespace sukhops::warp;
 
 namespace {
 
-// f(owner) with a window as wide as segmentation.cu would choose for k
+// calls f with the window width that segmentation.cu chooses for k
 template <class F>
 void with_owner(int64_t k, const F& f) {
   Host<32> narrow;
@@ -19,7 +19,7 @@ void with_owner(int64_t k, const F& f) {
   f(wide);
 }
 
-// as the kernels transfers, windows and sweeps
+// like the kernels transfers, windows and sweeps
 template <class S, class P>
 void sweep_in_chunks(P& p, const Sequence<S>& q, bool backwards, int64_t steps, double* value, double* exponent) {
   std::vector<Number<double>> window(q.k), next(q.k), matrix(q.k * q.k);
@@ -35,7 +35,7 @@ void sweep_in_chunks(P& p, const Sequence<S>& q, bool backwards, int64_t steps, 
   }
 }
 
-// in chunks of `steps`, in one piece where that is 0
+// in chunks of `steps`; 0: in one piece
 template <class S>
 void posterior_of(const Sequence<S>& q, int64_t steps, S* logz, S* out) {
   std::vector<double> alpha(q.length + 1), alpha_n(q.length + 1), beta(q.length + 1), beta_n(q.length + 1);
@@ -98,6 +98,6 @@ void samples_of(const Sequence<S>& q, int64_t t, int64_t samples, int64_t seed, 
                                  int64_t* segments) {                                                          \
     samples_of(Sequence<S>{x, n, k}, t, samples, seed, segments);                                              \
   }
-extern "C" int64_t chunks(int64_t b, int64_t t, int64_t k, int64_t room) { return chunk_steps(b, t, k, room); }
+extern "C" int64_t chunks(int64_t b, int64_t t, int64_t k, int64_t warps) { return chunk_steps(b, t, k, warps); }
 HOST(float, float32)
 HOST(double, float64)

@@ -1,4 +1,4 @@
-"""Every segmentation of a short sequence, written out, in 60 decimal digits: shares no code with the ops."""
+"""Enumerates every segmentation of a short sequence, with 60 decimal digits; shares no code with the ops."""
 
 import itertools
 from decimal import Decimal, getcontext
@@ -10,7 +10,7 @@ getcontext().prec = 60
 
 
 def segmentations(length: int, k: int) -> list[list[int]]:
-    """Lengths of the segments of every segmentation: subsets of the inner boundaries, none over k."""
+    """Segment lengths of all segmentations: subsets of the inner boundaries, no segment longer than k."""
     found = []
     for inner in itertools.product((False, True), repeat=max(0, length - 1)):
         edges = [0, *(i + 1 for i, there in enumerate(inner) if there), length] if length else [0]
@@ -42,7 +42,7 @@ class Sequence:
         return list(zip(itertools.accumulate([0, *parts]), parts, strict=False))
 
     def weighted(self, weights: list[Decimal]) -> torch.Tensor:
-        """[T, K], the sum of the weights of the segmentations that have each segment."""
+        """For each segment [T, K], the sum of the weights of the segmentations that contain it."""
         table = [[Decimal(0)] * self.k for _ in range(self.t)]
         for parts, weight in zip(self.parts, weights, strict=True):
             for t, p in self.segments(parts):
@@ -63,24 +63,24 @@ class Sequence:
             sum((Decimal(float(upstream[t, p - 1])) for t, p in self.segments(parts)), Decimal(0))
             for parts in self.parts
         ]
-        return self.centred(values)
+        return self.centered(values)
 
     def entropy_gradient(self) -> torch.Tensor:
-        return self.centred([-p.ln() if p > 0 else Decimal(0) for p in self.p])
+        return self.centered([-p.ln() if p > 0 else Decimal(0) for p in self.p])
 
-    def centred(self, values: list[Decimal]) -> torch.Tensor:
+    def centered(self, values: list[Decimal]) -> torch.Tensor:
         mean = sum((p * v for p, v in zip(self.p, values, strict=True)), Decimal(0))
         return self.weighted([p * (v - mean) for p, v in zip(self.p, values, strict=True)])
 
     def encoded(self, parts: list[int]) -> list[int]:
-        """[T], the length of the segment that starts at t."""
+        """For each position t [T], the length of the segment that starts there, or 0."""
         there = dict(self.segments(parts))
         return [there.get(t, 0) for t in range(self.t)]
 
 
 @st.composite
 def problems(draw):
-    """scores [B, T, K] in float64 with -inf here and there, and lengths or None."""
+    """scores [B, T, K] in float64, some of them -inf, and lengths or None."""
     b, t, k = draw(st.integers(1, 6)), draw(st.integers(0, 8)), draw(st.integers(1, 10))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     size = draw(st.sampled_from([0.0, 1.0, 30.0, 1e4]))
@@ -92,7 +92,7 @@ def problems(draw):
 
 
 def upstream_like(scores: torch.Tensor) -> torch.Tensor:
-    """A gradient whose sums over a segmentation are below 1, which is what budgets assume of an input."""
+    """An upstream gradient whose sums over a segmentation are less than 1, as error budgets assume."""
     return 0.1 * torch.arange(scores.numel(), dtype=scores.dtype).cos().reshape(scores.shape)
 
 

@@ -1,4 +1,4 @@
-"""Sums over the segmentations of long sequences in long double, and how far rounding may take results."""
+"""Sums over the segmentations of long sequences in long double, and bounds of rounding errors."""
 
 import math
 
@@ -14,7 +14,7 @@ def _log_sum(x):
 
 
 def exact_sums(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logz [B] and the posterior [B, T, K], in float64, of scores [B, T, K], by sums from both ends."""
+    """logz [B] and posterior [B, T, K] of scores [B, T, K], by the forward-backward algorithm."""
     s = scores.numpy().astype(np.longdouble)
     b, t, k = s.shape
     alpha, beta = np.zeros((b, t + 1), s.dtype), np.full((b, t + k + 1), -np.inf, s.dtype)
@@ -32,7 +32,7 @@ def exact_sums(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def covered(posterior: torch.Tensor) -> torch.Tensor:
-    """[B, T + K], by how many segments each position is covered on average."""
+    """For each position [B, T + K], the expected number of segments that cover it."""
     b, t, k = posterior.shape
     total = torch.zeros(b, t + k, dtype=torch.float64)
     for i in range(k):
@@ -42,11 +42,12 @@ def covered(posterior: torch.Tensor) -> torch.Tensor:
 
 
 def walk(t: int, k: int, dtype: torch.dtype) -> float:
-    """How far from 1 the sum of all that covers a position may be, after t boundaries.
+    """How much the probabilities of the segments that cover a position may differ from 1 in total.
 
-    Shares are the terms of a sum over that sum: they add up to 1 but for k roundings of the sum and one of
-    the quotient; the mass of a boundary is added up with k more, and a last one makes the posterior. All of
-    them are relative to that mass, which is at most 1. Roundings of either sign make a walk of 2 t (k + 1)
-    steps of at most half an eps, within five standard deviations but for a chance of 8e-6 (Hoeffding).
+    Every boundary's probability is split among the segments that end there. The split adds k rounding errors
+    of a sum and one of a quotient; the boundary's own probability is a sum with k more, and the posterior
+    adds one. All are relative to that probability, which is at most 1. After t boundaries, the errors are a
+    random walk of 2 t (k + 1) steps of at most eps / 2, which stays within five standard deviations except
+    with probability 8e-6 (Hoeffding).
     """
     return 5 * math.sqrt(2 * t * (k + 1)) * torch.finfo(dtype).eps / 2

@@ -1,4 +1,4 @@
-"""adaptive_span_attention against an oracle in plain Python, gradcheck, budgets, and the paper's facts."""
+"""adaptive_span_attention: an oracle in plain Python, gradcheck, error budgets, properties from the paper."""
 
 import math
 
@@ -16,7 +16,7 @@ pairs = torch.ops.sukhops.adaptive_span_pairs
 
 
 def make(b=2, h=4, hkv=2, m=37, n=50, d=12, *, per_token=False, rel=None, seed=0):
-    """Leaf tensors: spans below -ramp, at 0, between integers, and beyond every key."""
+    """Leaf tensors; the spans are less than -ramp, 0, not an integer, and longer than the sequence."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -38,7 +38,7 @@ def make(b=2, h=4, hkv=2, m=37, n=50, d=12, *, per_token=False, rel=None, seed=0
 CASES = {
     "heads": ({}, {}),
     "tokens": ({"per_token": True}, {"ramp": 9.5}),
-    "not itself": ({}, {"include_self": False, "ramp": 3.0}),
+    "without self": ({}, {"include_self": False, "ramp": 3.0}),
     "limited": ({}, {"max_span": 11, "scale": 0.7}),
     "padded": ({}, {"key_start": torch.tensor([0, 30])}),
     "packed": ({}, {"key_start": torch.stack([torch.arange(37) // 9 * 9 + 13, torch.zeros(37).long()])}),
@@ -54,7 +54,7 @@ CASES = {
         },
     ),
     "cache": ({"m": 20}, {"query_start": torch.tensor([0, 17])}),
-    "cache, one place": ({"rel": (60,)}, {"query_start": 9}),
+    "cache, same start": ({"rel": (60,)}, {"query_start": 9}),
     "one query": ({"m": 1, "rel": (50,)}, {}),
     "one query of tokens": (
         {"m": 1, "h": 6, "per_token": True},
@@ -73,7 +73,7 @@ def case(name):
 
 
 def spans_as(dtype, f, options):
-    """f with spans in the dtype that goes with q's."""
+    """f, with spans cast to the accumulation dtype of `dtype`."""
     low = torch.float64 if dtype == torch.float64 else torch.float32
     return lambda **given: f(**given | {"span": given["span"].to(low)}, **options)
 
@@ -82,7 +82,7 @@ def oracle(
     q, k, v, span, ramp=32.0, rel_pos=None, scale=None, include_self=True, max_span=None, key_start=None,
     query_start=None,
 ):  # fmt: skip
-    """Row by row and key by key, in Python's floats."""
+    """The definition, row by row and key by key, in Python floats."""
     (b, h, m, d), (_, hkv, n, _) = q.shape, k.shape
     scale = d**-0.5 if scale is None else scale
     out = torch.zeros(b, h, m, d, dtype=torch.float64)
@@ -116,11 +116,11 @@ def oracle(
 
 
 def rounding(q, k, v, rel_pos=None, scale=None, **_):
-    """How far apart two evaluations in q's dtype may be, to first order in its unit roundoff u.
+    """First-order bound on the difference of two evaluations in q's dtype, with unit roundoff u.
 
-    A score of d products, one sum and the scale is off by (d + 2) u times scale |q| (|k| + |rel_pos|), and
-    by two more such where it is shifted by the row's maximum. A weight is off by that relatively and by 4 u
-    (exponential, ramp, product), its sums over n keys by n u more, numerator and denominator alike.
+    A score (d products, one sum, the scale) has an error of (d + 2) u times scale |q| (|k| + |rel_pos|);
+    subtracting the row's maximum adds 2 u more. A weight has this as relative error, plus 4 u (exponential,
+    ramp, product). Its sums over n keys add n u, in the numerator and in the denominator.
     """
     d, n = q.shape[-1], k.shape[2]
     table = 0.0 if rel_pos is None else rel_pos.norm(dim=-1).max()
@@ -146,7 +146,7 @@ def test_gradcheck(name):
     options = options | ({"max_span": 6} if "max_span" in options else {})
     small["per_token"] = inputs.get("per_token", False)
     given = make(**small)
-    with torch.no_grad():  # away from whole numbers, where the ramp has its corners
+    with torch.no_grad():  # no integers: there the ramp is not differentiable
         given["span"].copy_((given["span"] / 8).floor() + 0.37)
     if "key_start" in options:
         options = options | {"key_start": torch.tensor([0, 5])}
@@ -166,13 +166,13 @@ def test_gradcheck(name):
 def test_within_budget(name, dtype):
     given, options = case(name)
     op = spans_as(dtype, adaptive_span_attention, options)
-    # in float64 the reference gets the spans that the op gets
+    # the spans of the reference are in the same dtype as those of the op
     plain = spans_as(torch.float64, reference.adaptive_span_attention, options)
     assert_close(op, plain, given, dtype)
 
 
 @pytest.mark.parametrize("need", ["q", "k", "v", "span", "rel_pos"])
-def test_one_gradient_alone(need):
+def test_a_single_needed_gradient(need):
     given, options = case("all")
     full = torch.autograd.grad(adaptive_span_attention(**given, **options).sin().sum(), given[need])[0]
     alone = {n: t.detach().requires_grad_(n == need) for n, t in given.items()}
@@ -180,7 +180,7 @@ def test_one_gradient_alone(need):
     assert torch.equal(ours, full)
 
 
-# ------------------------------------------------------------------ facts (Sukhbaatar et al. 2019)
+# ------------------------------------------------------------------ properties (Sukhbaatar et al. 2019)
 
 
 def plain(given):
@@ -196,7 +196,7 @@ def test_a_long_span_is_windowed_attention(include_self):
     exact = F.scaled_dot_product_attention(*(given[n].double() for n in "qkv"), attn_mask=seen)
     low = F.scaled_dot_product_attention(*(given[n] for n in "qkv"), attn_mask=seen)
     ours = adaptive_span_attention(**given, max_span=20, include_self=include_self)
-    if not include_self:  # the first token sees nothing: 0 here
+    if not include_self:  # the first token sees no key, and its output is 0
         ours, low, exact = ours[:, :, 1:], low[:, :, 1:], exact[:, :, 1:]
     assert distance(ours, exact) <= budget(ours, low, exact)
 
@@ -225,7 +225,7 @@ def test_a_ramp_of_one_token_is_a_hard_window(ramp):
         assert distance(soft, exact) <= budget(soft, hard, exact)
 
 
-def test_a_constant_in_every_score_changes_nothing():
+def test_adding_a_constant_to_all_scores_changes_nothing():
     given = plain(make(d=12))
     given["q"][..., -1] = 1.0
     given["k"][..., -1] = 0.0
@@ -236,8 +236,8 @@ def test_a_constant_in_every_score_changes_nothing():
 
 
 @pytest.mark.parametrize("m, n", [(40, 60), (3, 2600)])
-def test_weights_of_large_scores_have_no_rounding_of_their_sum(m, n):
-    """Scores of whole quarters up to 1,000 are exact; a rounding of lse would be 1e-4 of each gradient."""
+def test_large_scores_lose_no_precision(m, n):
+    """Scores are exact multiples of 1/4 up to 1,000; rounding lse would change each gradient by 1e-4."""
     given = make(m=m, n=n)
     with torch.no_grad():
         for name in "qk":
@@ -256,7 +256,7 @@ def test_weights_of_large_scores_have_no_rounding_of_their_sum(m, n):
         assert distance(a, b) <= 64 * torch.finfo(torch.float32).eps * b.abs().max()
 
 
-def test_equal_values_give_the_span_no_gradient():
+def test_equal_values_give_zero_gradient_of_the_span():
     given = plain(make())
     given["v"] = torch.ones_like(given["v"])
     given["span"].requires_grad_()
@@ -281,7 +281,7 @@ def test_keys_beyond_the_ramp_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_blocks_with_a_cache_are_one_pass():
+def test_blocks_with_a_cache_equal_one_pass():
     given = plain(make(m=50, rel=(50,)))
     whole = adaptive_span_attention(**given)
     start, parts = 0, []
@@ -296,8 +296,8 @@ def test_blocks_with_a_cache_are_one_pass():
 
 
 @pytest.mark.parametrize("start", [20, torch.tensor([0, 20]), torch.tensor([7, 7], dtype=torch.int32)])
-def test_a_preallocated_cache_is_its_filled_part(start):
-    """To the bit, whatever the room behind it holds; nothing flows back there."""
+def test_preallocated_cache_equals_its_filled_part(start):
+    """Bitwise, even if the unused part is NaN; its gradient is 0."""
     given = make(m=6, rel=(50,))
     out = adaptive_span_attention(**_hide(given, start, 6), query_start=start)
     grads = torch.autograd.grad(out.sum(), [given["k"], given["v"], given["q"], given["rel_pos"]])
@@ -310,8 +310,8 @@ def test_a_preallocated_cache_is_its_filled_part(start):
 
 
 @pytest.mark.parametrize("m", [1, 3, 30])
-def test_few_queries_share_out_their_keys(m):
-    """The same with any number of threads, whatever part of the keys a row sees."""
+def test_keys_of_few_queries_are_split_among_threads(m):
+    """The result does not depend on the number of threads, for rows that see any part of the keys."""
     given = make(b=2, h=4, hkv=2, m=m, n=2600, d=16)
     given["span"] = torch.tensor([-40.0, 3.0, 1500.5, 9000.0], dtype=torch.float64, requires_grad=True)
     options = {"key_start": torch.tensor([2450, 700]), "query_start": torch.tensor([2600 - m, 1900])}
@@ -341,15 +341,15 @@ def test_few_queries_share_out_their_keys(m):
 
 
 def _hide(given, start, m):
-    """Keys and values after the last query are NaN."""
+    """Sets keys and values after the last query to NaN."""
     last = torch.as_tensor(start).expand(2).view(2, 1, 1, 1) + m
     hidden = torch.arange(given["k"].shape[2]).view(-1, 1) >= last
     return given | {n: given[n].masked_fill(hidden, torch.nan) for n in ("k", "v")}
 
 
-def test_both_ends_of_the_ramp_count():
-    """At a whole span x = span and x = span + ramp have a weight of 1 and 0, and both move it."""
-    for n, expected in ((4, 2), (5, 3), (7, 5)):  # ramp 3, span 1: x = 1..4 count, of n keys that are seen
+def test_gradient_includes_both_ends_of_the_ramp():
+    """Keys at x = span (weight 1) and x = span + ramp (weight 0) contribute to the span's gradient."""
+    for n, expected in ((4, 2), (5, 3), (7, 5)):  # ramp 3, span 1, n keys: x = 1..4 contribute
         q, span = torch.zeros(1, 1, 1, 1), torch.tensor([1.0], requires_grad=True)
         v = torch.arange(n).float().square().view(1, 1, n, 1)
         ours, low = (
@@ -366,8 +366,8 @@ def test_both_ends_of_the_ramp_count():
         assert inside.sum() == min(4, expected + 1)
 
 
-def test_scores_outside_of_the_span_do_not_matter():
-    """Softmax first and mask later would leave a row of 1e-19 here, or 0 / 0."""
+def test_large_scores_outside_the_span_do_not_matter():
+    """Masking after the softmax would leave weights of 1e-19 here, or 0 / 0."""
     for dtype in LOW:
         q = torch.ones(1, 1, 1, 8, dtype=dtype)
         k = torch.zeros(1, 1, 60, 8, dtype=dtype)
@@ -377,8 +377,8 @@ def test_scores_outside_of_the_span_do_not_matter():
         assert torch.equal(out, torch.ones_like(out))
 
 
-def test_cost_follows_the_spans():
-    """Visited pairs: at most the window of each head and one block more, linear in T; backward the same."""
+def test_work_is_proportional_to_the_spans():
+    """Visited pairs are linear in T: at most each head's window plus one block; as many in the backward."""
     spans = torch.tensor([16.0, 64.0, 160.0, 700.0])
     counts = []
     for t in (1024, 2048, 4096):
@@ -389,14 +389,14 @@ def test_cost_follows_the_spans():
         assert counts[-1] <= t * (spans + 32 + 64).sum()
         out.sum().backward()
         assert pairs() - before == 2 * counts[-1]
-    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])  # every token more costs the same
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])  # linear in T
     full = torch.full((4,), 1e6)
     before = pairs()
     adaptive_span_attention(q, k, v, full)
     assert (pairs() - before) >= 4 * 4096 * 4096 // 2
 
 
-def test_per_token_spans_move_the_work():
+def test_work_follows_spans_per_token():
     q, k, v = (torch.randn(1, 1, 2048, 16) for _ in range(3))
     short = torch.full((1, 1, 2048), 8.0)
     long = short.clone()
@@ -406,5 +406,5 @@ def test_per_token_spans_move_the_work():
         before = pairs()
         adaptive_span_attention(q, k, v, span, ramp=8.0)
         counts.append(pairs() - before)
-    blocks = 64 * 2048  # a longer span takes larger blocks of queries, which visit up to 64 keys more each
+    blocks = 64 * 2048  # longer spans use larger query blocks: up to 64 more keys per query
     assert counts[0] < counts[1] < counts[0] + 64 * 1100 + blocks

@@ -1,4 +1,4 @@
-"""adaptive_span_attention as a citizen: opcheck, compile, repeats, strides, autocast, NaN, bad input."""
+"""adaptive_span_attention: opcheck, compile, determinism, strides, autocast, NaN, invalid arguments."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ op = torch.ops.sukhops.adaptive_span
 
 
 def flat(given, options):
-    """The operator's arguments from those of the public function."""
+    """Converts arguments of the public function to those of the operator."""
     start = options.get("key_start")
     if start is not None and start.dim() == 1:
         start = start.unsqueeze(1).expand(-1, given["q"].shape[2])
@@ -102,7 +102,7 @@ def test_bitwise_repeatable(dtype):
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(runs[0][:-1], runs[2][:-1], strict=True))
-    # each thread sums a gradient of rel_pos of its own
+    # threads accumulate the gradient of rel_pos separately, so it depends on their number
     low, exact = (run(reference.adaptive_span_attention, cast)[-1] for cast in (None, torch.float64))
     for ours in (runs[0][-1], runs[2][-1]):
         assert distance(ours, exact) <= budget(ours, low, exact)
@@ -141,13 +141,14 @@ def test_no_rows_and_no_batch():
     assert torch.equal(adaptive_span_attention(**one, span=torch.zeros(1)), one["v"])
 
 
-def test_a_row_that_sees_nothing_is_zero_without_gradient():
+def test_rows_that_see_no_key_are_zero_and_have_no_gradient():
     given = make()
     with torch.no_grad():
         given["span"].copy_(
             torch.tensor([-32.0, -33.0, 0.0, -1e30])
-        )  # at -ramp only a weight of 0 is in reach
-    key_start = torch.tensor([0, 45]).unsqueeze(1).expand(2, 37)  # rows before 45 of the second sequence
+        )  # with span = -ramp, the only visible key has weight 0
+    # in the second sequence, queries before position 45 see no key
+    key_start = torch.tensor([0, 45]).unsqueeze(1).expand(2, 37)
     out = adaptive_span_attention(**given, key_start=key_start)
     assert not out[:, [0, 1, 3]].any() and not out[1, 2, :32].any() and out[1, 2, 32:].all()
     grads = torch.autograd.grad(out.sum(), list(given.values()))
@@ -156,18 +157,18 @@ def test_a_row_that_sees_nothing_is_zero_without_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
-@pytest.mark.parametrize("place", ["q", "k", "v", "span", "rel_pos"])
-def test_nan_shows(dtype, place):
+@pytest.mark.parametrize("name", ["q", "k", "v", "span", "rel_pos"])
+def test_nan_propagates(dtype, name):
     given = make(rel=(50,))
     spans = torch.float64 if dtype == torch.float64 else torch.float32
     given = {n: t.detach().to(spans if n == "span" else dtype) for n, t in given.items()}
     given["span"].fill_(10.0)
-    if place == "span":
+    if name == "span":
         given["span"][2] = torch.nan
-    elif place == "rel_pos":
+    elif name == "rel_pos":
         given["rel_pos"][3] = torch.nan
     else:
-        given[place][:, 1, 20] = torch.nan
+        given[name][:, 1, 20] = torch.nan
     leaves = {n: t.requires_grad_() for n, t in given.items()}
     out = adaptive_span_attention(**leaves)
     bad = {
@@ -176,16 +177,17 @@ def test_nan_shows(dtype, place):
         "v": lambda o: o[:, 2:, 7:37],
         "span": lambda o: o[:, 2],
         "rel_pos": lambda o: o,
-    }[place]
+    }[name]
     assert bad(out).isnan().all()
-    if place in ("q", "span"):
+    if name in ("q", "span"):
         assert out.isnan().sum() == bad(out).numel()
     grads = dict(zip(leaves, torch.autograd.grad(out.float().sum(), list(leaves.values())), strict=True))
-    assert all(g.isnan().any() for n, g in grads.items() if n != "v" or place != "v")  # dv is not of v
+    # dv does not depend on v
+    assert all(g.isnan().any() for n, g in grads.items() if n != "v" or name != "v")
 
 
 @pytest.mark.parametrize("span", [1e30, torch.inf])
-def test_boundless_spans_are_plain_attention(span):
+def test_huge_spans_equal_causal_attention(span):
     given = plain(make(hkv=4, m=50)) | {"span": torch.full((4,), span)}
     ours = adaptive_span_attention(**given)
     low, exact = (F.scaled_dot_product_attention(*(given[n].to(dtype) for n in "qkv"), is_causal=True)
@@ -213,7 +215,7 @@ def test_second_derivatives_and_vmap_raise():
         )
 
 
-# ------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------ invalid arguments
 
 BAD = {
     "q rank": (lambda g: g.update(q=g["q"][0]), ValueError, r"q: expected shape \[B, H, M, d\]"),

@@ -1,4 +1,4 @@
-"""AdaptiveSpanAttention: against rows by hand, in blocks, padded and packed, frozen, copied, compiled."""
+"""AdaptiveSpanAttention: a direct implementation, blocks, padding, packing, frozen spans, copies, compile."""
 
 import copy
 import io
@@ -16,8 +16,9 @@ from sukhops import reference
 from sukhops.nn import AdaptiveSpanAttention
 from sukhops.testing import assert_close, budget, distance
 
-# Two orders of the same sums: 32 products of a projection, 8 of a score with its table, scale and mask, 20
-# weights, 20 values, 32 products of the last projection. Each rounds by eps / 2 of numbers below SIZE.
+# Bound on the difference of two orders of summation: 32 products of a projection, 8 of a score plus rel_pos,
+# scale and mask, 20 weights, 20 values, 32 products of the last projection. Each rounds by eps / 2 of numbers
+# less than SIZE.
 SIZE = 4
 NEAR = 2 * (32 + (8 + 3) + 20 + 20 + 32) * SIZE * torch.finfo(torch.float64).eps / 2
 RATIOS = [0.0, 0.3125, 0.84375, 0.125]  # of 20 tokens, ramp 5: windows 5, 12, 20, 8
@@ -42,7 +43,7 @@ def data(t=45, b=2, dtype=torch.float64):
 
 
 def in_blocks(module, x, sizes, **options):
-    """The outputs of blocks that follow each other, and the last cache."""
+    """Runs consecutive blocks with a cache; returns their outputs and the last cache."""
     out, cache = [], None
     for block in x.split(sizes, 1):
         y, cache = module(block, cache, **options)
@@ -51,7 +52,7 @@ def in_blocks(module, x, sizes, **options):
 
 
 def by_hand(module, x, key_start=(0, 0)):
-    """The layer, row by row, with the mask as a logarithm in the scores."""
+    """The layer row by row, with the log of the mask added to the scores."""
     b, t, d = *x.shape[:2], 8
     q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (module.q_proj, module.k_proj, module.v_proj))
     heads = []
@@ -79,7 +80,7 @@ def by_hand(module, x, key_start=(0, 0)):
 
 
 def eager(x, **p):
-    """The layer from the reference and its parameters."""
+    """The layer, computed with the reference and the layer's parameters."""
     q, k, v = (
         F.linear(x, p[f"{n}_proj.weight"]).unflatten(-1, (-1, 8)).transpose(1, 2) for n in ("q", "k", "v")
     )
@@ -89,7 +90,7 @@ def eager(x, **p):
 
 
 def assert_within_budget(y, made, x):
-    """y, in the layer's precision, against the layer in float64."""
+    """Compares y, in the layer's precision, with the layer in float64."""
     parameters = {n: p.detach().cpu() for n, p in made.named_parameters()}
     low = eager(x.cpu(), **parameters)
     exact = eager(x.cpu().double(), **{n: p.double() for n, p in parameters.items()})
@@ -128,7 +129,7 @@ def test_options_of_the_layer():
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("kv_heads", "rel_pos"), [(4, True), (2, False), (1, True), (2, "heads")])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_by_hand(include_self, kv_heads, rel_pos, frozen):
+def test_matches_direct_implementation(include_self, kv_heads, rel_pos, frozen):
     made = layer(include_self, kv_heads, table_of_heads() if rel_pos == "heads" else rel_pos)
     made = made.freeze_spans() if frozen else made
     x = data(t=26)
@@ -150,7 +151,8 @@ def test_budget(dtype):
 
 def test_gradients():
     made = AdaptiveSpanAttention(8, 4, 10, ramp=3.0, num_kv_heads=2, dtype=torch.float64)
-    made.adaptive_span.ratio.data.copy_(torch.tensor([0.13, 0.41, 0.77, 0.22]))  # no kinks at whole tokens
+    # no integer spans, where the mask is not differentiable
+    made.adaptive_span.ratio.data.copy_(torch.tensor([0.13, 0.41, 0.77, 0.22]))
     names, parameters = zip(*made.named_parameters(), strict=True)
 
     def call(x, *parameters):
@@ -171,7 +173,7 @@ def test_blocks_equal_one_pass(include_self, frozen):
         y, cache = in_blocks(made, x, sizes)
         assert distance(y, whole) <= NEAR
         assert not any(t.requires_grad for t in cache.keys + cache.values)
-        # the next token sees itself beside what is kept; heads 0 and 1, 2 and 3 share
+        # the next token also sees itself if include_self; heads 0 and 1, and 2 and 3, share keys
         windows = [12, 20] if frozen else [20, 20]
         kept = sorted(t.shape[2] for t in cache.keys for _ in range(t.shape[1]))
         assert kept == [w - include_self for w in windows]
@@ -184,14 +186,14 @@ def test_a_cache_is_not_changed():
     first = made(x[:, 20:], cache)[0]
     made(torch.randn_like(x), cache)
     assert torch.equal(made(x[:, 20:], cache)[0], first)
-    long = made(data(t=500))[1]  # what a cache has let go is not in memory either
+    long = made(data(t=500))[1]  # keys that left the cache are not kept in memory
     assert long.keys[0].untyped_storage().nbytes() == 2 * 4 * 19 * 8 * 8
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("sizes", [[60], [20, 1, 1, 38], [2, 3, 55]])
 def test_left_padding(frozen, sizes):
-    """Each sequence as if it were alone; the cache remembers where it starts."""
+    """Each sequence gives the same as alone; the cache stores where it starts."""
     made = layer(kv_heads=2)
     if frozen:
         made.freeze_spans()
@@ -220,7 +222,7 @@ def test_packed_documents(frozen):
     alone = torch.cat([made(part)[0] for part in x.split([13, 20, 7], 1)], 1)
     assert distance(made(x, key_start=start)[0], alone) <= NEAR
     y, cache = made(x[:, :35], key_start=start[:, :35])
-    rest = made(x[:, 35:], cache)[0]  # the last document goes on
+    rest = made(x[:, 35:], cache)[0]  # the last document continues
     assert distance(torch.cat([y, rest], 1), alone) <= NEAR
 
 
@@ -239,7 +241,7 @@ def test_frozen_windows():
     cache = layer()(x)[1]
     with pytest.raises(ValueError, match=r"^cache:.*new cache"):
         made(x, cache)
-    fresh = made(x[:, :1])[1]  # the shapes of a cache are the same from the start
+    fresh = made(x[:, :1])[1]  # a cache has the same shapes from the first token on
     assert [t.shape for t in fresh.keys] == [t.shape for t in made(x)[1].keys]
 
 
@@ -275,11 +277,11 @@ def test_one_table_for_all_layers():
     assert pair[0].rel_pos.grad[:20].any(1).all()
 
 
-# ---- with the rest of torch
+# ---- torch features
 
 
-def test_no_look_at_a_value():
-    """A forward under fake tensors: anything that waited for the device would raise."""
+def test_no_device_synchronization():
+    """Runs the forward with fake tensors, which raise if a value is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for made in (layer(), layer().freeze_spans()):
@@ -344,8 +346,8 @@ def test_autocast_and_half_precision():
         assert_within_budget(out, half, x.bfloat16())
 
 
-def test_a_span_grows_where_it_is_needed():
-    """Every token is the one 15 before it, where the ramp of a span of 0 has all but ended."""
+def test_span_grows_if_the_task_needs_it():
+    """Each token equals the one 15 positions before, near the end of the ramp for span 0."""
     made = AdaptiveSpanAttention(16, 2, 64, ramp=16.0)
     embed, head = nn.Embedding(8, 16), nn.Linear(16, 8)
     step = torch.optim.Adam([*made.parameters(), *embed.parameters(), *head.parameters()], 0.01)

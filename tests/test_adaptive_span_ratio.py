@@ -1,4 +1,4 @@
-"""AdaptiveSpan: the ratio, its gradient at its bounds, its precision, its report."""
+"""AdaptiveSpan: the ratio, its gradient at the bounds, its precision, the report."""
 
 import math
 
@@ -33,17 +33,17 @@ def test_span_and_penalty():
 
 
 PASSES = [
-    (0.0, -1.0, True), (-0.3, -1.0, True), (1.0, 1.0, True), (1.2, 1.0, True),  # back inside
+    (0.0, -1.0, True), (-0.3, -1.0, True), (1.0, 1.0, True), (1.2, 1.0, True),  # toward [0, 1]
     (0.5, 1.0, True), (0.5, -1.0, True),
     (-0.3, 1.0, False), (1.2, -1.0, False),
-    (0.0, 1.0, True), (-0.005, 1.0, True),  # at a bound and a little beyond every part passes: see below
-    (-0.3, math.nan, True),  # so that a gradient scaler sees it
+    (0.0, 1.0, True), (-0.005, 1.0, True),  # at or slightly outside a bound, every gradient passes
+    (-0.3, math.nan, True),  # so that a gradient scaler detects it
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ratio", "grad", "passes"), PASSES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_leads_back_inside(ratio, grad, passes, compiled):
+def test_gradient_passes_toward_the_bounds(ratio, grad, passes, compiled):
     spans = AdaptiveSpan(1, 100)
     spans.ratio.data.fill_(ratio)
     span = (torch.compile(spans.span, fullgraph=True, backend="aot_eager") if compiled else spans.span)()
@@ -52,13 +52,13 @@ def test_gradient_leads_back_inside(ratio, grad, passes, compiled):
     assert distance(spans.ratio.grad, torch.tensor([100 * grad if passes else 0.0])) == 0
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
 @pytest.mark.parametrize("bound", [0, 1])
-def test_pressed_against_a_bound_and_back(optimiser, bound):
-    """Two parts of opposite sign, each through a span() of its own: the sum decides, nothing is called."""
+def test_ratio_stays_at_a_bound_and_returns(optimizer, bound):
+    """Two losses push in opposite directions: the sum decides; no call after optimizer.step() is needed."""
     spans = AdaptiveSpan(1, 100, init=0.5)
-    options = {"lr": 1e-5 if optimiser is torch.optim.SGD else 0.05}
-    step = optimiser(spans.parameters(), **options)
+    options = {"lr": 1e-5 if optimizer is torch.optim.SGD else 0.05}
+    step = optimizer(spans.parameters(), **options)
     outward = 1.0 if bound == 0 else -1.0
 
     def train(steps, out, back):
@@ -69,11 +69,11 @@ def test_pressed_against_a_bound_and_back(optimiser, bound):
             step.step()
 
     train(2000, 3.0, 1.0)
-    pressed = []
+    at_bound = []
     for _ in range(50):
         train(1, 3.0, 1.0)
-        pressed.append(spans.span().item())
-    assert pressed == [100.0 * bound] * 50
+        at_bound.append(spans.span().item())
+    assert at_bound == [100.0 * bound] * 50
     train(400, 1.0, 3.0)
     assert abs(spans.span().item() - 100 * bound) > 10
 
@@ -96,7 +96,7 @@ def test_half_precision_models_keep_their_ratios():
     assert AdaptiveSpan(3, 8192, dtype=torch.float16).ratio.dtype == torch.float32
 
 
-def test_nan_comes_through():
+def test_nan_propagates():
     spans = AdaptiveSpan(2, 100)
     spans.ratio.data[0] = math.nan
     assert spans.span().isnan().tolist() == [True, False]

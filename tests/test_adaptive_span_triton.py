@@ -1,22 +1,20 @@
-"""The Triton side of adaptive_span without a GPU: numbers in the interpreter, code ahead of time."""
+"""The Triton kernels of adaptive_span without a GPU: interpreted results and ahead-of-time compilation."""
 
 import pytest
 import torch
-from builds.adaptive_span import PROGRAMS, form
+from builds.adaptive_span import FORMS, form
 from gpu_build import ARCHITECTURES, SHARED_LIMIT
 from sukhops.triton_kernels import adaptive_span as kernels
 
 from sukhops.reference.adaptive_span import adaptive_span_attention as reference
 from sukhops.testing import assert_close, compare
 
-TABLES = ("FORWARD", "FEW", "ROWS", "KEYS", "GROUPED_KEYS", "REL_FORWARD", "REL_ROWS", "REL_KEYS",
-          "REL_DISTANCES")  # fmt: skip
 WIDTHS = (32, 64, 80, 96, 128, 192, 256)
 interpreter = pytest.mark.interpreter
 
 
 class Attention(torch.autograd.Function):
-    """The launchers as an op, on the CPU."""
+    """Calls the launchers on CPU tensors, with autograd."""
 
     @staticmethod
     def forward(ctx, q, k, v, span, rel_pos, key_start, query_start, *options):
@@ -53,9 +51,9 @@ def exact(q, k, v, span, **options):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles of 16, so that small shapes have many, ragged at their ends."""
-    for table in TABLES:
-        monkeypatch.setattr(kernels, table, {})  # SMALL
+    """Tiles of 16 rows and keys, so that small shapes have several tiles, the last of them partial."""
+    for table in FORMS:
+        monkeypatch.setattr(kernels, table, {})  # empty: the launchers use SMALL_TILES
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
 
 
@@ -75,10 +73,10 @@ def inputs(b=1, h=2, hkv=1, m=19, n=35, d=16, span=(0.0, 6.5), rel_pos=None, **o
 
 
 CASES = {
-    # ramp ends at whole distances (0 + 7), in a GQA group, keys before the first query, ragged tiles
+    # the ramp ends at an integer distance (0 + 7); grouped heads, keys before the first query, partial tiles
     "plain": {},
     "float16": dict(dtype=torch.float16, d=24, hkv=2, include_self=False),
-    # a span below every distance: a head whose rows are all empty; one that sees everything
+    # one head sees no key (its span is less than -ramp), the other sees every key
     "empty, full": dict(span=(-9.0, 50.0), m=20, n=20, ramp=1.0),
     "two parts of a row": dict(d=40, m=17, n=17, scale=0.4),
     "max_span": dict(max_span=5, span=(3.0, 40.0), include_self=False),
@@ -123,7 +121,7 @@ def test_launchers_match_the_reference(name, small):
 @pytest.mark.parametrize("rel_pos", [None, (150,)])
 @pytest.mark.parametrize("hkv", [1, 2])
 @pytest.mark.parametrize("d", WIDTHS)
-def test_every_width_in_its_own_tiles(d, hkv, rel_pos):
+def test_production_tiles_at_every_width(d, hkv, rel_pos):
     given = inputs(hkv=hkv, m=70, n=150, d=d, span=(3.0, 66.5), rel_pos=rel_pos)
     assert_close(launchers, exact, given, torch.float16)
 
@@ -131,7 +129,7 @@ def test_every_width_in_its_own_tiles(d, hkv, rel_pos):
 @interpreter
 @pytest.mark.parametrize("hkv, m, rel_pos", [(2, 1, None), (4, 3, None), (1, 1, (30,)), (2, 1, (4, 30)),
                                              (4, 20, (30,))])  # fmt: skip
-def test_few_queries_share_out_their_keys(hkv, m, rel_pos, small, monkeypatch):
+def test_keys_of_few_queries_are_split_among_programs(hkv, m, rel_pos, small, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 16)
     given = inputs(h=4, hkv=hkv, m=m, n=50, span=(-8.0, 0.0, 17.5, 99.0), rel_pos=rel_pos)
     with torch.no_grad():
@@ -141,7 +139,7 @@ def test_few_queries_share_out_their_keys(hkv, m, rel_pos, small, monkeypatch):
 
 
 @interpreter
-def test_any_layout_and_the_same_bits_twice(small):
+def test_strided_inputs_give_the_same_bits(small):
     given = inputs(b=2, h=2, hkv=2, m=5, n=9)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
     options = (None, None, None, 7.0, 0.25, 0, None)
@@ -151,7 +149,7 @@ def test_any_layout_and_the_same_bits_twice(small):
         torch.equal(a, b)
         for a, b in zip(plain, kernels.forward(*packed, span.float(), *options), strict=True)
     )
-    grad = torch.randn(2, 2, 5, 1).expand(q.shape)  # its last axis has stride 0
+    grad = torch.randn(2, 2, 5, 1).expand(q.shape)  # the last axis has stride 0
     need = (True, True, True, False)
     first = kernels.backward(grad, q, k, v, span.float(), *options[:3], *plain, *options[3:], *need)
     again = kernels.backward(
@@ -162,7 +160,7 @@ def test_any_layout_and_the_same_bits_twice(small):
 
 @interpreter
 @pytest.mark.parametrize("rel_pos", [None, (9,)])
-def test_nan_span_comes_through(rel_pos, small):
+def test_nan_span_gives_nan(rel_pos, small):
     given = inputs(m=6, n=6, span=(2.0, float("nan")), rel_pos=rel_pos)
     tensors = [given[n] for n in ("q", "k", "v")]
     span = given["span"].float()
@@ -175,8 +173,8 @@ def test_nan_span_comes_through(rel_pos, small):
 
 @interpreter
 @pytest.mark.parametrize("m, rel_pos", [(6, None), (6, (9,)), (1, None), (1, (9,))])
-def test_room_behind_the_queries_is_not_read(m, rel_pos, small, monkeypatch):
-    """Whatever it holds; a sequence whose queries lie outside of its keys is NaN."""
+def test_keys_after_the_queries_are_not_read(m, rel_pos, small, monkeypatch):
+    """Even if they are NaN. If query_start is out of range, the output of that sequence is NaN."""
     monkeypatch.setattr(kernels, "PROGRAMS", 16)
     start = torch.tensor([0, 11])
     given = inputs(b=2, m=m, n=40, rel_pos=rel_pos)
@@ -194,7 +192,7 @@ def test_room_behind_the_queries_is_not_read(m, rel_pos, small, monkeypatch):
 
 
 @interpreter
-def test_rows_without_weight_are_zero(small):
+def test_rows_that_see_no_key_are_zero(small):
     given = inputs(m=6, n=6, span=(-7.0, -8.0), ramp=7.0)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
     options = (None, None, None, 7.0, 0.25, 0, None)
@@ -208,7 +206,7 @@ def test_rows_without_weight_are_zero(small):
 
 
 @interpreter
-def test_nothing_is_computed_that_nobody_needs(small):
+def test_only_the_needed_gradients_are_computed(small):
     given = inputs(m=4, n=4)
     q, k, v, span = (given[n].detach() for n in ("q", "k", "v", "span"))
     options = (None, None, None, 7.0, 0.25, 0, None)
@@ -224,7 +222,7 @@ def test_nothing_is_computed_that_nobody_needs(small):
 
 
 def products(monkeypatch, run):
-    """Multiply-adds of the matrix products that `run` takes."""
+    """The number of multiply-adds in the matrix products of `run`."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     count, dot = [0], InterpreterBuilder.create_dot
@@ -240,8 +238,8 @@ def products(monkeypatch, run):
 
 
 @interpreter
-def test_work_follows_the_spans(small, monkeypatch):
-    """Each head costs its own span + ramp, for every query, whatever N and the other heads' spans."""
+def test_work_is_proportional_to_the_spans(small, monkeypatch):
+    """A head's cost per query is proportional to span + ramp, independent of N and of the other heads."""
     m, n, d, ramp, options = 32, 96, 16, 4.0, (None, None, None, 4.0, 0.25, 0, None)
 
     def cost(spans):
@@ -259,11 +257,11 @@ def test_work_follows_the_spans(small, monkeypatch):
     alone = [cost((s,)) for s in spans]
     assert cost(spans) == sum(alone)
     for s, pairs in zip(spans, alone, strict=True):
-        # 2 products forward, 3 for q, 4 for k and v; a tile of 16 adds at most two tiles of keys to a row
+        # products: 2 forward, 3 for q, 4 for k and v; with tiles of 16, a row visits at most 32 more keys
         assert 9 * (s + ramp) <= pairs <= 9 * (s + ramp + 32)
 
 
-def test_heads_too_wide_are_named():
+def test_too_wide_heads_raise():
     q = torch.empty(1, 1, 1, 288)
     with pytest.raises(NotImplementedError, match=r"q: .* 288"):
         kernels.forward(q, q, q, torch.zeros(1), None, None, None, 32.0, 1.0, 0, None)
@@ -283,14 +281,14 @@ def check_build(table, arch, dtype, d):
 @pytest.mark.full
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("table", PROGRAMS)
+@pytest.mark.parametrize("table", FORMS)
 def test_every_width_compiles_within_the_limits(table, arch, d):
     check_build(table, arch, "bfloat16", d)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("table", [t for t in PROGRAMS if not t.startswith("REL")])
-def test_other_types_compile(table, arch):
+@pytest.mark.parametrize("table", [t for t in FORMS if not t.startswith("REL")])
+def test_other_dtypes_compile(table, arch):
     for dtype in ("float32", "float64"):
         check_build(table, arch, dtype, 64)

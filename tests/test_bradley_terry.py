@@ -1,4 +1,4 @@
-"""Bradley-Terry scores: against other libraries' solvers, and the facts that hold for any battles."""
+"""Bradley-Terry scores: compared with other libraries' solvers, and properties for any battles."""
 
 import math
 
@@ -14,7 +14,7 @@ optimize = pytest.importorskip("scipy.optimize")
 
 
 def battles(problems, players, seed=0, share=1.0):
-    """Random battles in float64; a share of the pairs met."""
+    """Random battles in float64; `share` of the pairs have battles."""
     g = torch.Generator().manual_seed(seed)
     wins = torch.randint(0, 5, (problems, players, players), generator=g, dtype=torch.float64)
     met = torch.rand(problems, players, players, generator=g) < share
@@ -24,8 +24,8 @@ def battles(problems, players, seed=0, share=1.0):
 
 
 def gradient(wins, scores, ridge):
-    """Of sum wins_mn log sigmoid(e_m - e_n) - ridge / 2 |e|^2, as written."""
-    lose = torch.sigmoid(scores[..., None, :] - scores[..., :, None])  # that n beats m, for wins of m
+    """The gradient of sum wins_mn log sigmoid(e_m - e_n) - ridge / 2 |e|^2."""
+    lose = torch.sigmoid(scores[..., None, :] - scores[..., :, None])  # lose[m, n]: P(n beats m)
     return (wins * lose).sum(-1) - (wins.mT * lose.mT).sum(-1) - ridge * scores
 
 
@@ -36,7 +36,7 @@ ridges = st.sampled_from([1e-6, 1e-2, 1.0, 100.0])
 
 
 @pytest.mark.parametrize("players", [2, 3, 11])
-def test_maximum_likelihood_of_another_library(players):
+def test_maximum_likelihood_equals_choix(players):
     wins = battles(5, players) + 0.1 * (1 - torch.eye(players, dtype=torch.float64))
     ours = bradley_terry(wins, ridge=0)
     for one, scores in zip(wins, ours, strict=True):
@@ -45,7 +45,7 @@ def test_maximum_likelihood_of_another_library(players):
 
 
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
-def test_ridge_against_another_optimizer(ridge):
+def test_ridge_equals_scipy_optimize(ridge):
     (wins,) = battles(1, 7, share=0.5)
 
     def loss(e):
@@ -58,9 +58,9 @@ def test_ridge_against_another_optimizer(ridge):
 
 
 @given(problems, ridges)
-@example(battles(2, 9, 524287, 1.0), 1e-6)  # rounding over the ridge was in the mean
+@example(battles(2, 9, 524287, 1.0), 1e-6)  # a past bug: rounding divided by the ridge shifted the mean
 @settings(deadline=None, max_examples=60)
-def test_gradient_vanishes_and_the_mean_too(wins, ridge):
+def test_gradient_and_mean_are_zero(wins, ridge):
     scores = bradley_terry(wins, ridge=ridge)
     assert gradient(wins, scores, ridge).norm(dim=-1).max() < 1e-8
     assert scores.mean(-1).abs().max() < 1e-10
@@ -68,7 +68,7 @@ def test_gradient_vanishes_and_the_mean_too(wins, ridge):
 
 @given(problems, ridges, st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=60)
-def test_names_do_not_matter_and_turned_battles_negate(wins, ridge, random):
+def test_permutation_of_players_and_reversed_battles(wins, ridge, random):
     scores = bradley_terry(wins, ridge=ridge)
     order = list(range(wins.shape[-1]))
     random.shuffle(order)
@@ -76,20 +76,20 @@ def test_names_do_not_matter_and_turned_battles_negate(wins, ridge, random):
     assert (bradley_terry(wins.mT, ridge=ridge) + scores).abs().max() < 1e-9
 
 
-def test_symmetric_battles_are_all_ties():
+def test_symmetric_battles_give_zero_scores():
     wins = battles(20, 9)
     assert bradley_terry(wins + wins.mT).abs().max() < 1e-12
     assert (bradley_terry(torch.zeros(3, 4, 4)) == 0).all()
 
 
-def test_two_players_have_the_log_of_their_odds_whatever_the_number_of_battles():
+def test_two_players_differ_by_their_log_odds():
     wins = torch.tensor([[0, 3.0], [2.0, 0]], dtype=torch.float64)
     scores = bradley_terry(wins, ridge=0)
     assert abs((scores[0] - scores[1]).item() - math.log(1.5)) < 1e-12
     assert (bradley_terry(1e6 * wins, ridge=0) - scores).abs().max() < 1e-12
 
 
-def test_sets_that_never_met_are_solved_apart():
+def test_disconnected_groups_are_solved_separately():
     one, two = battles(1, 4, seed=1)[0] + 0.1, battles(1, 3, seed=2)[0] + 0.1
     both = torch.block_diag(one, two, torch.zeros(1, 1))
     both.fill_diagonal_(0)
@@ -100,7 +100,7 @@ def test_sets_that_never_met_are_solved_apart():
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2])
-def test_one_who_always_wins_gets_a_finite_score(scale, ridge):
+def test_player_who_always_wins_gets_a_finite_score(scale, ridge):
     wins = scale * torch.ones(11, 11, dtype=torch.float64).triu(1)
     scores = bradley_terry(wins, ridge=ridge)
     assert (scores.diff() < 0).all()
@@ -125,7 +125,7 @@ def test_hundreds_of_players():
 def test_standard_errors():
     level = torch.tensor([[0.0, 8.0], [8.0, 0.0]])
     _, errors = bradley_terry(level, ridge=0, return_errors=True)
-    # the difference has variance 1 / (16 * 1/4), each score is half of it
+    # the difference of the scores has variance 1 / (16 * 1/4), and each score is half of the difference
     assert torch.allclose(errors, torch.full((2,), 0.25))
     (wins,) = battles(1, 6) + 0.3
     wins.fill_diagonal_(0)
@@ -138,7 +138,7 @@ def test_standard_errors():
     _, apart = bradley_terry(both, ridge=1e-2, return_errors=True)
     _, alone = bradley_terry(wins, ridge=1e-2, return_errors=True)
     assert (apart - alone.repeat(2)).abs().max() < 1e-10
-    assert (alone < errors).all()  # the ridge is knowledge
+    assert (alone < errors).all()  # the ridge reduces the error
 
 
 def test_dtypes():
@@ -148,7 +148,7 @@ def test_dtypes():
     assert torch.equal(bradley_terry(wins.half()), bradley_terry(wins.double()).half())
 
 
-def test_bad_input_is_named():
+def test_invalid_arguments():
     good = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     for bad in (good + 1, good * -1, good * math.inf, good * math.nan, good[:1], good[0], good[:0, :0]):
         with pytest.raises(ValueError, match=r"^battles: "):
@@ -158,7 +158,7 @@ def test_bad_input_is_named():
     for ridge in (-1, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"^ridge: "):
             bradley_terry(good, ridge=ridge)
-    with pytest.raises(ValueError, match=r"^ridge: 0 needs .* 1 problems"):
+    with pytest.raises(ValueError, match=r"^ridge: expected > 0, got 0: 1 of the problems"):
         bradley_terry(torch.stack([good, good.triu()]), ridge=0)
     with pytest.raises(ValueError, match=r"^ridge: 1e-300 is too small"):
         bradley_terry(good.triu(), ridge=1e-300)

@@ -1,4 +1,4 @@
-"""Every C++ source with each compiler that is installed, and product kernels as aarch64 runs them."""
+"""Compiles every C++ source with each installed compiler, and runs the product kernels on aarch64 (qemu)."""
 
 import shutil
 import subprocess

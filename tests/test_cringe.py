@@ -1,4 +1,4 @@
-"""CRINGE: the losses on log-probs by hand, the sampling, the modules against whole logits, the facts."""
+"""CRINGE: losses on log-probs, sampling of rivals, modules compared with whole logits, properties."""
 
 import math
 
@@ -29,7 +29,7 @@ LABEL = torch.tensor([1, 0, -1, 0])
 
 
 def by_hand(hidden, weight, target, label, bias, alpha):
-    """k = 1 on whole logits, a token at a time."""
+    """The loss with k = 1, computed from whole logits token by token."""
     logits = hidden @ weight.T + bias
     total, count = 0.0, 0
     for b in range(target.shape[0]):
@@ -72,19 +72,19 @@ def test_gradcheck_through_the_head(k, detach):
     (grad,) = torch.autograd.grad(loss, given["bias"])
     assert (
         grad.sum().abs() < 1e-12
-    ) != detach  # rows of the logits' gradient sum to 0 unless one half is cut
+    ) != detach  # the gradient of a row of logits sums to 0 unless detach_positive
 
 
 def test_sampling_never_takes_the_target_and_follows_the_softmax():
     k, n = 4, 40_000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0])
-    for y in (1, 5):  # among the k + 1 best, and not
+    for y in (1, 5):  # one target among the k + 1 largest logits, one not
         values, indices = logits.topk(k + 1)
-        place = sample_rival(
+        index = sample_rival(
             values.expand(n, -1), indices.expand(n, -1), torch.full((n,), y),
             generator=torch.Generator().manual_seed(1),
         )  # fmt: skip
-        tokens = indices[place]
+        tokens = indices[index]
         pool = [i for i in indices.tolist() if i != y][:k]
         assert set(tokens.tolist()) == set(pool)
         p = F.softmax(logits[pool].double(), 0)
@@ -93,7 +93,7 @@ def test_sampling_never_takes_the_target_and_follows_the_softmax():
         assert chi2 < 16.3  # 0.999 quantile of chi-square with 3 degrees of freedom
 
 
-def test_same_generator_state_same_result_and_noise_per_row():
+def test_sampling_is_reproducible_and_independent_of_row_order():
     given = model_batch()
     loss = CringeLoss(k=5)
 
@@ -109,7 +109,7 @@ def test_same_generator_state_same_result_and_noise_per_row():
     assert torch.equal(sample_rival(values[order], indices, target[order], noise[order]), whole[order])
 
 
-def test_facts_of_the_contrast():
+def test_properties_of_the_contrast():
     gap = torch.tensor([[0.0, 3.0, -3.0]], dtype=torch.float64)
     target = torch.zeros(1, 3, dtype=torch.int64)
     zero = torch.zeros_like(gap)
@@ -127,7 +127,7 @@ def test_facts_of_the_contrast():
     assert plain.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_two_rows_of_the_weight_and_one_product_per_negative():
+def test_negative_token_costs_one_product_and_changes_two_weight_rows():
     given = {n: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t
              for n, t in model_batch(v=50).items()}  # fmt: skip
     given["target"][:] = -100
@@ -153,7 +153,7 @@ def test_small_vocabularies(v):
         assert out.loss.item() == pytest.approx(by_hand(**given, label=LABEL, alpha=1.0).item(), rel=1e-12)
 
 
-def test_nothing_said_is_zero():
+def test_all_targets_ignored_gives_zero():
     given = model_batch()
     given["target"][:] = -100
     for out in (CringeLoss(k=3)(**given, label=LABEL), PairwiseCringeLoss(k=3)(**given)):
@@ -176,7 +176,7 @@ def test_labels_per_token():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_pairwise_by_hand(detach):
+def test_pairwise_equals_the_formula_on_whole_logits(detach):
     given = model_batch()
     given["target"][3, 3:] = -100
     loss = PairwiseCringeLoss(0.6, margin=-0.5, temperature=4.0, detach_gate=detach)
@@ -209,7 +209,8 @@ def test_pairwise_products_and_packing():
              for n, t in model_batch().items()}  # fmt: skip
     rejected = given | {"target": given["target"].clone()}
     rejected["target"][: len(rejected["target"]) // 2] = -100
-    for detach, products in ((True, 1), (False, 3)):  # only an open gate asks for their softmax
+    # these rows need their softmax only for the gradient of the gate
+    for detach, products in ((True, 1), (False, 3)):
         before = torch.ops.sukhops.product_count()
         PairwiseCringeLoss(detach_gate=detach)(**rejected).loss.backward()
         assert torch.ops.sukhops.product_count() - before == products
@@ -230,7 +231,7 @@ def test_pairwise_gate_closes_and_opens():
         assert out.metrics["gate"].item() == pytest.approx(0.5 if chosen == 0 else gate, abs=1e-9)
 
 
-def test_compiles_whole():
+def test_compiles_fullgraph():
     given = model_batch()
     loss = CringeLoss()
     whole = torch.compile(lambda **g: loss(**g).loss, fullgraph=True)(**given, label=LABEL)
@@ -238,7 +239,7 @@ def test_compiles_whole():
 
 
 def eager(hidden, weight, target, bias, label):
-    """The same epilogue on whole logits, k = 1."""
+    """The same loss computed from whole logits, k = 1."""
     logp = reference.linear_logp(hidden, weight, target, bias)
     best = reference.linear_topk(hidden, weight, 2, bias)
     rival = torch.where(best.indices[..., 0] == target, best.values[..., 1], best.values[..., 0])
@@ -249,7 +250,8 @@ def eager(hidden, weight, target, bias, label):
 def test_lower_precisions(dtype):
     given = model_batch(d=32, v=300)
     given["weight"] = (0.2 * given["weight"].detach()).requires_grad_()
-    given["bias"] = torch.linspace(-9, 9, 300).flip(0).requires_grad_()  # far apart: rounding keeps the order
+    # far apart, so that rounding does not change their order
+    given["bias"] = torch.linspace(-9, 9, 300).flip(0).requires_grad_()
     assert_close(lambda **g: CringeLoss()(**g).loss, eager, given | {"label": LABEL}, dtype)
 
 
@@ -271,13 +273,13 @@ def test_lower_precisions(dtype):
         (lambda g: PairwiseCringeLoss()(**g, cu_seqlens=torch.tensor([0, 4])), "target"),
     ],
 )
-def test_bad_input_names_the_argument(make, name):
+def test_invalid_arguments(make, name):
     with pytest.raises(ValueError, match=name):
         make(model_batch())
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
-def test_no_token_is_a_loss_of_0(shape):
+def test_no_tokens_give_a_loss_of_zero(shape):
     hidden, target = torch.zeros(*shape, 3), torch.zeros(shape, dtype=torch.int64)
     assert CringeLoss()(hidden, torch.randn(5, 3), target, torch.zeros(shape[0]).long()).loss == 0
     assert PairwiseCringeLoss()(hidden, torch.randn(5, 3), target).loss == 0

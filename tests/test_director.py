@@ -1,4 +1,4 @@
-"""Director's operators against the reference, float64, and facts that need neither."""
+"""Director's operators: compared with the reference and float64, gradcheck, properties."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from sukhops.testing import assert_close, budget, distance
 
 pytestmark = pytest.mark.every_isa
 
-# rows on both sides of every layout: one, eight at a time, packed panels, several panels, library products
+# numbers of rows that select every code path: one, eight at a time, packed panels, several panels, torch.mm
 ROWS = [1, 3, 8, 13, 40, 70, 600]
 
 
 def separated(n=9, v=1003, k=5, **options):
-    """Inputs whose k most probable tokens stay in order when rounded."""
+    """Inputs where rounding does not change the order of the k most probable tokens."""
     inputs = make(n, v=v, **options)
     bias = torch.zeros(v)
     bias[torch.randperm(v)[:k]] = 30 + 10 * torch.arange(float(k))
@@ -28,7 +28,7 @@ def several(n=7, d=11, v=300, dtype=torch.float64):
     return hidden, lm, one, two
 
 
-# ------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize("n", ROWS)
@@ -58,7 +58,7 @@ def test_logp_within_budget(dtype, d, n, options):
 @pytest.mark.parametrize("shared", [False, True])
 def test_topk_within_budget(n, dtype, shared):
     inputs = separated(n, shared=shared) | {"k": 5}
-    if shared:  # a classifier that follows the LM bias keeps the order too
+    if shared:  # with a shared head, too, rounding does not change the order
         inputs["gamma"] = 0.5
     assert_close(director_topk, reference.director_topk, inputs, dtype)
     exact = {name: t.to(dtype).double() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
@@ -110,7 +110,7 @@ def test_several_attributes_gradcheck():
 @pytest.mark.parametrize(
     "frozen", [("hidden",), ("lm_weight",), ("cls_weight",), ("lm_weight", "cls_weight")]
 )
-def test_gradients_of_a_part(frozen):
+def test_frozen_inputs_leave_other_gradients_unchanged(frozen):
     whole = make(dtype=torch.float64)
     grads = torch.autograd.grad(director_logp(**whole).square().sum(), list(whole.values()))
     part = {n: t.detach().requires_grad_(n not in frozen) for n, t in whole.items()}
@@ -120,11 +120,11 @@ def test_gradients_of_a_part(frozen):
         torch.testing.assert_close(g, grads[list(whole).index(name)])
 
 
-# ------------------------------------------------------------------ facts
+# ------------------------------------------------------------------ properties
 
 
 @pytest.mark.parametrize("n", [2, 20])
-def test_gamma_zero_and_a_constant_classifier_leave_the_language_model(n):
+def test_gamma_zero_or_a_constant_classifier_gives_the_language_model(n):
     given = make(n)
     given = {k: t.detach() for k, t in given.items()}
     lm = torch.log_softmax(given["hidden"].double() @ given["lm_weight"].double().T, -1)
@@ -137,7 +137,7 @@ def test_gamma_zero_and_a_constant_classifier_leave_the_language_model(n):
         torch.testing.assert_close(logp.double(), lm, atol=1e-4, rtol=1e-5)
 
 
-def test_shift_of_the_language_model_cancels_and_of_the_classifier_does_not():
+def test_constant_lm_bias_cancels_and_constant_cls_bias_does_not():
     given = make(dtype=torch.float64)
     base = director_logp(**given)
     shifted = director_logp(**given, lm_bias=torch.full((1003,), 3.0, dtype=torch.float64))
@@ -148,7 +148,7 @@ def test_shift_of_the_language_model_cancels_and_of_the_classifier_does_not():
 
 
 @pytest.mark.parametrize("n", [2, 20])
-def test_a_vetoed_token_has_no_probability_and_the_rest_is_renormalised(n):
+def test_vetoed_token_has_probability_zero_and_the_rest_is_renormalized(n):
     given = {k: t.detach() for k, t in make(n, dtype=torch.float64).items()}
     given["cls_weight"] = torch.zeros_like(given["cls_weight"])
     for dtype in (torch.float32, torch.float64):
@@ -190,7 +190,7 @@ def test_shared_head_is_a_power_of_the_sigmoid():
     torch.testing.assert_close(logp.exp(), p / p.sum(-1, keepdim=True))
 
 
-def test_the_published_double_normalisation_is_the_same():
+def test_published_double_normalization_gives_the_same():
     given = make(dtype=torch.float64)
     lm, cls = (given["hidden"] @ given[w].T for w in ("lm_weight", "cls_weight"))
     published = torch.log_softmax(torch.log_softmax(lm, -1) + 0.5 * F.logsigmoid(cls), -1)
@@ -200,7 +200,7 @@ def test_the_published_double_normalisation_is_the_same():
 # ------------------------------------------------------------------ top k
 
 
-def test_topk_ties_take_the_lower_index_and_minus_infinity_fills_up():
+def test_topk_breaks_ties_by_lower_index_also_for_minus_infinity():
     for n in (1, 20, 600):
         bias = torch.tensor([1.0, 3.0, 3.0, -torch.inf, -torch.inf])
         zero = torch.zeros(n, 2)
@@ -210,8 +210,8 @@ def test_topk_ties_take_the_lower_index_and_minus_infinity_fills_up():
 
 
 @pytest.mark.parametrize("n", [1, 12, 40, 600])
-def test_topk_takes_the_lower_index_across_pieces_and_threads(n):
-    v, d = 5000, 256  # many pieces, every score the same
+def test_topk_breaks_ties_by_lower_index_across_blocks_and_threads(n):
+    v, d = 5000, 256  # many blocks; all scores are equal
     zero = torch.zeros(v, d)
     for _ in range(3):
         top = director_topk(torch.ones(n, d), zero, zero, 7)
@@ -219,7 +219,7 @@ def test_topk_takes_the_lower_index_across_pieces_and_threads(n):
 
 
 @pytest.mark.parametrize("k", [1, 50, 1500, 2000])
-def test_topk_of_many_is_a_sort(k):
+def test_topk_of_large_k_equals_sort(k):
     given = {name: t.detach() for name, t in make(3, v=2000, dtype=torch.float64).items()}
     values, indices = reference.director_logp(**given).sort(descending=True, stable=True)
     top = director_topk(**given, k=k)
@@ -227,12 +227,12 @@ def test_topk_of_many_is_a_sort(k):
     assert torch.equal(top.indices, indices[:, :k])
 
 
-def test_topk_has_no_gradient_and_says_so():
+def test_topk_gradient_raises():
     with pytest.raises(NotImplementedError, match="director_logp"):
         director_topk(**make(), k=3).values.sum().backward()
 
 
-def test_topk_never_holds_the_vocabulary():
+def test_topk_allocates_less_than_one_row_of_scores_per_row():
     from torch.profiler import ProfilerActivity, profile
 
     given = {name: t.detach() for name, t in make(8, 64, 20_000).items()}

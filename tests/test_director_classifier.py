@@ -1,8 +1,8 @@
-"""What Director's training asks of the classifier: one logit per row, and the norm of the others."""
+"""The classifier's part of Director's training: one logit per row, and the norm of the others."""
 
 import pytest
 import torch
-from director_inputs import LOW, labelled
+from director_inputs import LOW, labeled
 from torch.autograd import gradcheck
 
 from sukhops.ops.director import classifier_logit, classifier_norm
@@ -15,25 +15,25 @@ pytestmark = pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("bias", [False, True])
 def test_classifier_logit_within_budget(dtype, bias):
-    assert_close(classifier_logit, plain.classifier_logit, labelled(bias=bias), dtype)
+    assert_close(classifier_logit, plain.classifier_logit, labeled(bias=bias), dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("options", [{}, {"affine": torch.tensor([0.8, 0.3]).requires_grad_()}])
 @pytest.mark.parametrize("n", [37, 3000])
 def test_classifier_norm_within_budget(dtype, options, n):
-    inputs = labelled(n, v=5003 if n == 37 else 503, bias=True) | options
+    inputs = labeled(n, v=5003 if n == 37 else 503, bias=True) | options
     assert_close(classifier_norm, plain.classifier_norm, inputs, dtype)
 
 
 @pytest.mark.parametrize("op", [classifier_logit, classifier_norm])
 @pytest.mark.parametrize("shared", [False, True])
 def test_classifier_gradcheck(op, shared):
-    given = labelled(7, 3, 9, torch.float64, bias=True)
+    given = labeled(7, 3, 9, torch.float64, bias=True)
     target, label = given.pop("target"), given.pop("label")
     if shared:
         if op is classifier_logit:
-            pytest.skip("its shift and scale are applied outside")
+            pytest.skip("classifier_logit has no affine: the loss applies it")
         given["affine"] = torch.tensor([0.8, 0.3], dtype=torch.float64).requires_grad_()
 
     def f(*tensors):
@@ -42,15 +42,15 @@ def test_classifier_gradcheck(op, shared):
     assert gradcheck(f, tuple(given.values()))
 
 
-def test_only_emitted_tokens_of_classifier_rows_get_a_gradient():
-    given = labelled()
+def test_only_targets_of_classifier_rows_get_a_gradient():
+    given = labeled()
     (grad,) = torch.autograd.grad(classifier_logit(**given).sum(), given["weight"])
     used = given["target"][(given["target"] >= 0) & (given["label"] >= 0)].unique()
     assert torch.equal(grad.abs().sum(1).nonzero().squeeze(1), used)
 
 
-def test_norm_is_zero_without_an_opinion_and_at_most_a_quarter():
-    given = labelled()
+def test_norm_is_zero_for_zero_logits_and_at_most_a_quarter():
+    given = labeled()
     given["weight"] = torch.zeros(503, 19).requires_grad_()
     norm = classifier_norm(**given)
     assert not norm.any()
@@ -62,8 +62,8 @@ def test_norm_is_zero_without_an_opinion_and_at_most_a_quarter():
 
 
 @pytest.mark.parametrize("op", [classifier_logit, classifier_norm])
-def test_bad_targets_and_labels(op):
-    given = labelled()
+def test_invalid_targets_and_labels(op):
+    given = labeled()
     for name, value, message in (
         ("label", 2, "label: expected 1, 0 or -1, got 2"),
         ("label", -100, "label"),

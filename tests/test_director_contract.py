@@ -1,8 +1,8 @@
-"""Director's operators as citizens: opcheck, compile, repeatability, shapes, autocast, NaN, bad input."""
+"""Director's operators: opcheck, compile, determinism, shapes, autocast, NaN, invalid arguments."""
 
 import pytest
 import torch
-from director_inputs import LOW, labelled, make
+from director_inputs import LOW, labeled, make
 
 from sukhops import director_logp, director_topk, linear_logp
 from sukhops.ops.director import classifier_logit, classifier_norm
@@ -30,14 +30,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.sukhops.director.default, shared)
     plain_arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in shared]
     torch.library.opcheck(torch.ops.sukhops.director_topk.default, (*plain_arguments, 2))
-    rows = labelled(7, 4, 9, bias=True)
+    rows = labeled(7, 4, 9, bias=True)
     torch.library.opcheck(torch.ops.sukhops.director_dot.default, tuple(rows.values()))
     torch.library.opcheck(torch.ops.sukhops.director_norm.default, (*rows.values(), affine))
 
 
 def test_compiled_equals_eager():
     given = make(bias=True, gamma=True)
-    rows = labelled(bias=True)
+    rows = labeled(bias=True)
 
     def f(given, rows):
         top = director_topk(**given, k=3)
@@ -68,7 +68,7 @@ def test_bitwise_repeatable_with_any_number_of_threads(dtype, n):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
-    if n < 600:  # the library's products may differ
+    if n < 600:  # torch.mm may depend on the number of threads
         assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
@@ -80,7 +80,7 @@ def test_retained_graph_gives_the_same_gradients_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_shapes_strides_and_emptiness():
+def test_shapes_strides_and_empty_inputs():
     hidden, lm, cls = (t.detach() for t in make(12).values())
     base = director_logp(hidden, lm, cls)
     batched = director_logp(hidden.reshape(3, 4, 19), lm, cls, gamma=torch.ones(3, 1))
@@ -106,12 +106,12 @@ def test_autocast_casts_the_heads():
 
 @pytest.mark.parametrize("n", [3, 40, 600])
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
-@pytest.mark.parametrize("place", ["hidden", "cls_weight", "lm_weight"])
-def test_nan_shows(n, dtype, place):
-    given = {name: t.detach().to(dtype) for name, t in make(n).items()}
-    given[place][1, 0] = torch.nan
+@pytest.mark.parametrize("name", ["hidden", "cls_weight", "lm_weight"])
+def test_nan_propagates(n, dtype, name):
+    given = {key: t.detach().to(dtype) for key, t in make(n).items()}
+    given[name][1, 0] = torch.nan
     logp, top = director_logp(**given), director_topk(**given, k=3)
-    if place == "hidden":
+    if name == "hidden":
         assert logp[1].isnan().all() and top.values[1].isnan().all()
         others = torch.arange(n) != 1
         assert logp[others].isfinite().all() and top.values[others].isfinite().all()
@@ -119,7 +119,7 @@ def test_nan_shows(n, dtype, place):
         assert logp.isnan().all() and top.values.isnan().all()
 
 
-# ------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------ invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_bad_k(k):
         director_topk(**make(), k=k)
 
 
-def test_vmap_and_second_derivatives_say_no():
+def test_vmap_and_second_derivatives_raise():
     given = make(dtype=torch.float64)
     (grad,) = torch.autograd.grad(director_logp(**given).square().sum(), given["hidden"], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
@@ -172,8 +172,8 @@ def test_vmap_and_second_derivatives_say_no():
         )
 
 
-def test_without_width_every_entry_is_as_likely():
-    """Hidden states and weights of width 0: products are 0, and gradients have no entries."""
+def test_width_zero_gives_uniform_probabilities():
+    """If D = 0, all products are 0 and the gradients are empty."""
     hidden, lm, cls = (torch.zeros(n, 0, requires_grad=True) for n in (40, 70, 70))
     logp = director_logp(hidden, lm, cls)
     torch.testing.assert_close(logp, torch.full((40, 70), 1 / 70).log())
@@ -184,8 +184,8 @@ def test_without_width_every_entry_is_as_likely():
     assert [g.shape for g in torch.autograd.grad(logp.sum(), (hidden, lm))] == [(40, 0), (70, 0)]
 
 
-def test_no_rows_and_a_gamma_that_learns():
-    """Two classifiers share a gamma, whose gradient has a place for each."""
+def test_no_rows_and_learned_gamma():
+    """Two classifiers share one gamma, whose gradient is the sum of theirs."""
     gamma = torch.tensor(1.0, requires_grad=True)
     weights = [torch.randn(5, 3), torch.randn(5, 3)]
     logp = director_logp(torch.zeros(0, 3), torch.randn(5, 3), weights, gamma=gamma)

@@ -1,4 +1,4 @@
-"""DirectorHead: a drop-in lm_head, alone and inside Hugging Face generate."""
+"""DirectorHead as a replacement of lm_head, alone and in Hugging Face generate."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_from_linear_keeps_the_parameters():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_from_linear_draws_the_classifier_alone(shared):
+def test_from_linear_initializes_only_the_classifier(shared):
     linear = nn.Linear(16, 50)
     torch.manual_seed(7)
     head = DirectorHead.from_linear(linear, shared=shared)
@@ -77,7 +77,7 @@ def test_reset_classifier_keeps_the_language_model(shared):
     assert not (head.weight == 7).any() and not head.bias.any()
 
 
-def test_a_tensor_gamma_is_a_buffer():
+def test_tensor_gamma_is_a_buffer():
     head, hidden = DirectorHead(16, 50), torch.randn(2, 3, 16)
     names = set(head.state_dict())
     assert names == {"weight", "cls_weight", "cls_bias"}
@@ -112,7 +112,7 @@ def test_a_tensor_gamma_is_a_buffer():
         (torch.tensor([1]), TypeError, r"floating dtype, got torch\.int64"),
     ],
 )
-def test_a_wrong_gamma_raises_when_it_is_set(gamma, error, match):
+def test_invalid_gamma_raises_when_it_is_set(gamma, error, match):
     with pytest.raises(error, match=f"gamma: .*{match}"):
         DirectorHead(4, 6, gamma=gamma)
     for kept in (0.5, torch.tensor([0.5])):
@@ -123,7 +123,7 @@ def test_a_wrong_gamma_raises_when_it_is_set(gamma, error, match):
 
 
 def test_trains_with_the_loss():
-    """Every parameter of the head, also its biases."""
+    """DirectorLoss trains every parameter of the head, including its biases."""
     head = DirectorHead(8, 20, bias=True)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     optimizer = torch.optim.Adam(head.parameters(), 0.1)
@@ -143,7 +143,7 @@ def test_trains_with_the_loss():
 @pytest.fixture
 def model():
     transformers = pytest.importorskip("transformers")
-    torch.use_deterministic_algorithms(False)  # the model's own operators
+    torch.use_deterministic_algorithms(False)  # the model uses operators without a deterministic kernel
     config = transformers.GPT2Config(
         vocab_size=60,
         n_embd=16,
@@ -179,7 +179,7 @@ def test_generate(model, options):
     plain = generate()
     head = DirectorHead.from_linear(model.lm_head, gamma=0.0)
     model.lm_head = head
-    assert torch.equal(generate().sequences, plain.sequences)  # gamma = 0 is the model itself
+    assert torch.equal(generate().sequences, plain.sequences)  # gamma = 0 gives the original model
     banned = plain.sequences[:, 3:].unique()
     with torch.no_grad():
         head.cls_bias[banned] = -1e4

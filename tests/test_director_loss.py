@@ -1,4 +1,4 @@
-"""DirectorLoss against an oracle with loops over tokens, and what it must and must not touch."""
+"""DirectorLoss: compared with an oracle that loops over tokens; gradients, metrics, invalid arguments."""
 
 import math
 from itertools import product
@@ -49,7 +49,7 @@ def oracle(
     reduction="mean",
     train_lm_on_positive=False,
 ):
-    """SPEC's formulas token by token, with eager logits of both heads."""
+    """The formulas token by token, from eager logits of both heads."""
     b, t = target.shape
     label = label if label.dim() == 2 else label[:, None].expand(b, t)
     u = hidden @ lm_weight.T + lm_bias
@@ -138,7 +138,7 @@ def test_labels_per_token_and_packed_rows():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum_of_means"])
 @pytest.mark.parametrize("label, ignored", [([1, 0], False), ([-1, -1], False), ([1, -1], True)])
-def test_one_kind_only_and_no_tokens_are_finite(reduction, label, ignored):
+def test_one_kind_of_rows_or_no_tokens_are_finite(reduction, label, ignored):
     given = batch(b=2) | {"label": torch.tensor(label)}
     if ignored:
         given["target"] = torch.full((2, 6), -100)
@@ -155,7 +155,7 @@ def test_one_kind_only_and_no_tokens_are_finite(reduction, label, ignored):
         assert out.loss == 0
 
 
-def test_an_empty_sequence_beside_others():
+def test_one_sequence_without_targets():
     given = batch()
     given["target"][1] = -100
     options = {"reduction": "sum_of_means"}
@@ -208,14 +208,14 @@ def test_sparse_gradient_of_the_classifier():
     assert set(grad.abs().sum(1).nonzero().flatten().tolist()) == set(used[used >= 0].tolist())
 
 
-def test_work_that_nobody_asked_for_is_not_done():
+def test_number_of_products():
     given = batch()
     count = torch.ops.sukhops.product_count
     before = count()
     loss = DirectorLoss()(**given).loss
-    assert count() - before == 1  # the language model's rows
+    assert count() - before == 1  # logits of the language-model rows
     loss.backward()
-    assert count() - before == 3  # its logits are kept
+    assert count() - before == 3  # two gradients; the logits were kept
 
 
 def test_compiled_equals_eager():
@@ -242,7 +242,7 @@ def test_compiled_equals_eager():
         ({"reduction": "sum"}, "reduction: expected one of"),
     ],
 )
-def test_bad_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         DirectorLoss(**options)
 
@@ -261,12 +261,12 @@ def test_bad_options(options, message):
         ({"target": torch.zeros(5, 5).long()}, ValueError, "target: expected shape"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_invalid_arguments(change, error, message):
     with pytest.raises(error, match=message):
         DirectorLoss()(**(batch() | change))
 
 
-def test_contradictions_of_the_functional_twin():
+def test_invalid_options_of_director_loss():
     logp, label = torch.zeros(3), torch.tensor([1, 0, -1])
     for options, message in (
         ({"norm_weight": 1.0}, "norm"),

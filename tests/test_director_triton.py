@@ -1,4 +1,4 @@
-"""The Triton side of Director without a GPU: numbers in the interpreter."""
+"""The Triton kernels of Director in the interpreter, compared with the CPU operators."""
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ def check(ours, cpu, exact):
 @pytest.mark.parametrize("n, attributes, bias", [(3, 1, False), (70, 1, True), (5, 2, True), (4, 0, True)])
 def test_decoding_matches_the_cpu(dtype, n, attributes, bias, monkeypatch):
     monkeypatch.setattr(kernels, "SPLITS", 3)
-    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
-    monkeypatch.setattr(kernels, "MANY", (32, 32, 16, 4, 3))
+    monkeypatch.setattr(kernels, "FEW_ROWS", (16, 16, 16, 4, 3))
+    monkeypatch.setattr(kernels, "MANY_ROWS", (32, 32, 16, 4, 3))
     given = arguments(n, dtype, attributes, bias)
     check(kernels.logp(*given), ops.director(*given), ops.director(*double(given)))
     if n > 10:
@@ -65,7 +65,7 @@ def test_decoding_matches_the_cpu(dtype, n, attributes, bias, monkeypatch):
 @pytest.mark.interpreter
 def test_topk_ties_take_the_lower_index(monkeypatch):
     monkeypatch.setattr(kernels, "SPLITS", 3)
-    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
+    monkeypatch.setattr(kernels, "FEW_ROWS", (16, 16, 16, 4, 3))
     given = [
         torch.zeros(2, 4),
         torch.zeros(90, 4),
@@ -80,9 +80,9 @@ def test_topk_ties_take_the_lower_index(monkeypatch):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("offset", [-1e4, 1e6])
-def test_an_offset_of_all_scores_leaves_log_probs_alone(offset, monkeypatch):
+def test_offset_of_all_scores_does_not_change_log_probs(offset, monkeypatch):
     monkeypatch.setattr(kernels, "SPLITS", 3)
-    monkeypatch.setattr(kernels, "FEW", (16, 16, 16, 4, 3))
+    monkeypatch.setattr(kernels, "FEW_ROWS", (16, 16, 16, 4, 3))
     hidden, lm = torch.tensor([[1.0, offset]]), torch.stack([torch.arange(90.0) % 5, torch.ones(90)], 1)
     given = [hidden, lm, [torch.zeros(90, 2)], torch.ones(1, 1), None, [torch.empty(0)], None]
     exact = (hidden @ lm.T).double().log_softmax(1)
@@ -91,7 +91,7 @@ def test_an_offset_of_all_scores_leaves_log_probs_alone(offset, monkeypatch):
 
 
 @pytest.mark.interpreter
-def test_bad_rows_are_nan():
+def test_invalid_rows_are_nan():
     given = arguments(3, torch.float32, 1, False)
     given[3] = torch.tensor([[1.0, -1.0, float("nan")]])
     logp, top = kernels.logp(*given)[0], kernels.topk(*given, 2)
@@ -114,7 +114,7 @@ def test_backward_matches_the_cpu(dtype, attributes, bias, monkeypatch):
     given = arguments(6, dtype, attributes, bias)
     logp, grad = ops.director(*double(given))[0], torch.randn(6, 203)
     if bias and attributes:
-        grad[:, 5] = 0.0  # the token that its bias rules out
+        grad[:, 5] = 0.0  # the token whose classifier bias is -inf
     need = (True, True, True, True)
     for elsewhere in (None, torch.randn(6)):
         ours = kernels.backward(grad, elsewhere, logp.float(), *given, *need)

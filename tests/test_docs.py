@@ -1,4 +1,4 @@
-"""The documents: paths, links and names exist, tables are made from the results, code runs."""
+"""The documents: paths, links and names exist, tables match the results, code blocks run."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ import torch
 import sukhops
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+DOCUMENTS = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
 CODE = {name: re.findall(r"```python\n(.*?)```", p.read_text(), re.S) for name, p in DOCUMENTS.items()}
 
 
@@ -45,7 +45,7 @@ def _exists(parts: list[str]) -> bool:
     value = sukhops
     for i, part in enumerate(parts, 1):
         if isinstance(value, ModuleType) and not hasattr(value, part):
-            try:  # integrations are imported by name alone
+            try:  # integrations must be imported explicitly
                 importlib.import_module(".".join(["sukhops", *parts[:i]]))
             except ModuleNotFoundError:
                 return False
@@ -55,7 +55,7 @@ def _exists(parts: list[str]) -> bool:
     return True
 
 
-def test_tables_are_made_from_the_results(monkeypatch):
+def test_tables_are_up_to_date(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
     with pytest.raises(SystemExit) as end:
         report.main()
@@ -63,7 +63,7 @@ def test_tables_are_made_from_the_results(monkeypatch):
 
 
 @pytest.mark.parametrize("headline", report.HEADLINES, ids=lambda h: f"{h.name}-{h.case}")
-def test_headlines_name_measured_cases_and_their_ignored_rows(headline):
+def test_headlines_match_benchmark_cases(headline):
     cases = importlib.import_module(f"bench_{headline.name}").cases()
     found = [c for c in cases if c.name == headline.case and headline.mode in c.modes]
     assert found and f"| {headline.title} |" in report.headline()
@@ -74,13 +74,13 @@ def test_headlines_name_measured_cases_and_their_ignored_rows(headline):
         assert (case.products is None) == (headline.floor == "not measured")
 
 
-ON_RANKS = "docs/parallel.md"  # its first block and one of the others are a program
+ON_RANKS = "docs/parallel.md"  # its first code block, followed by any of the others, is a program
 
 
 @pytest.mark.parametrize("program", CODE[ON_RANKS][1:], ids=lambda p: p.splitlines()[0].split()[-1])
 def test_programs_of_several_processes_run(program, tmp_path):
     command, file = re.fullmatch(r"# (torchrun .*) (\w+\.py)", program.splitlines()[0]).groups()
-    # gloo's threads may abort the process while Python itself ends (DeviceMesh keeps the group for good)
+    # gloo's threads may abort the process at interpreter exit (DeviceMesh keeps the process group alive)
     end = "import os, sys; sys.stdout.flush(); os._exit(0)"
     (tmp_path / file).write_text(CODE[ON_RANKS][0] + program + end)
     options = command.split()[1:]

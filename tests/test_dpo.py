@@ -1,4 +1,4 @@
-"""dpo_loss on log-probs against the published formulas and derivatives in plain Python."""
+"""dpo_loss on log-probs, compared with published formulas and derivatives in plain Python."""
 
 import math
 from itertools import pairwise
@@ -45,7 +45,7 @@ def cdpo(u):
     return -(1 - E) * log_s(u) - E * log_s(-u)
 
 
-# per pair, of log-ratios a and b and lengths n and m: loss, its derivative by a, its derivative by b
+# functions of log-ratios a and b and lengths n and m of a pair: loss, d loss / da, d loss / db
 H = 1 / (2 * BETA)
 TABLE = {
     "sigmoid": (lambda a, b, n, m: -log_s(BETA * (a - b)),
@@ -114,7 +114,7 @@ def ratios(logp, target, ref):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_value_and_derivatives_are_the_published_ones(name):
+def test_values_and_derivatives_match_the_formulas(name):
     logp, target, ref = batch()
     kind = "sigmoid" if name == "cdpo" else name
     out = losses.dpo_loss(
@@ -130,7 +130,7 @@ def test_value_and_derivatives_are_the_published_ones(name):
 
 
 def by_hand(name, logp, target, **options):
-    """Losses without a reference, and those that sort, from sums of each sequence."""
+    """Losses without a reference model, computed from the sum of each sequence."""
     sums = logp.masked_fill(target == -100, 0).sum(1)
     n = (target != -100).sum(1)
     half = len(sums) // 2
@@ -176,7 +176,7 @@ def test_aot_sorts_differences_of_policy_and_reference():
         )
     one = [x[[0, 3]] for x in (logp, target, ref)]
     aot, plain = (losses.dpo_loss(*one, loss_type=t, label_smoothing=E).loss for t in ("aot", "sigmoid"))
-    torch.testing.assert_close(aot, plain)  # a single pair has nothing to sort
+    torch.testing.assert_close(aot, plain)  # for a single pair, aot equals sigmoid
 
 
 EQUAL = {
@@ -197,7 +197,7 @@ def test_policy_equal_to_reference(name):
 
 
 def at(u, name, dtype=torch.float64, **options):
-    """The loss of one pair of single tokens whose margin is u, and its derivative by u."""
+    """The loss of one pair of single tokens with margin u, and its derivative with respect to u."""
     logp = torch.tensor([[u], [0.0]], dtype=dtype).requires_grad_()
     out = losses.dpo_loss(
         logp,
@@ -219,13 +219,13 @@ def test_robust_is_unbiased_and_cdpo_swaps(u):
     assert at(u, "sigmoid", label_smoothing=E)[0] == pytest.approx(swapped, rel=1e-12)
 
 
-def test_slopes_at_corners_do_not_depend_on_the_version_of_torch():
+def test_gradients_at_kinks_do_not_depend_on_the_torch_version():
     assert at(1.0, "hinge") == (0.0, 0.0)
     x = torch.tensor([79.0, EXPONENT_LIMIT, 81.0, math.nan], requires_grad=True)
     y = at_most(x, EXPONENT_LIMIT)
     assert torch.equal(y[:3].detach(), torch.tensor([79.0, 80.0, 80.0])) and y[3].isnan()
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    # the score of the chosen one is at the limit, where its slope counts still
+    # the score of the chosen sequence is exactly at the limit, where the gradient still passes
     value, slope = at(-EXPONENT_LIMIT, "sigmoid", f_divergence="forward_kl")
     assert value == pytest.approx(math.exp(80)) and slope == pytest.approx(-math.exp(80))
 
@@ -248,7 +248,7 @@ def test_large_margins_stay_finite_in_float32(name, u):
         assert value == 100.0 and slope == -1.0
 
 
-def test_a_constant_on_the_references_of_a_pair_cancels():
+def test_constant_added_to_both_references_of_a_pair_cancels():
     logp, target, ref = batch()
     base = ref.sum(1)
     shifted = base + torch.tensor([1.5, -2.0, 0.3]).double().repeat(2)
@@ -275,8 +275,8 @@ def test_length_terms():
     def weighted(row, shorter):
         kept = (target[row] != -100).nonzero().flatten().tolist()
         return sum(
-            (logp[row, i] - ref[row, i]).item() * (1 if place < shorter else 0.25)
-            for place, i in enumerate(kept)
+            (logp[row, i] - ref[row, i]).item() * (1 if position < shorter else 0.25)
+            for position, i in enumerate(kept)
         )
 
     expected = 0.0
@@ -333,7 +333,7 @@ def test_metrics_match_a_loop():
     assert not any(v.requires_grad for v in metrics.values())
 
 
-def test_sequences_of_every_length_packed():
+def test_packed_sequences_of_different_lengths():
     lengths = [0, 3, 1, 0, 5, 2]
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
     logp = torch.randn(11, dtype=torch.float64)
@@ -344,7 +344,7 @@ def test_sequences_of_every_length_packed():
     assert out.loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_weighting_of_the_functional_form_needs_its_squares():
+def test_use_weighting_requires_log_sum_squares():
     logp, target, ref = batch()
     with pytest.raises(ValueError, match=r"^log_sum_squares"):
         losses.dpo_loss(logp, target, ref, use_weighting=True)

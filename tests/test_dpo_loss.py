@@ -1,4 +1,4 @@
-"""DPOLoss: the family through the fused head, packed and padded, its references, options and bad input."""
+"""DPOLoss: all loss types on the fused head, packed and padded, references, options, invalid arguments."""
 
 import math
 
@@ -12,9 +12,9 @@ from sukhops.losses._preference import LOSSES
 from sukhops.nn import DPOLoss
 from sukhops.testing import assert_close
 
-E = 0.1  # label smoothing of the types that need some
+E = 0.1  # label smoothing of the loss types that require it
 
-NEAR = 256 * torch.finfo(torch.float32).eps  # of a peer: float32 products and sums in another order
+NEAR = 256 * torch.finfo(torch.float32).eps  # tolerance to a peer, which sums in float32 in another order
 
 
 def model_batch(b=2, t=6, d=8, v=40, dtype=torch.float64):
@@ -33,7 +33,7 @@ def model_batch(b=2, t=6, d=8, v=40, dtype=torch.float64):
 
 
 def eager(loss_type="sigmoid", **options):
-    """The same epilogue on log-probs from whole logits."""
+    """The same loss on log-probs computed from whole logits."""
 
     def f(hidden, weight, target, bias, ref_hidden=None, ref_weight=None, ref_bias=None):
         logp = sukhops.reference.linear_logp(hidden, weight, target, bias)
@@ -68,11 +68,11 @@ def test_gradcheck_through_the_head(name):
 def test_within_budget(name, dtype):
     given, options = given_for(name, b=12)
     fused = DPOLoss(0.4, name, **options)
-    assert_close(of_each_pair(lambda **g: fused(**g).loss), of_each_pair(eager(name, beta=0.4)), given, dtype)
+    assert_close(per_pair(lambda **g: fused(**g).loss), per_pair(eager(name, beta=0.4)), given, dtype)
 
 
-def of_each_pair(loss):
-    """The losses of single pairs: one number is at times right by chance, and its budget then too small."""
+def per_pair(loss):
+    """Losses per pair: with one number, the reference may be exact by chance and the budget too small."""
 
     def f(**given):
         rows = {n: t for n, t in given.items() if n in ("hidden", "target", "ref_hidden")}
@@ -85,10 +85,10 @@ def of_each_pair(loss):
 
 
 def packed(given):
-    """The batch without its padding, in one row, with its cu_seqlens."""
+    """The batch in packed form, without padding and with cu_seqlens."""
     rows, t = given["target"].shape
     keep = torch.ones(rows, t, dtype=torch.bool)
-    keep[0, 4:] = False  # padding that packing leaves out
+    keep[0, 4:] = False  # padding
     flat = {n: x[keep] if n in ("hidden", "target", "ref_hidden") else x for n, x in given.items()}
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
     return flat | {"cu_seqlens": ends}
@@ -119,7 +119,7 @@ def test_packed_equals_padded(options):
     )
 
 
-def test_weighting_is_the_policys_own_likelihood():
+def test_weights_are_the_likelihoods_of_the_policy():
     given = model_batch()
     logits = given["hidden"] @ given["weight"].T + given["bias"]
     p = logits.softmax(-1)
@@ -158,14 +158,14 @@ def test_forms_of_the_reference_agree_and_get_no_gradient():
     assert all(t.grad is None for t in ref.values())
 
 
-def test_reference_free_is_a_reference_of_zero():
+def test_reference_free_equals_reference_log_probs_of_zero():
     given = {n: t for n, t in model_batch().items() if not n.startswith("ref_")}
     free, zero = DPOLoss(reference_free=True)(**given), DPOLoss()(**given, ref_logp=torch.zeros(4))
     torch.testing.assert_close(free, zero)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_said(name):
+def test_ignored_targets_and_empty_batches(name):
     given, options = given_for(name)
     leaves = [given[n] for n in ("hidden", "weight", "bias")]
     loss = DPOLoss(0.4, name, **options)
@@ -186,7 +186,7 @@ def test_nothing_said(name):
 
 @pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.5, "use_weighting": True}, {"loss_type": "aot"}])
 @pytest.mark.parametrize("pack", [False, True])
-def test_compiles_and_repeats(options, pack):
+def test_compiles_and_is_deterministic(options, pack):
     given = model_batch(dtype=torch.float32)
     given = packed(given) if pack else given
     loss = DPOLoss(**options)
@@ -233,7 +233,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize("options, message", BAD_OPTIONS)
-def test_options_that_do_not_fit_raise(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         DPOLoss(**options)
 
@@ -259,7 +259,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("change, options, error, message", BAD_INPUT)
-def test_bad_input_raises_and_names_the_argument(change, options, error, message):
+def test_invalid_arguments(change, options, error, message):
     given = change(model_batch())
     with pytest.raises(error, match=f"^{message}"):
         DPOLoss(**options)(**given)

@@ -1,4 +1,4 @@
-"""dpo_loss against TRL's trainer, whose step runs here on given log-probs: where they agree and where not."""
+"""dpo_loss compared with the step of TRL's DPOTrainer on the same log-probs, and known differences."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sukhops import losses
 
 B, T, BETA, SMOOTHING = 4, 7, 0.3, 0.1
-NEAR = 64 * torch.finfo(torch.float32).eps  # sums of a dozen float32 terms in two orders
+NEAR = 64 * torch.finfo(torch.float32).eps  # float32 sums of a dozen terms in two orders
 KINDS = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -18,17 +18,17 @@ KINDS = (
 
 
 def batch():
-    """Log-probs of policy and reference per token, 0 where target is -100, and the target."""
+    """Log-probs per token of policy and reference, 0 where the target is -100, and the target."""
     target = torch.zeros(2 * B, T, dtype=torch.int64)
     lengths = torch.tensor([3, 5, 2, 5, 4, 1, 5, 3])
-    place = torch.arange(T) - 2
-    target = target.masked_fill((place < 0) | (place >= lengths.unsqueeze(1)), -100)
+    position = torch.arange(T) - 2
+    target = target.masked_fill((position < 0) | (position >= lengths.unsqueeze(1)), -100)
     logp, ref = (-torch.rand(2 * B, T).masked_fill(target == -100, 0.0) for _ in range(2))
     return logp.requires_grad_(), ref, target
 
 
 def trl(logp, ref, target, kinds, squares=None, **options):
-    """The loss and the logged numbers of DPOTrainer's step."""
+    """The loss and the logged metrics of DPOTrainer's step."""
     trainer = pytest.importorskip("trl").DPOTrainer
     counted = F.pad(target != -100, (1, 0)).long()
     zero = torch.zeros_like(logp)
@@ -70,7 +70,7 @@ def ours(logp, ref, target, kind, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type_agrees(kind):
+def test_every_loss_type_agrees(kind):
     logp, ref, target = batch()
     theirs, _ = trl(logp, ref, target, [kind])
     agree(ours(logp, ref, target, kind).loss, theirs, logp)
@@ -111,7 +111,7 @@ def test_metrics_agree():
         assert found[mine].item() == pytest.approx(theirs[peer], rel=NEAR), mine
 
 
-def test_label_smoothing_makes_cdpo_where_trl_drops_it():
+def test_label_smoothing_gives_cdpo_and_trl_ignores_it():
     logp, ref, target = batch()
     chosen, rejected = (logp - ref).sum(1).chunk(2)
     u = BETA * (chosen - rejected)
@@ -123,7 +123,7 @@ def test_label_smoothing_makes_cdpo_where_trl_drops_it():
 
 
 def test_discopop_is_finite_where_trl_is_nan():
-    """At u = -100 the blend of both parts is 100, that of their factors is inf * 0."""
+    """At u = -100 the loss is 100; TRL multiplies inf by 0."""
     target = torch.zeros(2, 1, dtype=torch.int64)
     ref = torch.zeros(2, 1)
     logp = torch.tensor([[-100 / BETA], [0.0]])

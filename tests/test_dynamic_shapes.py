@@ -1,4 +1,4 @@
-"""Every operator and loss compiled once for all lengths, and exported with dynamic shapes."""
+"""Every operator and loss compiles once for all lengths and can be exported with dynamic shapes."""
 
 from collections.abc import Callable
 
@@ -48,7 +48,7 @@ def with_steps(t: int) -> tuple[Tensor, ...]:
     return *with_reference(t), (torch.arange(t) % 2).expand(B, t)
 
 
-# a call of tensors, and tensors of a length
+# a function of tensors, and a function that makes its inputs for a length
 CASES: dict[str, tuple[Callable, Callable]] = {
     "linear_logp": (lambda h, y: sukhops.linear_logp(h, WEIGHT, y), rows),
     "linear_topk": (lambda h: sukhops.linear_topk(h, WEIGHT, 3).values, lambda t: (hidden(t),)),

@@ -1,4 +1,4 @@
-"""The same few hundred random calls every time, and that the fuzzer finds an error; `make fuzz` goes on."""
+"""Runs the fuzzer (`make fuzz`) with a fixed seed, and checks that it finds errors."""
 
 import fuzz
 import pytest
@@ -8,19 +8,19 @@ import sukhops
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_cases_of_one_seed(name):
+def test_cases_of_a_fixed_seed(name):
     assert fuzz.run(name, seed=0, cases=25) >= 25
 
 
 def broken(function, error):
-    """The function with an error in the first entry of its first result."""
+    """Returns the function with `error` added to the first element of its first result."""
 
     def f(*arguments, **options):
         found = function(*arguments, **options)
         first, *rest = found if isinstance(found, tuple) else (found,)
-        place = torch.zeros_like(first).view(-1)
-        place[:1] = error
-        first = first + place.view(first.shape)
+        change = torch.zeros_like(first).view(-1)
+        change[:1] = error
+        first = first + change.view(first.shape)
         return type(found)(first, *rest) if rest else first
 
     return f
@@ -28,13 +28,13 @@ def broken(function, error):
 
 @pytest.mark.parametrize("error", [1e-2, torch.nan])
 @pytest.mark.parametrize("name", ["linear_logp", "linear_topk", "director_logp", "segmentation_entropy"])
-def test_an_error_is_found(name, error, monkeypatch):
+def test_wrong_result_is_found(name, error, monkeypatch):
     monkeypatch.setattr(sukhops, name, broken(getattr(sukhops, name), error))
     with pytest.raises(AssertionError, match=r"where the truth is|over budget|values"):
         fuzz.run(name, seed=0, cases=25, shrink=False)
 
 
-def test_an_input_that_changes_is_found(monkeypatch):
+def test_changed_argument_is_found(monkeypatch):
     plain = sukhops.segmentation_logz
 
     def f(scores, lengths=None):

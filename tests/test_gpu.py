@@ -1,6 +1,6 @@
-"""Every operation on a device: budgets, repeats, compile, autocast, graphs, streams, large offsets.
+"""Every operation on a CUDA device: budgets, determinism, compile, autocast, graphs, streams, large tensors.
 
-What does not need CUDA runs on the CPU too, on the small cases, so that these tests are known to run.
+Tests that do not need CUDA also run on the CPU with the small cases, so that they are known to work.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from sukhops import _library, reference, testing
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 gpu = pytest.mark.gpu
-pytestmark = pytest.mark.filterwarnings("ignore")  # of operations of the reference that are not deterministic
+pytestmark = pytest.mark.filterwarnings("ignore")  # about nondeterministic operations of the reference
 
 
 def label(case):
@@ -29,13 +29,13 @@ ON_CUDA = [pytest.param(case, id=f"{label(case)}-cuda", marks=gpu) for case in C
 
 
 def given(case, device, dtype):
-    """Inputs on a device, what is floating in dtype."""
+    """Inputs on a device; floating-point tensors have `dtype`."""
     torch.manual_seed(0)
     return rounded(on(device, case.inputs()), dtype)
 
 
 def rounded(inputs, dtype):
-    """Leaves of their own."""
+    """Copies of the inputs as new leaves; floating-point tensors have `dtype`."""
     return {
         n: t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
         if isinstance(t, torch.Tensor) and t.is_floating_point()
@@ -69,7 +69,7 @@ def test_budget(case, device, dtype):
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case, device", EVERYWHERE)
-def test_bitwise_repeats(case, device, dtype):
+def test_bitwise_deterministic(case, device, dtype):
     inputs = given(case, device, dtype)
     first = outcome(case.call, inputs)
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_bitwise_repeats(case, device, dtype):
 
 @gpu
 @pytest.mark.parametrize("case", ON_CUDA)
-def test_compiled_whole(case):
+def test_compiled_fullgraph(case):
     torch._dynamo.reset()
     compiled = torch.compile(case.call, fullgraph=True)
     testing.assert_close(compiled, case.reference, on("cuda", case.inputs()), torch.bfloat16)
@@ -86,7 +86,7 @@ def test_compiled_whole(case):
 
 @pytest.mark.parametrize("case, device", EVERYWHERE)
 def test_autocast(case, device):
-    """Results in the dtype that bfloat16 inputs give, as near the truth; gradients in their input's dtype."""
+    """Results have the dtype and accuracy of bfloat16 inputs; gradients have the dtype of their input."""
     inputs = given(case, device, torch.float32)
     with torch.autocast(device, torch.bfloat16):
         ours = outcome(case.call, inputs)
@@ -103,7 +103,7 @@ def test_autocast(case, device):
 @gpu
 @pytest.mark.parametrize("case", ON_CUDA)
 def test_cuda_graph(case):
-    """Captured forwards and backwards, replayed on other numbers."""
+    """Captures forward and backward in a CUDA graph and replays it on other values."""
     inputs = given(case, "cuda", torch.bfloat16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -135,7 +135,7 @@ def test_another_stream(case):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)  # what ran on another stream would read before the copies
+        torch.cuda._sleep(10_000_000)  # kernels on a wrong stream would read before the copies
         second = outcome(case.call, rounded(inputs, torch.bfloat16))
     stream.synchronize()
     assert same(first, second)

@@ -1,4 +1,4 @@
-"""`make gpu` as far as a machine without a CUDA device shows it: refusal, steps, every case in small."""
+"""Tests of `make gpu` that need no CUDA device: error messages, steps, every case with small inputs."""
 
 import json
 import subprocess
@@ -19,8 +19,8 @@ MEASURED = [m for op in PRESENT for m in gpu_cases.OPS[op][1]("cpu")]
 ON_CPU = ("sukhops", "eager", "SDPA, causal", "Liger", "torch-struct")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_refuses_without_a_device():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_fails_without_a_device():
     before = sorted(report.RESULTS.iterdir())
     run = subprocess.run([sys.executable, "bench/gpu.py"], capture_output=True, text=True, cwd=gpu.ROOT)
     assert run.returncode == 2 and run.stdout == ""
@@ -28,14 +28,14 @@ def test_refuses_without_a_device():
     assert sorted(report.RESULTS.iterdir()) == before
 
 
-def test_an_unknown_operation_is_refused():
+def test_unknown_operation_fails():
     run = subprocess.run(
         [sys.executable, "bench/gpu.py", "--op", "nothing"], capture_output=True, text=True, cwd=gpu.ROOT
     )
     assert run.returncode == 2 and "nothing" in run.stderr and "adaptive_span" in run.stderr
 
 
-def test_steps(tmp_path):
+def test_order_and_commands_of_steps(tmp_path):
     assert tuple(gpu_cases.OPS) == gpu.OPS
     names = [s.name for s in gpu.planned(list(gpu.STEPS), list(gpu.OPS), "9.0a", tmp_path)]
     assert names == ["build", *(f"test {op}" for op in gpu.OPS), *(f"bench {op}" for op in gpu.OPS),
@@ -47,7 +47,7 @@ def test_steps(tmp_path):
     assert all(c.command[0] == "compute-sanitizer" for c in checks)
 
 
-def test_a_step_that_fails_or_hangs_does_not_stop_the_others():
+def test_failed_or_hanging_step_does_not_stop_the_others():
     def step(code: str, seconds: float = 30) -> gpu.Step:
         return gpu.Step(code, [sys.executable, "-c", code], seconds, {"SEEN": "1"})
 
@@ -58,7 +58,7 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others():
     assert [o.status for o in gpu.run_all(steps[:1], 1)] == ["no time left"]
 
 
-def test_an_operation_that_is_not_built_says_so(tmp_path, monkeypatch):
+def test_operation_missing_from_the_build_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_cases.OPS, "other", ("no_such_function", None))
     path = tmp_path / "other.jsonl"
     monkeypatch.setattr(sys, "argv", ["gpu_run.py", "other", str(path)])
@@ -69,7 +69,7 @@ def test_an_operation_that_is_not_built_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=[f"{m.case.name}, {m.case.shape}" for m in MEASURED])
-def test_every_case_is_right_in_small(measured):
+def test_every_case_is_correct_on_small_inputs(measured):
     case = measured.case
     for name, provider in case.providers.items():
         if name not in ON_CPU or (provider.package == "liger-kernel" and "DPO" not in case.name):
@@ -83,10 +83,10 @@ def test_every_case_is_right_in_small(measured):
     if case.products:
         try:
             case.products(case.small())()
-        except NotImplementedError as error:  # the floor of a hard window is FlexAttention's time
+        except NotImplementedError as error:  # the floor of the hard window uses FlexAttention
             assert "FlexAttention does not support backward on CPU" in str(error)
-    for reach in measured.reach:
-        assert reach.against in ("", *case.providers)
+    for goal in measured.goals:
+        assert goal.against in ("", *case.providers)
 
 
 def test_every_measured_shape_has_a_prediction():
@@ -94,11 +94,11 @@ def test_every_measured_shape_has_a_prediction():
     for op, name, shape, _ in roofline.CASES:
         if op in PRESENT:
             (measured,) = [m for m in MEASURED if m.case.name == name]
-            assert name in names and measured.case.shape == shape and measured.reach
+            assert name in names and measured.case.shape == shape and measured.goals
 
 
 def fake_device(monkeypatch, memory: float = 1e12):
-    """What a run asks of CUDA, answered without it."""
+    """Replaces the CUDA calls of a run."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 1")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -110,7 +110,7 @@ def small_case(**providers: harness.Provider) -> harness.Case:
     return case._replace(make=case.small, providers=case.providers | providers, rounds=2)
 
 
-def test_a_run_gives_rows_a_page_and_verdicts(monkeypatch, tmp_path):
+def test_run_writes_rows_page_and_goals(monkeypatch, tmp_path):
     fake_device(monkeypatch)
 
     def broken(inputs):
@@ -118,9 +118,9 @@ def test_a_run_gives_rows_a_page_and_verdicts(monkeypatch, tmp_path):
 
     case = small_case(Liger=harness.Provider(broken), CCE=harness.Provider(broken, memory=1e13))
     chosen = {n: case.providers[n] for n in ("sukhops", "eager", "Liger", "CCE")}
-    reach = [gpu_cases.Reach(1e6), gpu_cases.Reach(1e-6), gpu_cases.Reach(1.0, "CCE"),
-             gpu_cases.Reach(3.5, field="memory_mib")]  # fmt: skip
-    rows = gpu_run.run(gpu_cases.Measured(case._replace(providers=chosen), reach), roofline.H200)
+    goals = [gpu_cases.Goal(1e6), gpu_cases.Goal(1e-6), gpu_cases.Goal(1.0, "CCE"),
+             gpu_cases.Goal(3.5, field="memory_mib")]  # fmt: skip
+    rows = gpu_run.run(gpu_cases.Measured(case._replace(providers=chosen), goals), roofline.H200)
     found = {r["provider"]: r for r in rows}
     ours = found["sukhops"]
     assert (
@@ -143,13 +143,13 @@ def test_a_run_gives_rows_a_page_and_verdicts(monkeypatch, tmp_path):
         and "| director |  |" in page
         and "time <= 1e+06 x floor" in page
     )
-    # an operation that runs again replaces its rows and no others
+    # saving without rows of vocab_head keeps its earlier rows
     (tmp_path / "rows" / "vocab_head.jsonl").unlink()
     gpu.save(tmp_path / "rows")
     assert len(report.rows("some_gpu_1")) == len(rows) + 1
 
 
-def test_an_operation_of_ours_that_breaks_is_told_and_the_next_goes_on(monkeypatch, tmp_path):
+def test_failure_of_sukhops_is_recorded_and_the_next_case_runs(monkeypatch, tmp_path):
     fake_device(monkeypatch)
     good = small_case()
     good = good._replace(providers={"sukhops": good.providers["sukhops"]}, name="good")
@@ -169,17 +169,17 @@ def test_an_operation_of_ours_that_breaks_is_told_and_the_next_goes_on(monkeypat
     assert first["failed"] == "RuntimeError: lost" and second["case"] == "good" and second["p50_ms"] > 0
 
 
-def test_flex_attention_of_the_benchmark_is_the_adaptive_span(monkeypatch):
-    """Against the definition, in float32 and without its compiler."""
-    compile = torch.compile  # which flex_attention uses itself, to trace
+def test_flex_attention_peer_computes_adaptive_spans(monkeypatch):
+    """Compares it with the definition, in float32 and without torch.compile."""
+    compile = torch.compile  # flex_attention itself calls torch.compile with options
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options) if options else f)
     shape = {"B": 1, "H": 2, "T": 256, "d": 16, "spans": (20.5, 100.0), "ramp": 32.0}
     given = gpu_cases.attention_inputs(shape, "cpu", learn_span=True)
     given = {n: t.detach().float().requires_grad_(n == "span") for n, t in given.items()}
     q, k, v = (given[n] for n in "qkv")
     x = torch.arange(256).unsqueeze(1) - torch.arange(256)
-    place = (32 + given["span"].view(2, 1, 1) - x) / 32
-    mask = place.masked_fill(place < 0, 0.0).masked_fill(place > 1, 1.0) * (x >= 0)
+    ramp = (32 + given["span"].view(2, 1, 1) - x) / 32
+    mask = ramp.clamp(0.0, 1.0) * (x >= 0)
     scores = (q @ k.mT / 4).masked_fill(mask == 0, -torch.inf)
     weights = scores.softmax(-1) * mask
     expected = weights / weights.sum(-1, keepdim=True) @ v

@@ -1,4 +1,4 @@
-"""Logits of a half-precision head are float32 sums on every CPU, as exact as those of float32 inputs."""
+"""On every CPU, logits of half-precision heads are float32 sums, as accurate as with float32 inputs."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.every_isa
 
 
 def confident(dtype, n=96, d=576, v=4000):
-    """Rows whose largest logit is about 30, as those of a trained model."""
+    """Inputs whose largest logit per row is about 30, as in a trained model."""
     weight = torch.randn(v, d)
     best = torch.randint(0, v, (n,))
     hidden = torch.randn(n, d)
@@ -30,7 +30,7 @@ def test_log_probs(dtype, rows):
     assert 25 < logits.amax(1).mean() < 35
     exact = logits.log_softmax(1).gather(1, target)
     single = reference.linear_logp(hidden.float(), weight.float(), target)
-    for grad in (False, True):  # the row of the forward alone, and the one that keeps its logits
+    for grad in (False, True):  # without gradients, and with gradients, where logits are kept
         ours = linear_logp(hidden.requires_grad_(grad), weight.requires_grad_(grad), target).detach()
         assert distance(ours, exact) <= budget(ours, single, exact)
         assert rows < 40 or (ours - exact).abs().mean() <= 3e-6
@@ -39,7 +39,7 @@ def test_log_probs(dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_are_as_good_as_those_of_rounded_logits_or_better(dtype):
+def test_gradients_are_at_least_as_accurate_as_with_rounded_logits(dtype):
     hidden, weight, best = confident(dtype)
 
     def gradients(f, dtype):
@@ -54,7 +54,7 @@ def test_gradients_are_as_good_as_those_of_rounded_logits_or_better(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_norm_of_the_classifier(dtype):
+def test_classifier_norm_and_logit(dtype):
     hidden, weight, target = confident(dtype)
     label = torch.ones_like(target)
 

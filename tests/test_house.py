@@ -1,4 +1,4 @@
-"""The house keeps its own rules: names, files, packaging, the two commands of the module."""
+"""Rules of the repository: file sizes and names, packaging, `python -m sukhops info` and `check`."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_files_are_short():
             assert len(path.read_text().splitlines()) <= limit * 1.1, name
 
 
-def test_triton_kernels_are_never_imported_bare():
+def test_triton_kernels_are_imported_through_sukhops():
     for name in TRACKED:
         if name.endswith(".py") and (ROOT / name).exists():
             text = (ROOT / name).read_text()
@@ -50,7 +50,7 @@ def test_every_operator_has_a_cpu_kernel_and_a_fake():
 
 
 @pytest.mark.parametrize("name", [p.stem for p in (ROOT / "sukhops" / "ops").glob("[a-z]*.py")])
-def test_one_name_one_file_per_folder(name):
+def test_every_op_has_a_reference_test_and_benchmark(name):
     for path in (f"sukhops/reference/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
         assert (ROOT / path).exists(), path
 
@@ -75,17 +75,19 @@ def test_missing_library_says_how_to_build(tmp_path):
 
 
 @pytest.mark.full
-def test_wheel_holds_only_the_package(tmp_path):
+def test_wheel_contains_only_the_package(tmp_path):
     run = module("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path))
     assert run.returncode == 0, run.stderr
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"  # the lexicon's module is for this one
+    # the lexicon module is built for one Python version
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     (wheel,) = tmp_path.glob(f"sukhops-*-{python}-{python}*-*.whl")
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     assert all(n.startswith("sukhops/") for n in names)
     libraries = {"sukhops/_C.so", f"sukhops/_lexicon{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert {n for n in names if n.endswith(".so")} - {"sukhops/_C_cuda.so"} == libraries
     assert {"sukhops/py.typed", "sukhops/triton_kernels/vocab_head.py"} <= set(names)
-    assert b"PyObject_" not in zipfile.ZipFile(wheel).read("sukhops/_C.so")  # the operators serve any Python
+    # the operators do not depend on the Python version
+    assert b"PyObject_" not in zipfile.ZipFile(wheel).read("sukhops/_C.so")
     installed = tmp_path / "installed"
     target = ["--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     assert module("-m", "pip", "install", "-q", *target).returncode == 0
@@ -100,12 +102,12 @@ def test_wheel_holds_only_the_package(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("variant", ["avx2", "base", "clang"])
 def test_other_builds(tmp_path, variant):
-    """The kernels as a CPU without AVX-512 runs them, or as clang compiles them, within the same budgets."""
+    """The test suite on builds without AVX-512, and on a build by clang."""
     clang = variant == "clang"
     if clang and not shutil.which("clang++"):
         pytest.skip("clang++ is not installed")
     flags = {"CC": "clang", "CXX": "clang++"} if clang else {"CFLAGS": f"-DSUKHOPS_ISA={variant}"}
-    # processes that tests start import tests from the checkout, and the package from this build
+    # subprocesses of the tests import tests from the checkout and sukhops from this build
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}{ROOT}"}
     build = [
         sys.executable,

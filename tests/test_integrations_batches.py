@@ -1,4 +1,4 @@
-"""LossTrainer: padded and packed batches, columns, evaluation and logs, the model afterwards, bad inputs."""
+"""LossTrainer: padded and packed batches, columns, evaluation, logs, effects on the model, invalid inputs."""
 
 import copy
 import inspect
@@ -32,7 +32,7 @@ from sukhops.integrations.transformers._batches import Collator, Request  # noqa
 
 
 def test_packed_sequences(tmp_path):
-    """One row with cu_seqlens and position_ids is the padded batch."""
+    """One packed row with cu_seqlens and position_ids trains like the padded batch."""
     dataset, (loss, _) = rows("pairs"), CASES["dpo"]
     _, expected = train(tmp_path, llama(), dataset, loss, llama(2))
 
@@ -41,9 +41,9 @@ def test_packed_sequences(tmp_path):
         ids, labels = (torch.cat([torch.tensor(side[i]) for side in sides])[None] for i in (0, 1))
         lengths = torch.tensor([len(i) for i, _ in sides])
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        labels[0, starts[:-1]] = ids[0, starts[:-1]]  # the first tokens are not predicted, whatever is said
-        places = torch.cat([torch.arange(n) for n in lengths])[None]
-        return {"input_ids": ids, "labels": labels, "position_ids": places, "cu_seqlens": starts}
+        labels[0, starts[:-1]] = ids[0, starts[:-1]]  # labels of first tokens must be ignored
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "cu_seqlens": starts}
 
     options = {"data_collator": packed, "remove_unused_columns": False}
     _, found = train(tmp_path, llama(), dataset, loss, llama(2), **options)
@@ -53,14 +53,14 @@ def test_packed_sequences(tmp_path):
 
 
 def test_left_padding(tmp_path):
-    """With position_ids a batch that is padded on the left trains as one that is padded on the right."""
+    """With position_ids, left padding gives the same training as right padding."""
 
     def left(examples):
         batch = Collator(0, False)(examples)
         shift = [len(batch["input_ids"][0]) - len(e["input_ids"]) for e in examples]
         batch = {n: torch.stack([r.roll(s) for r, s in zip(t, shift, strict=True)]) for n, t in batch.items()}
-        places = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        return {**batch, "position_ids": places}
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return {**batch, "position_ids": positions}
 
     dataset, loss = [{n: v for n, v in r.items() if n != "label"} for r in rows("label")], nn.CringeLoss()
     dataset = [{**r, "label": [1] * len(r["labels"])} for r in dataset]
@@ -69,7 +69,7 @@ def test_left_padding(tmp_path):
     close(found, expected)
 
 
-def test_datasets_keep_their_columns(tmp_path):
+def test_datasets_keep_the_needed_columns(tmp_path):
     datasets = pytest.importorskip("datasets")
     for name in ("dpo", "step kto", "cringe with tokens"):
         loss, kind = CASES[name]
@@ -88,7 +88,7 @@ def test_collator():
     assert [int((r > 0).sum()) for r in chosen] == [5, 6, 9, 12, 7, 4, 8, 11]
 
 
-# ------------------------------------------------------------------ evaluation, logs, the model afterwards
+# ------------------------------------------------------------------ evaluation, logs, effects on the model
 
 
 def test_evaluation(tmp_path):
@@ -100,7 +100,7 @@ def test_evaluation(tmp_path):
     )
     trainer.compute_loss(
         model.eval(), {n: t[[0, 4]] for n, t in batch.items()}
-    )  # an evaluation that was broken off
+    )  # metrics of an evaluation that did not finish must not be counted
     found = trainer.evaluate()
     assert found["eval_own_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     for name, value in expected.metrics.items():
@@ -115,7 +115,7 @@ def test_evaluation(tmp_path):
     )
 
 
-def test_training_and_evaluation_keep_their_metrics_apart(tmp_path):
+def test_training_and_evaluation_metrics_are_separate(tmp_path):
     trainer = LossTrainer(
         llama(), arguments(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1,
                            per_device_train_batch_size=2, learning_rate=0.0),
@@ -124,11 +124,11 @@ def test_training_and_evaluation_keep_their_metrics_apart(tmp_path):
     trainer.train()
     logs = trainer.state.log_history
     tokens = [log["ce_tokens"] + log["ct_tokens"] for log in logs if "loss" in log]
-    assert tokens == [3 + 4, 3 + 4]  # of a step, not of two
+    assert tokens == [3 + 4, 3 + 4]  # per step, averaged over the two logged steps
     assert [log["eval_ce_tokens"] for log in logs if "eval_loss" in log] == [8.0] * 4
 
 
-def test_the_model_stays_what_it_was(tmp_path):
+def test_training_does_not_change_the_models_interface(tmp_path):
     model = llama().eval()
     ids = torch.randint(1, V, (2, 6))
     plain, signature = model(ids, labels=ids), inspect.signature(model.forward)
@@ -149,13 +149,13 @@ def test_the_model_stays_what_it_was(tmp_path):
     _, expected = train(tmp_path, llama(), rows("pairs"), nn.DPOLoss(loss_type="cpo"))
     _, found = train(
         tmp_path, model, rows("pairs"), nn.DPOLoss(loss_type="cpo")
-    )  # another loss, the same model
+    )  # the same model with another loss
     close(found, expected)
     assert torch.isfinite(model(ids, labels=ids).loss)
 
 
 @pytest.mark.parametrize("name", ["cringe", "director"])
-def test_a_model_that_was_pickled_trains(name, tmp_path):
+def test_pickled_model_trains(name, tmp_path):
     loss, kind = CASES[name]
     model = model_for(name)
     LossTrainer(model, arguments(tmp_path), train_dataset=rows(kind), loss=loss)
@@ -178,7 +178,7 @@ def test_no_logits_are_computed(tmp_path):
 
 
 def test_bfloat16(tmp_path, monkeypatch):
-    """The operator computes with hidden and weight in bfloat16, to the bit."""
+    """With bf16=True, the operator gives bitwise the result of bfloat16 hidden and weight."""
     seen, operator = [], nn.dpo.linear_token_stats
 
     def spy(hidden, weight, *args, **kwargs):
@@ -197,10 +197,10 @@ def test_bfloat16(tmp_path, monkeypatch):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(exact.state.log_history[0]["loss"], rel=0.05)
 
 
-# ------------------------------------------------------------------ bad inputs
+# ------------------------------------------------------------------ invalid inputs
 
 
-def test_bad_losses_and_models_raise(tmp_path):
+def test_invalid_losses_and_models_raise(tmp_path):
     args = arguments(tmp_path)
 
     def raises(error, match, **options):
@@ -208,16 +208,16 @@ def test_bad_losses_and_models_raise(tmp_path):
             LossTrainer(**{"model": llama(), "args": args, "loss": nn.CringeLoss(), **options})
 
     raises(TypeError, "loss: expected one of .* got SegmentationLoss", loss=nn.SegmentationLoss())
-    raises(TypeError, "DirectorHead and DirectorLoss", loss=nn.DirectorLoss())
+    raises(TypeError, "expected a DirectorHead with a DirectorLoss", loss=nn.DirectorLoss())
     raises(TypeError, "causal language model of transformers.*got Linear", model=tnn.Linear(2, 2))
     config = transformers.GraniteConfig(**LLAMA, logits_scaling=8.0)
     raises(ValueError, "logits_scaling", model=transformers.GraniteForCausalLM(config))
     mixture = llama()
     mixture.config.output_router_logits = True
     raises(ValueError, "output_router_logits", model=mixture)
-    raises(ValueError, "ref_model: give|ref_model, a PEFT model", loss=nn.DPOLoss())
-    raises(ValueError, "compares with no reference", ref_model=llama(2))
-    raises(ValueError, "compares with no reference", loss=nn.DPOLoss(loss_type="cpo"), ref_model=llama(2))
+    raises(ValueError, "ref_model: expected a reference .*ref_model, a PEFT model", loss=nn.DPOLoss())
+    raises(ValueError, "uses no reference", ref_model=llama(2))
+    raises(ValueError, "uses no reference", loss=nn.DPOLoss(loss_type="cpo"), ref_model=llama(2))
     same = llama()
     raises(ValueError, "the model itself", loss=nn.DPOLoss(), model=same, ref_model=same)
     for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
@@ -259,7 +259,7 @@ def test_missing_and_unknown_columns_raise(tmp_path):
 
 
 def changed(kind, number, **columns):
-    """The rows, where that with this number has other columns; None drops one."""
+    """Example rows in which row `number` has the given columns; None drops a column."""
     made = rows(kind)
     made[number] = {n: v for n, v in {**made[number], **columns}.items() if v is not None}
     return made
@@ -281,11 +281,11 @@ def changed(kind, number, **columns):
         ),
         ("label", "label", None, r"row 2 of the batch: .*\['label'\] are not in all rows"),
         ("label", "more", 1, r"row 2 of the batch: .*\['more'\] are not in all rows"),
-        ("token labels", "label", 1, "label: expected a number in each row, or a list in each, got both"),
+        ("token labels", "label", 1, "label: expected a number in every row or a list .*, got both"),
         ("label", "label", "bad", "label: expected a number.* in row 2 of the batch, got 'bad'"),
     ],
 )
-def test_bad_rows_raise(kind, column, value, match):
+def test_invalid_rows_raise(kind, column, value, match):
     made = changed(kind, 2, **{column: value})
     if column.endswith("ref_logp"):
         made = [{**r, column: 0.5} | ({column: value} if i == 2 else {}) for i, r in enumerate(made)]
@@ -293,7 +293,7 @@ def test_bad_rows_raise(kind, column, value, match):
         Collator(0, False)(made)
 
 
-def test_a_text_that_nothing_takes_is_named(tmp_path):
+def test_unused_text_column_raises(tmp_path):
     dataset = [{**r, "text": "words"} for r in rows("label")]
     with pytest.raises(ValueError, match=r"text: expected a number .* in row 0 of the batch, got 'words'"):
         train(tmp_path, llama(), dataset, nn.CringeLoss(), remove_unused_columns=False)
@@ -301,7 +301,7 @@ def test_a_text_that_nothing_takes_is_named(tmp_path):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """With a length, as some have."""
+    """An iterable dataset that has a length."""
 
     def __init__(self, made):
         self.rows = made
@@ -325,7 +325,7 @@ def test_pairs_need_their_four_columns(loss, tmp_path):
     close(train(tmp_path, llama(), Stream(rows("pairs")), loss)[1], expected)
 
 
-def test_log_probs_in_one_dataset_alone_raise(tmp_path):
+def test_reference_log_probs_in_only_one_dataset_raise(tmp_path):
     with_logp = [{**r, "chosen_ref_logp": -1.0, "rejected_ref_logp": -2.0} for r in rows("pairs")]
     options = {"model": llama(), "args": arguments(tmp_path), "loss": nn.DPOLoss()}
     LossTrainer(**options, train_dataset=with_logp, eval_dataset=with_logp)
@@ -335,8 +335,8 @@ def test_log_probs_in_one_dataset_alone_raise(tmp_path):
         LossTrainer(**options, train_dataset=with_logp, eval_dataset={"one": with_logp, "two": rows("pairs")})
 
 
-def test_kto_with_log_probs_needs_its_reference_point(tmp_path):
-    """There is no reference to compare completions of other rows with."""
+def test_kto_with_reference_log_probs_needs_kl(tmp_path):
+    """Without a reference model, log-probs of mismatched completions cannot be computed."""
     with_logp = [{**r, "ref_logp": -1.0} for r in rows("desirable")]
     options = {"model": llama(), "args": arguments(tmp_path), "loss": nn.KTOLoss()}
     with pytest.raises(ValueError, match=r"without ref_model KTOLoss.* needs the column kl"):
@@ -362,4 +362,4 @@ def test_kto_needs_two_rows_in_each_batch(tmp_path):
     made(dataset=[{**r, "kl": 0.1} for r in dataset], **three)
     made(collate=Collator(0, True), **three)
     datasets = pytest.importorskip("datasets")
-    made(dataset=datasets.Dataset.from_list(dataset).to_iterable_dataset(), **three)  # of unknown length
+    made(dataset=datasets.Dataset.from_list(dataset).to_iterable_dataset(), **three)  # its length is unknown

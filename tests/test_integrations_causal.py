@@ -1,4 +1,4 @@
-"""Which models of transformers take a loss on hidden states: tried on a few tokens, and left as they were."""
+"""Checks which transformers models work with a loss on hidden states; the check does not change the model."""
 
 import copy
 
@@ -24,7 +24,7 @@ def made(config, model, **options):
 
 
 def rejects(model, match, folder):
-    """With either set-up; the model is what it was."""
+    """Asserts that add_director_head and LossTrainer raise and do not change the model."""
     head, kind, before = model.get_output_embeddings(), type(model), copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=match):
         add_director_head(model)
@@ -44,7 +44,7 @@ def rejects(model, match, folder):
         ("Electra", "ElectraForCausalLM"),
     ],
 )
-def test_a_head_that_transforms_raises(config, name, tmp_path):
+def test_head_with_a_transform_raises(config, name, tmp_path):
     rejects(made(config, name, is_decoder=True), rf"lm_head\(hidden\).*those of {name} differ", tmp_path)
 
 
@@ -56,12 +56,12 @@ def test_a_head_that_transforms_raises(config, name, tmp_path):
         ("GPT2", "add_cross_attention", {"add_cross_attention": True, "n_embd": 16, "n_head": 2}),
     ],
 )
-def test_a_config_that_says_so_raises(config, name, options, tmp_path):
+def test_unsupported_config_raises(config, name, options, tmp_path):
     model = f"{config}LMHeadModel" if config == "GPT2" else f"{config}ForCausalLM"
     rejects(made(config, model, **options), name, tmp_path)
 
 
-def test_logits_that_are_changed_raise(tmp_path):
+def test_modified_logits_raise(tmp_path):
     class Capped(transformers.LlamaForCausalLM):
         def forward(self, *args, labels=None, **kwargs):
             out = super().forward(*args, **kwargs)
@@ -69,10 +69,10 @@ def test_logits_that_are_changed_raise(tmp_path):
             return out
 
     torch.manual_seed(1)
-    rejects(Capped(transformers.LlamaConfig(**LLAMA)), "those of Capped differ", tmp_path)
+    rejects(Capped(transformers.LlamaConfig(**LLAMA)), "logits of Capped differ", tmp_path)
 
 
-def test_a_model_that_sees_what_follows_raises(tmp_path):
+def test_noncausal_model_raises(tmp_path):
     model = llama()
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
@@ -81,7 +81,7 @@ def test_a_model_that_sees_what_follows_raises(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_the_model_stays_as_it_was(make, dtype):
+def test_check_does_not_change_the_model(make, dtype):
     model = make().to(dtype).train()
     model.get_input_embeddings().eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
@@ -94,9 +94,9 @@ def test_the_model_stays_as_it_was(make, dtype):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_dropout_draws_nothing_and_an_error_restores_the_mode(monkeypatch):
+def test_check_disables_dropout_and_restores_training_mode_after_errors(monkeypatch):
     model = made("GPT2", "GPT2LMHeadModel", n_embd=16, n_head=2, n_layer=1).train()
-    check_logits(model)  # in training mode two calls would differ
+    check_logits(model)  # with dropout, two calls would differ
     assert all(m.training for m in model.modules())
 
     def broken(*_):
@@ -108,11 +108,11 @@ def test_dropout_draws_nothing_and_an_error_restores_the_mode(monkeypatch):
         check_logits(model)
     assert all(m.training for m in model.modules())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    check_logits(model)  # its kernels may need the accelerator, where it is not yet
+    check_logits(model)  # errors are ignored: the model may need the accelerator and not be there yet
 
 
 @pytest.mark.parametrize("gamma", [2.0, torch.tensor([[0.5], [2.0]])])
-def test_a_director_head_counts_as_plain(gamma, tmp_path):
+def test_director_head_is_accepted(gamma, tmp_path):
     model = model_for("director")
     model.lm_head.gamma = gamma
     check_logits(model)
@@ -122,8 +122,8 @@ def test_a_director_head_counts_as_plain(gamma, tmp_path):
     LossTrainer(own, arguments(tmp_path), loss=nn.DirectorLoss())
 
 
-def test_special_tokens_are_not_tried():
-    """A token of an image has no embedding of its own."""
+def test_special_tokens_are_not_used_by_the_check():
+    """Image tokens have no embedding."""
     model = llama()
     model.config.image_token_id = 7
     seen = []
@@ -132,7 +132,7 @@ def test_special_tokens_are_not_tried():
     assert seen and not any(((ids == 7) | (ids == 0)).any() for ids in seen)
 
 
-def test_weights_that_are_not_at_hand_are_not_tried():
+def test_check_skips_models_without_weights():
     model = llama().to("meta")
     check_causal(model)
     check_logits(model)
@@ -145,7 +145,7 @@ def test_weights_that_are_not_at_hand_are_not_tried():
     check_logits(sharded)
 
 
-def test_a_reference_is_tried_too(tmp_path):
+def test_reference_model_is_checked(tmp_path):
     reference = made("Roberta", "RobertaForCausalLM", is_decoder=True)
     with pytest.raises(ValueError, match="RobertaForCausalLM differ"):
         LossTrainer(llama(), arguments(tmp_path), loss=nn.DPOLoss(), ref_model=reference)

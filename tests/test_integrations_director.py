@@ -1,4 +1,4 @@
-"""DirectorHead in models of transformers: saved, loaded, resized, and no part of the model's own loss."""
+"""DirectorHead in transformers models: saving, loading, resizing, copies, PEFT."""
 
 import copy
 import importlib
@@ -36,7 +36,7 @@ def gpt2():
 
 
 def phi():
-    """Its head has a bias."""
+    """A model whose head has a bias."""
     return transformers.PhiForCausalLM(transformers.PhiConfig(**{**LLAMA, "partial_rotary_factor": 0.5}))
 
 
@@ -68,7 +68,7 @@ def equal(a, b):
 
 
 def decoded(model):
-    """Beside a row without padding, one with padding on the left."""
+    """Generates from one row with left padding and one without padding."""
     prompt, mask = ids(), torch.ones(2, 7, dtype=torch.int64)
     prompt[0, :3], mask[0, :3] = 0, 0
     return model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False)
@@ -97,7 +97,7 @@ def test_saved_and_loaded(model, shared, gamma, tmp_path):
         assert torch.equal(decoded(model), decoded(loaded))
 
 
-def test_a_gamma_set_later_is_saved(tmp_path):
+def test_gamma_set_later_is_saved(tmp_path):
     model = llama()
     head = add_director_head(model)
     for gamma in (0.25, torch.tensor([2.0])):
@@ -109,7 +109,7 @@ def test_a_gamma_set_later_is_saved(tmp_path):
     assert half.lm_head.cls_weight.dtype == torch.bfloat16 and half.lm_head.gamma.dtype == torch.float32
 
 
-def test_left_padding_decodes_as_without():
+def test_left_padding_does_not_change_decoding():
     model = llama().eval()
     add_director_head(model, gamma=2.0)
     with_padding = decoded(model)[0, 7:]
@@ -117,7 +117,7 @@ def test_left_padding_decodes_as_without():
     assert torch.equal(with_padding, alone)
 
 
-def test_transformers_says_what_it_left_out(tmp_path):
+def test_loading_with_transformers_reports_unexpected_keys(tmp_path):
     model = llama()
     add_director_head(model)
     model.save_pretrained(tmp_path)
@@ -129,13 +129,13 @@ def test_transformers_says_what_it_left_out(tmp_path):
     add_director_head(plain)
 
 
-def test_a_checkpoint_without_the_classifier_raises(tmp_path):
+def test_checkpoint_without_classifier_raises(tmp_path):
     model = llama()
     add_director_head(model, gamma=0.5)
     model.config.save_pretrained(tmp_path)
     weights = {n: t for n, t in model.state_dict().items() if "cls" not in n}
     transformers.LlamaForCausalLM(model.config).save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=r"weights lack: lm_head\.cls_bias, lm_head\.cls_weight"):
+    with pytest.raises(ValueError, match=r"weights that it lacks: lm_head\.cls_bias, lm_head\.cls_weight"):
         from_pretrained(tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_resize(model, size, shared, tmp_path):
     assert equal(from_pretrained(tmp_path), model)
 
 
-def test_resize_keeps_what_is_frozen():
+def test_resize_keeps_frozen_parameters_frozen():
     model = llama()
     head = add_director_head(model)
     head.cls_weight.requires_grad_(False)
@@ -169,7 +169,7 @@ def test_resize_keeps_what_is_frozen():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_models_of_their_own(copied):
+def test_copies_are_independent(copied):
     model = llama().eval()
     plain = model(ids(), labels=ids()).loss
     add_director_head(model)
@@ -205,8 +205,8 @@ def test_in_a_peft_model(tmp_path):
         add_director_head(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])))
 
 
-def test_the_head_of_a_peft_model_is_a_copy():
-    """As docs/transformers.md shows it: gamma is set there, and its weight can be frozen."""
+def test_head_of_a_peft_model_is_a_copy():
+    """Gamma is set on the copy, whose weight can be frozen (see docs/transformers.md)."""
     peft = pytest.importorskip("peft")
     model = llama(tie_word_embeddings=True).eval()
     added = add_director_head(model)
@@ -229,7 +229,7 @@ def test_the_head_of_a_peft_model_is_a_copy():
     assert trained == {"cls_weight", "cls_bias"}
 
 
-# ------------------------------------------------------------------ modules in a class of one's own
+# ------------------------------------------------------------------ modules in a custom model class
 
 
 class OwnConfig(transformers.LlamaConfig):
@@ -237,7 +237,7 @@ class OwnConfig(transformers.LlamaConfig):
 
 
 class OwnModel(transformers.LlamaForCausalLM):
-    """As docs/transformers.md shows it."""
+    """The example of docs/transformers.md."""
 
     config_class = OwnConfig
 
@@ -254,7 +254,7 @@ class OwnModel(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_a_checkpoint_lacks_is_initialized(tied, tmp_path):
+def test_parameters_missing_from_a_checkpoint_are_initialized(tied, tmp_path):
     base = llama(tie_word_embeddings=tied)
     base.save_pretrained(tmp_path)
     loaded, info = OwnModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -268,7 +268,7 @@ def test_what_a_checkpoint_lacks_is_initialized(tied, tmp_path):
     assert not head.cls_bias.any() and not head.bias.any() and (loaded.spans.ratio == 0.5).all()
 
 
-def test_what_a_checkpoint_has_is_kept(tmp_path):
+def test_parameters_in_a_checkpoint_are_loaded(tmp_path):
     model = OwnModel(OwnConfig(**LLAMA))
     with torch.no_grad():
         for p in (*model.lm_head.parameters(), model.spans.ratio):
@@ -277,7 +277,7 @@ def test_what_a_checkpoint_has_is_kept(tmp_path):
     assert equal(OwnModel.from_pretrained(tmp_path), model)
 
 
-def test_a_registered_class_is_found(tmp_path):
+def test_registered_class_is_found(tmp_path):
     transformers.AutoConfig.register("own", OwnConfig, exist_ok=True)
 
     class Plain(transformers.LlamaForCausalLM):
@@ -295,10 +295,10 @@ def test_a_registered_class_is_found(tmp_path):
         from_pretrained(tmp_path)
 
 
-# ------------------------------------------------------------------ bad inputs
+# ------------------------------------------------------------------ invalid inputs
 
 
-def test_bad_models_raise(tmp_path):
+def test_invalid_models_raise(tmp_path):
     model = llama()
     add_director_head(model)
     with pytest.raises(ValueError, match="its head is a DirectorHead already"):
@@ -317,7 +317,7 @@ def test_bad_models_raise(tmp_path):
 
 
 @pytest.mark.parametrize("gamma", [-1.0, "x"])
-def test_a_wrong_gamma_leaves_the_model_as_it_was(gamma):
+def test_invalid_gamma_does_not_change_the_model(gamma):
     model = llama()
     head, kind = model.lm_head, type(model)
     with pytest.raises((TypeError, ValueError), match="gamma: expected"):
@@ -336,7 +336,7 @@ def test_models_that_change_their_logits_raise(name, option):
         add_director_head(getattr(transformers, f"{name}ForCausalLM")(config))
 
 
-def test_sukhops_imports_no_transformers():
+def test_sukhops_does_not_import_transformers():
     program = "import sukhops, sys; assert not any(m.startswith('transformers') for m in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

@@ -1,4 +1,4 @@
-"""A model with a DirectorHead: with labels it is the plain language model, whatever replaced its forward."""
+"""Called with labels, a model with a DirectorHead is the plain language model, also with another forward."""
 
 import copy
 import inspect
@@ -30,15 +30,15 @@ def model(request):
 
 
 def is_plain_with_labels(model, plain):
-    """Without labels the logits are gated; with labels, by name and by place, loss and logits are plain."""
+    """Without labels, logits are gated; with labels (keyword or positional), loss and logits are plain."""
     expected = plain(ids(), labels=ids())
-    place = list(inspect.signature(plain.forward).parameters).index("labels")
+    position = list(inspect.signature(plain.forward).parameters).index("labels")
     gated = model(ids()).logits
     torch.testing.assert_close(gated.exp().sum(-1), torch.ones(2, 7))
     assert not torch.allclose(gated, expected.logits.log_softmax(-1))
     for found in (
         model(ids(), labels=ids()),
-        model(ids(), *[None] * (place - 1), ids()),
+        model(ids(), *[None] * (position - 1), ids()),
         model.forward(ids(), labels=ids()),
     ):
         torch.testing.assert_close(found.loss, expected.loss)
@@ -68,7 +68,7 @@ def test_labels_give_the_plain_language_model(model, training):
     is_plain_with_labels(model.eval(), plain.eval())
 
 
-def test_an_error_leaves_the_head_as_it_was():
+def test_error_does_not_change_the_head():
     model = llama().eval()
     add_director_head(model)
     expected = model(ids()).logits
@@ -77,7 +77,7 @@ def test_an_error_leaves_the_head_as_it_was():
     assert torch.equal(model(ids()).logits, expected)
 
 
-# ------------------------------------------------------------------ a forward that is set on the model
+# ------------------------------------------------------------------ model.forward replaced on the instance
 
 
 def with_accelerate(model, folder):
@@ -85,7 +85,7 @@ def with_accelerate(model, folder):
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
-def without_accelerate_again(model, folder):
+def accelerate_added_and_removed(model, folder):
     with_accelerate(model, folder)
     pytest.importorskip("accelerate").hooks.remove_hook_from_module(model, recurse=True)
 
@@ -112,14 +112,14 @@ def with_trainer(model, folder):
 
 
 SETTERS = (
-    with_accelerate, without_accelerate_again, with_mixed_precision, with_liger, with_trl, with_trainer
+    with_accelerate, accelerate_added_and_removed, with_mixed_precision, with_liger, with_trl, with_trainer
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("setter", SETTERS)
-def test_a_forward_of_the_models_own(setter, first, again, tmp_path):
+def test_replaced_forward(setter, first, again, tmp_path):
     plain = llama().eval()
     model = copy.deepcopy(plain)
     if first:
@@ -129,7 +129,7 @@ def test_a_forward_of_the_models_own(setter, first, again, tmp_path):
         setter(model, tmp_path)
     is_plain_with_labels(model, plain)
     is_plain_with_labels(copy.deepcopy(model), plain)
-    if setter is not with_liger:  # its forward has parameters of its own
+    if setter is not with_liger:  # Liger's forward has other parameters
         assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     model.save_pretrained(tmp_path / "saved")
     is_plain_with_labels(from_pretrained(tmp_path / "saved").eval(), plain)
@@ -142,7 +142,7 @@ def test_a_forward_of_the_models_own(setter, first, again, tmp_path):
     is_plain_with_labels(model, plain)
 
 
-def test_a_pickled_forward():
+def test_pickled_forward():
     plain = llama().eval()
     model = copy.deepcopy(plain)
     add_director_head(model)
@@ -169,7 +169,7 @@ def test_compiled(backend, whole):
 
 
 def test_threads():
-    """Both models are in their forwards before either head runs."""
+    """Both threads are in the forward of the model before either runs the head."""
     plain = llama().eval()
     model, found = copy.deepcopy(plain), {}
     add_director_head(model, gamma=3.0)
@@ -194,7 +194,7 @@ def test_threads():
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nested_calls_and_errors(error):
-    """A call within another has its own labels, and an error in it changes nothing outside."""
+    """A nested call has its own labels, and an error in it does not affect the outer call."""
     plain = llama().eval()
     model = copy.deepcopy(plain)
     add_director_head(model, gamma=3.0)

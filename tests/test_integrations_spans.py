@@ -1,4 +1,4 @@
-"""Adaptive spans in models of transformers: against attention with a mask, caches, padding, errors."""
+"""Adaptive spans in transformers models: compared with masked attention; caches, padding, errors."""
 
 import copy
 
@@ -27,8 +27,8 @@ SIZES = {
 }  # fmt: skip
 MODELS = {
     "Llama": {},
-    "Mistral": {"sliding_window": 64},  # every layer
-    "Gemma3": {"sliding_window": 64, "head_dim": 8, "sliding_window_pattern": 2},  # every other layer
+    "Mistral": {"sliding_window": 64},  # in every layer
+    "Gemma3": {"sliding_window": 64, "head_dim": 8, "sliding_window_pattern": 2},  # in every other layer
     "GPT2": {"attn_pdrop": 0.0},
     "Phi": {},
 }
@@ -42,7 +42,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture(autouse=True)
 def quiet():
-    torch.use_deterministic_algorithms(False)  # the models' own operators
+    torch.use_deterministic_algorithms(False)  # the models use operators without a deterministic kernel
     transformers.logging.set_verbosity_error()
 
 
@@ -55,7 +55,7 @@ def build(name="Llama", dtype=torch.float64, **options):
 
 
 def by_mask(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-    """Attention with a soft mask [H, N, N] of spans SPAN and RAMP, the mask of transformers beside it."""
+    """Attention with the soft mask [H, N, N] of module.spans and RAMP, and with transformers' mask."""
     group, n = query.shape[1] // key.shape[1], key.shape[2]
     score = scaling * query @ key.repeat_interleave(group, 1).mT
     x = torch.arange(n).unsqueeze(1) - torch.arange(n)
@@ -116,8 +116,8 @@ def test_long_spans_change_nothing(name):
 
 @models
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_is_that_without_a_cache(name, cache):
-    """Token by token, with spans shorter than the text, one sequence padded on its left."""
+def test_generation_with_a_cache_equals_full_forward(name, cache):
+    """Spans are shorter than the text; one sequence has left padding."""
     model = build(name)
     shortened(model)
     out = model.generate(
@@ -132,10 +132,10 @@ def test_generation_is_that_without_a_cache(name, cache):
     whole = torch.cat([t[:, N - 1 - start :] for t, start in zip(alone, (0, LEFT), strict=True)])
     assert (
         testing.distance(torch.stack(out.logits, 1), whole) <= torch.finfo(torch.float32).eps
-    )  # as generate gives
+    )  # generate returns float32 logits
 
 
-def test_documents_and_padding_are_apart():
+def test_documents_and_padding_are_separate():
     model = build()
     shortened(model)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_saved_with_a_director_head(tmp_path):
     assert type(again) is type(model) and again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_a_checkpoint_whose_spans_were_not_loaded(tmp_path):
+def test_checkpoint_with_spans_that_were_not_loaded(tmp_path):
     model = build()
     shortened(model)
     model.save_pretrained(tmp_path)
@@ -233,7 +233,7 @@ def test_a_checkpoint_whose_spans_were_not_loaded(tmp_path):
         if name.endswith("self_attn"):
             del module.adaptive_span
     plain.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"weights lack: model\.layers\.0\.self_attn\.adaptive_span\.ratio"):
+    with pytest.raises(ValueError, match=r"that it lacks: model\.layers\.0\.self_attn\.adaptive_span\.ratio"):
         from_pretrained(tmp_path)
     build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a DirectorHead nor adaptive spans"):
@@ -252,7 +252,7 @@ def test_lora_with_spans():
     trained = {n for n, p in wrapped.named_parameters() if p.grad is not None and p.grad.any()}
     assert {n.rsplit(".", 2)[-2] for n in trained if "ratio" in n} == {"default"}
     assert sum("ratio" in n for n in trained) == 2 and sum("lora_B" in n for n in trained) == 2
-    for handle in (spans, adaptive_spans(wrapped)):  # the copy that learns
+    for handle in (spans, adaptive_spans(wrapped)):  # both use the copy that is trained
         wrapped.zero_grad()
         handle.penalty(0.5).backward()
         copies = [p for n, p in wrapped.named_parameters() if "modules_to_save" in n]
@@ -269,7 +269,7 @@ def test_lora_with_spans():
 
 
 def sharded(rank):
-    """Gradients of loss + penalty of a model that FSDP2 shards, and its report."""
+    """Gradients of loss + penalty in a model sharded by FSDP2, and its report."""
     model = build(dtype=torch.float32)
     add_adaptive_spans(model, 32, init=0.4)
     for layer in model.model.layers:
@@ -334,7 +334,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_models_that_are_not_supported(name):
+def test_unsupported_models_raise(name):
     make, error, message = BAD[name]
     with pytest.raises(error, match=message):
         add_adaptive_spans(make(), 64)
@@ -343,7 +343,7 @@ def test_models_that_are_not_supported(name):
 @pytest.mark.parametrize(
     "options", [{"max_span": 0}, {"max_span": 8, "ramp": 0.0}, {"max_span": 8, "init": 2.0}]
 )
-def test_options_out_of_range_change_nothing(options):
+def test_invalid_options_do_not_change_the_model(options):
     model = build()
     with pytest.raises(ValueError, match=f"{list(options)[-1]}: expected"):
         add_adaptive_spans(model, **options)
@@ -352,7 +352,7 @@ def test_options_out_of_range_change_nothing(options):
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_attentions_are_not_returned(name):
+def test_output_attentions_raises(name):
     model = build(name)
     add_adaptive_spans(model, 64)
     with pytest.raises(ValueError, match="output_attentions: not supported"):
@@ -371,7 +371,7 @@ def test_models_that_share_a_config():
         adaptive_spans(second)
 
 
-def test_masks_that_are_not_supported():
+def test_unsupported_masks_raise():
     model = build()
     add_adaptive_spans(model, 64)
     hole = MASK.clone()

@@ -1,4 +1,4 @@
-"""LossTrainer: every loss against one by hand, accumulation, references, ranks."""
+"""LossTrainer: every loss compared with a direct computation, accumulation, references, ranks."""
 
 import copy
 import os
@@ -46,7 +46,7 @@ def check(name, make, folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_the_loss_by_hand(name, tmp_path):
+def test_training_step_matches_direct_computation(name, tmp_path):
     check(name, llama, tmp_path)
 
 
@@ -57,7 +57,7 @@ def test_models(name, model, tmp_path):
 
 
 def test_dpo_on_logits(tmp_path):
-    """Without a fused operator on the other side."""
+    """DPO compared with a computation from whole logits."""
     model, ref_model = llama(), llama(2)
     batch = Collator(0, False)(rows("pairs"))
     target = batch["labels"][:, 1:]
@@ -74,13 +74,13 @@ def test_dpo_on_logits(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-# KTO's reference point is that of each micro-batch, unless kl gives it
+# KTO estimates its reference point from each micro-batch, unless kl is given
 ACCUMULATED = [n for n in CASES if n not in ("kto", "outcomes alone")]
 
 
 @pytest.mark.parametrize("name", [*ACCUMULATED, "kto with kl"])
 def test_accumulation(name, tmp_path):
-    """Two halves give the gradient of the batch, or where the loss has two counts the mean of theirs."""
+    """Two micro-batches give the gradient of the batch; a loss with two counts gives the mean of theirs."""
     loss, kind = CASES[name.removesuffix(" with kl")]
     dataset = [{**r, "kl": 0.1} for r in rows(kind)] if kind in ("desirable", "steps") else rows(kind)
     ref_model = reference_for(name.removesuffix(" with kl"))
@@ -99,13 +99,13 @@ def test_accumulation(name, tmp_path):
     close(found, expected if counts_once else mean)
     if counts_once:
         assert two.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], rel=1e-5)
-    pairs = kind == "pairs" or kind == "desirable"  # halves of as many: the two are the same
+    pairs = kind == "pairs" or kind == "desirable"  # with equal counts in both halves, the two are equal
     if counts_once and not pairs:
         with pytest.raises(AssertionError):
             close(mean, expected)
 
 
-def test_a_short_last_step_is_divided_by_its_own_count(tmp_path):
+def test_short_last_step_is_divided_by_its_own_count(tmp_path):
     trainer, _ = train(
         tmp_path, llama(), rows("pairs")[:3], nn.DPOLoss(loss_type="cpo"), per_device_train_batch_size=1,
         gradient_accumulation_steps=2, max_steps=2, learning_rate=0.0,
@@ -114,7 +114,7 @@ def test_a_short_last_step_is_divided_by_its_own_count(tmp_path):
     assert trainer.state.log_history[1]["loss"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-5)
 
 
-def test_nothing_that_counts_is_a_loss_of_0(tmp_path):
+def test_all_targets_ignored_gives_a_loss_of_zero(tmp_path):
     dataset = [{**r, "labels": [-100] * len(r["labels"])} for r in rows("label")]
     trainer, gradients = train(tmp_path, llama(), dataset, nn.CringeLoss(), logging_nan_inf_filter=False)
     assert trainer.state.log_history[0]["loss"] == 0 and not any(g.any() for g in gradients.values())
@@ -123,8 +123,8 @@ def test_nothing_that_counts_is_a_loss_of_0(tmp_path):
 # ------------------------------------------------------------------ references
 
 
-def test_log_probs_of_the_dataset(tmp_path):
-    """Per token as the labels, or per sequence, in place of the reference model."""
+def test_reference_log_probs_in_the_dataset(tmp_path):
+    """Log-probs per token or per sequence replace the reference model."""
     ref_model, dataset = llama(2), rows("pairs")
     _, expected = train(tmp_path, llama(), dataset, nn.DPOLoss(), ref_model)
     for per_token in (True, False):
@@ -145,7 +145,7 @@ def test_log_probs_of_the_dataset(tmp_path):
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_peft(name, saved, tmp_path):
-    """The reference is the model without adapters, in evaluation mode; with a head of PEFT's too."""
+    """The reference is the model without adapters, in eval mode; also if PEFT wraps the head."""
     peft = pytest.importorskip("peft")
     loss, kind = CASES[name]
 
@@ -170,7 +170,7 @@ def test_peft(name, saved, tmp_path):
         LossTrainer(peft.get_peft_model(llama(), prompts), arguments(tmp_path), loss=loss)
 
 
-def test_the_reference_has_no_dropout(tmp_path):
+def test_reference_has_no_dropout(tmp_path):
     torch.manual_seed(1)
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, **SIZES)
     ref_model = transformers.GPT2LMHeadModel(config).train()
@@ -189,7 +189,7 @@ def test_the_reference_has_no_dropout(tmp_path):
 
 
 def as_launched(rank):
-    """What torchrun sets, for accelerate."""
+    """Sets the environment variables of torchrun, which accelerate reads."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
@@ -218,7 +218,7 @@ def on_two_ranks(rank, folder):
 
 
 def sharded(rank):
-    """FSDP2 sees head and loss within the forward that it wraps."""
+    """Gradients with FSDP2, which requires head and loss to run inside the wrapped forward."""
     from torch.distributed.fsdp import fully_shard
 
     model = llama(tie_word_embeddings=True)
@@ -237,7 +237,7 @@ def sharded(rank):
 
 
 def test_two_ranks(tmp_path):
-    """DDP with two micro-batches of a row each: the gradient and the loss of one process with all rows."""
+    """DDP with two micro-batches of one row gives the gradient and loss of one process with all rows."""
     for found in on_ranks(2, on_two_ranks, str(tmp_path)):
         assert isinstance(found, dict), found
         for name in ("director", "dpo"):
@@ -246,7 +246,7 @@ def test_two_ranks(tmp_path):
             gradients, value = found[name]
             close(gradients, expected)
             assert value == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
-        assert "dispatch_batches: rank 0 would cut" in found[None] and found[False] == "made"
+        assert "dispatch_batches: expected False" in found[None] and found[False] == "made"
         tied = llama(tie_word_embeddings=True)
         _, expected = train(tmp_path, tied, rows("label"), nn.CringeLoss())
         close(found["fsdp"], expected)

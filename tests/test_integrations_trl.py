@@ -1,4 +1,4 @@
-"""TRL with its LM head computed by sukhops: the function against TRL's, trainers with and without."""
+"""TRL with sukhops' LM head: the replaced function compared with TRL's, and trainers with and without it."""
 
 import inspect
 import subprocess
@@ -39,7 +39,7 @@ def disabled():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(rows, dtype) of hidden in each call of linear_token_stats that the integration makes."""
+    """Records (rows, dtype) of hidden in each call of linear_token_stats by the integration."""
     found, operator = [], integration.linear_token_stats
 
     def spy(hidden, *args, **kwargs):
@@ -54,7 +54,7 @@ def calls(monkeypatch):
 
 
 def exact(hidden, weight, bias, targets, temperature, _, softcap=None, scale=1.0, outputs=OPTIONAL):
-    """The same results by the reference, in the dtype of hidden."""
+    """The same results computed by the reference, in the dtype of hidden."""
     options = {"softcap": softcap, "scale": scale, "temperature": temperature}
     stats = reference.linear_token_stats(hidden, weight, targets, bias, outputs=TokenStats._fields, **options)
     optional = zip(OPTIONAL, stats[2:], strict=True)
@@ -62,7 +62,7 @@ def exact(hidden, weight, bias, targets, temperature, _, softcap=None, scale=1.0
 
 
 def caller(function, outputs=OPTIONAL):
-    """`function` with named arguments and results, the floating ones float32 as in TRL."""
+    """Wraps `function`: named arguments and results; floating-point results are float32 as in TRL."""
 
     def call(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, scale=1.0):
         found = function(hidden, weight, bias, targets, temperature, 128, softcap, scale, outputs)
@@ -98,7 +98,7 @@ def test_function_agrees_with_trl(case, dtype):
     given = make(**CASES[case])
     ours, theirs, truth = map(caller, (integration.log_probs, ChunkedLogProbFunction.apply, exact))
     rows = [testing.compare(f, truth, given, dtype) for f in (ours, theirs)]
-    double = dtype == torch.float64  # the budget of the reference against itself; TRL's logits are float32
+    double = dtype == torch.float64  # the budget assumes float64 logits; TRL's are float32
     for a, b in zip(*rows, strict=True):
         assert a.ok or (double and a.error <= b.error), a
         assert b.error <= (256 * torch.finfo(torch.float32).eps if double else 4 * b.budget), b
@@ -109,8 +109,8 @@ def test_each_subset_of_outputs(outputs):
     given = make(softcap=4.0)
     ours = caller(integration.log_probs, outputs)
     found, expected = ours(**given), caller(ChunkedLogProbFunction.apply, outputs)(**given)
-    facts = [[t if t is None else (t.dtype, t.shape, t.requires_grad) for t in r] for r in (found, expected)]
-    assert facts[0] == facts[1]
+    kinds = [[t if t is None else (t.dtype, t.shape, t.requires_grad) for t in r] for r in (found, expected)]
+    assert kinds[0] == kinds[1]
     assert [t is not None for t in found] == [True, *(name in outputs for name in OPTIONAL)]
     assert "is_top1" not in outputs or (torch.equal(found.is_top1, expected.is_top1) and found.is_top1.any())
     testing.assert_close(ours, caller(exact, outputs), given, torch.float32)
@@ -135,7 +135,7 @@ def test_products_are_in_the_dtype_of_autocast_or_of_hidden(half, dtype, autocas
     assert calls == [(23, half)]
     truth = run(exact, [t.detach().to(half).double().requires_grad_() for t in tensors])
     for a, b, t in zip(ours, theirs, truth, strict=True):
-        low = t.to(half)  # a gradient is rounded to the products' dtype before it is cast to its input's
+        low = t.to(half)  # gradients are rounded to the dtype of the products, then cast to that of the input
         assert a.dtype == b.dtype
         assert testing.distance(a, t) <= 2 * testing.distance(b, t) + testing.budget(low, low, t)
 
@@ -144,13 +144,13 @@ def test_products_are_in_the_dtype_of_autocast_or_of_hidden(half, dtype, autocas
 
 
 class Partitioned:
-    """Parameters that are empty outside of `gather`, as under DeepSpeed ZeRO-3."""
+    """Simulates DeepSpeed ZeRO-3: parameters are empty except within `gather`."""
 
     def __init__(self, monkeypatch, *tensors):
         self.parameters = [torch.nn.Parameter(torch.empty(0), t.requires_grad) for t in tensors]
         for parameter, full in zip(self.parameters, tensors, strict=True):
             parameter.ds_id, parameter.full = 0, full.detach().numpy().copy()
-        self.memory = []  # weak references to what was gathered
+        self.memory = []  # weak references to the gathered arrays
         monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", self.gather)
 
     @contextmanager
@@ -172,8 +172,8 @@ class Partitioned:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_zero3_gathers_again_in_the_backward(function, bias, autocast, frozen, monkeypatch):
-    """TRL's own function passes too: `Partitioned` asks no more of a function than DeepSpeed does."""
+def test_zero3_gathers_weights_again_in_the_backward(function, bias, autocast, frozen, monkeypatch):
+    """TRL's function also passes, so `Partitioned` is not stricter than DeepSpeed."""
     given = make(bias=bias, frozen=frozen)
     full = [given["weight"], *([given["bias"]] if bias else [])]
 
@@ -199,7 +199,7 @@ NONE = {"forward": staticmethod(lambda ctx, x: x.clone()), "backward": staticmet
 WithoutGradient = type("WithoutGradient", (torch.autograd.Function,), NONE)
 
 
-def test_zero3_with_a_cast_with_parts_of_the_results_and_without_gradient(monkeypatch):
+def test_zero3_with_autocast_partial_results_and_no_grad(monkeypatch):
     given = make()
     fake = Partitioned(monkeypatch, given["weight"])
 
@@ -216,7 +216,7 @@ def test_zero3_with_a_cast_with_parts_of_the_results_and_without_gradient(monkey
     assert torch.autograd.grad(unreached, fake.parameters, allow_unused=True) == (None,)
     with torch.autocast("cpu"):
         (head,) = call(*fake.parameters)[0].grad_fn.heads
-    assert head.dtype == torch.bfloat16 and head.numel() == 0  # the copy that is cast is not kept either
+    assert head.dtype == torch.bfloat16 and head.numel() == 0  # the cast copy is not kept either
     with torch.no_grad():
         found = call(*fake.parameters)
     fake.check_released()
@@ -240,7 +240,7 @@ def llama(**options):
 
 
 def first_batch(kind, model, peft_config, options):
-    """A trainer and its batch."""
+    """A trainer and its first batch."""
     given = {"model": model, "processing_class": word_tokenizer([*"abcdefghij"]), "peft_config": peft_config}
     if kind in ("DPO", "KTO") and peft_config is None:
         given["ref_model"] = llama()
@@ -255,7 +255,7 @@ def step(trainer, batch):
 
 
 def positions_with_labels(kind, batch):
-    """How many positions each pass of a step scores."""
+    """Number of positions with a label in each forward pass of a step."""
     if kind == "SFT":
         return [(batch["labels"][:, 1:] != -100).sum()]
     count = batch["completion_mask"].sum()
@@ -277,7 +277,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_a_training_step_is_the_same(case, calls, monkeypatch):
+def test_training_step_is_the_same(case, calls, monkeypatch):
     kind, options = case.split(",")[0], dict(STEPS[case])
     model, peft_config = llama(**options.pop("config", {})), options.pop("peft_config", None)
     trainer, batch = first_batch(kind, model, peft_config, options)
@@ -300,7 +300,7 @@ def test_a_training_step_is_the_same(case, calls, monkeypatch):
         assert testing.distance(ours[name], t) <= testing.budget(ours[name], theirs[name], t), name
 
 
-def test_a_batch_without_labels_has_a_gradient_of_zero(calls):
+def test_batch_without_labels_has_zero_gradients(calls):
     model = llama()
     utils.add_fused_lm_head(model)
     ids = torch.randint(0, 64, (2, 5))
@@ -334,7 +334,7 @@ def test_compiled_checkpointed_and_without_gradient(calls):
     torch.testing.assert_close(found, [theirs] * 4)
 
 
-# ------------------------------------------------------------------ switching it on and off
+# ------------------------------------------------------------------ enable and disable
 
 
 def names():
@@ -342,7 +342,7 @@ def names():
 
 
 def test_enable_and_disable():
-    assert inspect.getsource(utils).count("_use_triton(") == 1  # TRL uses it only to choose positions
+    assert inspect.getsource(utils).count("_use_triton(") == 1  # TRL uses it only to select positions
     before = names()
     integration.disable()
     for _ in range(2):
@@ -353,7 +353,7 @@ def test_enable_and_disable():
         assert names() == before
 
 
-def test_enabled_restores_the_state_before_it(monkeypatch):
+def test_enabled_restores_the_previous_state(monkeypatch):
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", type("Other", (ChunkedLogProbFunction,), {}))
     before = names()
     with pytest.raises(KeyError), integration.enabled():
@@ -369,7 +369,7 @@ def test_enabled_restores_the_state_before_it(monkeypatch):
     integration.disable()
 
 
-def test_another_signature(monkeypatch):
+def test_unknown_signature_raises(monkeypatch):
     other = SimpleNamespace(forward=lambda ctx, hidden, vocabulary: None)
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", other)
     with pytest.raises(RuntimeError, match=r"forward takes \(ctx, hidden, vocabulary\) instead of .*1\.16"):
@@ -378,13 +378,13 @@ def test_another_signature(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx"])
-def test_missing_name(name, monkeypatch):
+def test_missing_name_raises(name, monkeypatch):
     monkeypatch.delattr(utils, name)
     with pytest.raises(RuntimeError, match=rf"found TRL \S+ without trl\.trainer\.utils\.{name}"):
         integration.enable()
 
 
-def test_missing_and_old_trl(monkeypatch):
+def test_missing_or_old_trl_raises(monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.15.2")
     with pytest.raises(ImportError, match=r"found TRL 1\.15\.2, which is too old; .* works with TRL 1\.16"):
         integration.enable()
@@ -394,7 +394,7 @@ def test_missing_and_old_trl(monkeypatch):
     integration.disable()
 
 
-def test_importing_it_imports_neither_trl_nor_transformers():
+def test_import_does_not_import_trl_or_transformers():
     program = "import sys, sukhops.integrations.trl; print({'trl', 'transformers'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout == "set()\n", run.stderr

@@ -1,4 +1,4 @@
-"""The compiled code of every CUDA kernel: within each architecture's limits, and as documented."""
+"""Compiles every CUDA kernel: the code respects each architecture's limits and matches kernels.md."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def test_every_triton_file_has_builds():
     assert files == set(kernels.triton_kernels())
 
 
-def test_document_is_what_is_compiled():
+def test_document_is_up_to_date():
     recorded = report.rows("kernels")
     compilers = {r["compiler"].split()[0]: r["compiler"] for r in recorded}
     if compilers["triton"] != f"triton {triton.__version__}":
@@ -56,7 +56,7 @@ template __global__ void scale<3>(float4*, int);
 
 @pytest.mark.skipif(not gpu_build.nvcc() or not shutil.which("c++filt"), reason="needs nvcc and c++filt")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_files_are_read_too(tmp_path, monkeypatch, arch):
+def test_build_cuda_reads_a_cu_file(tmp_path, monkeypatch, arch):
     monkeypatch.setattr(gpu_build, "CACHE", tmp_path / "cache")
     path = tmp_path / "scale.cu"
     path.write_text(SOURCE)

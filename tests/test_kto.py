@@ -1,4 +1,4 @@
-"""kto_loss, step_kto_loss and their helpers on log-probs: closed forms in plain Python, and the facts."""
+"""kto_loss, step_kto_loss and helpers on log-probs: closed forms in plain Python, and properties."""
 
 import math
 import subprocess
@@ -64,7 +64,7 @@ def test_policy_equal_to_reference():
 
 def test_reference_point_is_the_clamped_mean_and_has_no_gradient():
     logp, target, desirable, ref = batch()
-    for shift in (2.0, -2.0):  # a mean above and one below 0
+    for shift in (2.0, -2.0):  # means above and below 0
         other = (ref + shift).requires_grad_()
         out = kto_loss(logp, target, desirable, ref, kl=Mismatched(target, other, ref), beta=BETA)
         mean = sum(ratios(other, target, ref)) / 5
@@ -97,8 +97,8 @@ def test_saturated_and_missing_classes():
     assert torch.isfinite(one.loss)
     none = kto_loss(logp[:0], target[:0], desirable[:0], ref[:0], kl=0.1)
     assert none.loss == 0
-    unlabelled = kto_loss(logp, target, torch.full((5,), -1), ref, kl=0.1)
-    assert unlabelled.loss == 0 and torch.autograd.grad(unlabelled.loss, logp)[0].abs().max() == 0
+    unlabeled = kto_loss(logp, target, torch.full((5,), -1), ref, kl=0.1)
+    assert unlabeled.loss == 0 and torch.autograd.grad(unlabeled.loss, logp)[0].abs().max() == 0
     empty = target.clone()
     empty[1] = -100
     out = kto_loss(logp, empty, desirable, ref, kl=0.0)
@@ -129,7 +129,7 @@ def test_gradcheck():
         assert gradcheck(f, logp)
 
 
-def test_step_terms_by_hand():
+def test_step_terms_match_a_loop():
     logp, target, desirable, ref = batch()
     ids = torch.tensor([-1, -1, 0, 0, 1, 1, 3]).expand(5, 7)
     labels = torch.tensor([[1, 0, 1, 1], [0, 1, 1, -1], [-1, -1, -1, -1], [1, 1, 1, 0], [0, 0, 0, 0]])
@@ -157,7 +157,7 @@ def test_step_terms_by_hand():
         assert out.metrics["right_steps"] + out.metrics["wrong_steps"] == len(every)
 
 
-def test_step_kto_facts():
+def test_step_kto_properties():
     logp, target, desirable, ref = batch()
     ids, labels = torch.zeros(5, 7, dtype=torch.int64), desirable.long().unsqueeze(1)
     kto = kto_loss(logp, target, desirable, ref, kl=0.3).loss.item()
@@ -171,7 +171,7 @@ def test_step_kto_facts():
     assert steps_only.loss.item() == pytest.approx(kto, rel=1e-12)
     two = (torch.arange(7) >= 4).long().expand(5, 7)
     split = step_kto_loss(logp, target, desirable, two, labels.expand(5, 2), ref, kl=0.3)
-    assert split.loss.item() != pytest.approx(whole.loss.item(), rel=1e-6)  # not additive
+    assert split.loss.item() != pytest.approx(whole.loss.item(), rel=1e-6)  # two steps are not equal to one
 
 
 def test_step_reference_point_from_the_mismatched_batch():
@@ -202,7 +202,7 @@ def test_step_reference_point_from_the_mismatched_batch():
     assert packed.loss.item() == pytest.approx(out.loss.item(), rel=1e-12)
 
 
-def test_mismatched_pairs_every_prompt_with_the_next_completion():
+def test_mismatched_combines_each_prompt_with_the_next_completion():
     target = torch.tensor([[-100, 1, 2, -100], [-100, -100, 3, 4], [5, 6, 7, -100]])
     ids = torch.tensor([[90, 91, 1, 2], [80, 81, 82, 3], [70, 5, 6, 7]])
     kl_ids, kl_target = mismatched(target, ids, pad_id=0)
@@ -218,7 +218,7 @@ def test_mismatched_pairs_every_prompt_with_the_next_completion():
     assert torch.equal(mismatched(none), none)
 
 
-def test_mismatched_through_a_loop():
+def test_mismatched_equals_a_loop():
     g = torch.Generator().manual_seed(3)
     for _ in range(20):
         b, t = 4, 9
@@ -270,7 +270,7 @@ def test_step_ids_from_tokens_and_characters():
         ({"gamma": 1.0}, "gamma", TypeError),
     ],
 )
-def test_bad_input_names_the_argument(change, name, error):
+def test_invalid_arguments(change, name, error):
     logp, target, desirable, ref = batch()
     given = {"logp": logp, "target": target, "desirable": desirable, "ref_logp": ref, "kl": 0.1}
     with pytest.raises(error, match=name):
@@ -291,7 +291,7 @@ def test_bad_input_names_the_argument(change, name, error):
         ({"step_reduction": "mean"}, "step_reduction"),
     ],
 )
-def test_bad_steps_name_the_argument(change, name):
+def test_invalid_step_arguments(change, name):
     logp, target, desirable, ref = batch()
     given = {
         "logp": logp, "target": target, "desirable": desirable, "ref_logp": ref, "kl": 0.1,
@@ -314,14 +314,14 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_the_mean_runs_over_ranks_before_the_clamp(tmp_path):
-    """Two ranks with means of 3 and -1 have the reference point 1, which neither has alone."""
+def test_kl_is_averaged_over_ranks_before_the_clamp(tmp_path):
+    """Ranks with means 3 and -1 both get the reference point 1."""
     command = [sys.executable, "-c", RANK, str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     assert [r.communicate(timeout=120)[0].strip() for r in ranks] == ["1.0", "1.0"]
 
 
-def test_mismatched_sequences_without_a_token():
+def test_mismatched_empty_sequences():
     ids = torch.zeros(2, 0, dtype=torch.int64)
     assert mismatched(ids).shape == (2, 0)
     assert [t.shape for t in mismatched(ids, ids)] == [(2, 0), (2, 0)]

@@ -1,4 +1,4 @@
-"""KTOLoss and StepKTOLoss: the fused head against whole logits, their references, bad input."""
+"""KTOLoss and StepKTOLoss: compared with whole logits, references, invalid arguments."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sukhops import losses, reference
 from sukhops.nn import KTOLoss, StepKTOLoss
 from sukhops.testing import assert_close
 
-NEAR = 256 * torch.finfo(torch.float32).eps  # of a peer: float32 products and sums in another order
+NEAR = 256 * torch.finfo(torch.float32).eps  # tolerance to a peer, which sums in float32 in another order
 
 
 def model_batch(b=4, t=6, d=8, v=40, dtype=torch.float64):
@@ -44,7 +44,7 @@ def steps(b=4, t=6):
 
 
 def eager(step=False):
-    """The same epilogue on log-probs from whole logits."""
+    """The same loss on log-probs computed from whole logits."""
 
     def f(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, kl_hidden, kl_target, kl_ref_hidden,
           desirable, step_ids=None, step_labels=None, kl_step_ids=None):  # fmt: skip
@@ -70,7 +70,7 @@ def test_equals_whole_logits(step, dtype):
     given = model_batch(d=32, v=300) | (steps() if step else {})
     given = {n: (t * 0.3).detach().requires_grad_(t.requires_grad) if t.is_floating_point() else t
              for n, t in given.items()}  # fmt: skip
-    given["kl_hidden"] = given["kl_hidden"].detach()  # never differentiated
+    given["kl_hidden"] = given["kl_hidden"].detach()  # has no gradient
     loss = StepKTOLoss() if step else KTOLoss()
     assert_close(lambda **g: loss(**g).loss, eager(step), given, dtype)
 
@@ -82,7 +82,7 @@ def test_gradcheck_through_the_head(step):
 
     frozen = (
         loss(**given).metrics["kl"].item()
-    )  # the reference point moves with the weight, its gradient is 0
+    )  # the reference point depends on the weight, but has no gradient
     del given["kl_hidden"], given["kl_target"], given["kl_ref_hidden"]
     given.pop("kl_step_ids", None)
 
@@ -99,8 +99,8 @@ def test_mismatched_batch_has_no_gradient():
     assert torch.autograd.grad(out.loss, given["kl_hidden"], allow_unused=True) == (None,)
 
 
-def test_products():
-    """Three for the policy, whose logits are kept; one each for the reference and the mismatched passes."""
+def test_number_of_products():
+    """Three for the policy (its logits are kept); one for each of the reference and two mismatched passes."""
     given = {n: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t
              for n, t in model_batch().items()}  # fmt: skip
     before = torch.ops.sukhops.product_count()
@@ -108,7 +108,7 @@ def test_products():
     assert torch.ops.sukhops.product_count() - before == 6
 
 
-def test_compiles_whole():
+def test_compiles_fullgraph():
     given = model_batch() | steps()
     loss = StepKTOLoss()
     whole = torch.compile(lambda **g: loss(**g).loss, fullgraph=True)(**given)
@@ -129,12 +129,12 @@ def test_compiles_whole():
         ({"desirable": torch.full((4,), 3)}, "desirable"),
     ],
 )
-def test_bad_input_names_the_argument(change, name):
+def test_invalid_arguments(change, name):
     with pytest.raises(ValueError, match=name):
         KTOLoss()(**(model_batch() | change))
 
 
-def test_given_log_probs_equal_heads():
+def test_reference_log_probs_equal_reference_heads():
     given = model_batch()
     whole = KTOLoss()(**given).loss
     ref = sukhops.linear_logp(given["ref_hidden"], given["ref_weight"], given["target"], given["ref_bias"])
@@ -165,12 +165,12 @@ def liger(given, kl, **options):
     )  # fmt: skip
 
 
-def given_point():
+def batch_without_kl():
     return {n: t for n, t in model_batch(dtype=torch.float32).items() if not n.startswith("kl_")}
 
 
 def test_agrees_with_liger_at_one_reference_point():
-    given = given_point()
+    given = batch_without_kl()
     expected, _ = liger(given, torch.tensor([0.3]))
     found = KTOLoss()(**given, kl=0.3).loss
     torch.testing.assert_close(found, expected, rtol=NEAR, atol=NEAR)
@@ -179,9 +179,9 @@ def test_agrees_with_liger_at_one_reference_point():
         torch.testing.assert_close(a, b, rtol=NEAR, atol=NEAR)
 
 
-def test_one_reference_point_per_batch_where_liger_counts_it_once_per_sequence():
-    """Given one per sequence, as its documentation has it, Liger makes B times the mean over the batch."""
-    given = given_point()
+def test_liger_with_one_reference_point_per_sequence_differs():
+    """With one kl per sequence, as its documentation says, Liger returns B times the mean over the batch."""
+    given = batch_without_kl()
     logp = reference.linear_logp(*(given[n] for n in ("hidden", "weight", "target", "bias")))
     ref = reference.linear_logp(*(given[n] for n in ("ref_hidden", "ref_weight", "target", "ref_bias")))
     sign = 2.0 * given["desirable"] - 1

@@ -1,4 +1,4 @@
-"""Lexicon against counting in plain Python, over Unicode and bytes; files, bad input, threads."""
+"""Lexicon compared with plain Python on Unicode and bytes; files, invalid arguments, threads."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import sukhops
 from sukhops import Lexicon
 
-# few symbols, so that n-grams repeat: of each width that str has in memory, a lone surrogate, line ends
+# few symbols, so that n-grams repeat; every internal width of str, a lone surrogate, line ends
 UNICODE = st.text(st.sampled_from("ab\n\r\0é\uffffЖ\ud800😀"), max_size=40)
 BYTES = st.binary(max_size=4).map(lambda some: bytes(b"ab\n\xff"[b % 4] for b in some * 10))
 TEXTS = st.one_of(st.lists(UNICODE, min_size=1, max_size=5), st.lists(BYTES, min_size=1, max_size=5))
@@ -55,19 +55,19 @@ def assert_maps(lexicon, texts):
 
 @settings(max_examples=400, deadline=None)
 @given(TEXTS, TEXTS, st.integers(1, 6), st.integers(1, 4))
-def test_counts_and_maps_as_plain_python_does(texts, others, max_length, min_count):
+def test_counts_and_maps_like_plain_python(texts, others, max_length, min_count):
     lexicon = Lexicon.from_text(texts, max_length, min_count)
     assert lexicon.units == expected_units(texts, max_length, min_count)
     assert len(lexicon) == len(lexicon.units) == len(set(lexicon.units))
     assert_maps(lexicon, texts)
     if type(texts[0]) is type(others[0]):
-        assert_maps(lexicon, others)  # with characters that were never seen
+        assert_maps(lexicon, others)  # may contain unknown characters
 
 
 @pytest.mark.parametrize("encode", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_long_text_in_parts(encode, threads):
-    """Several threads count and map parts of it; n-grams and units across the parts' ends are found."""
+def test_long_text_is_split_among_threads(encode, threads):
+    """Threads count and map parts of the text; n-grams and units that cross the boundaries are found."""
     torch.set_num_threads(threads)
     try:
         g = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def test_a_long_text_in_parts(encode, threads):
 
 
 def test_real_text_covers_every_unit():
-    """On source text: many units, all substrings of units are units, each unit is found where it stands."""
+    """Source code gives many units; all substrings of units are units; each unit is mapped to its id."""
     text = "".join((sukhops.__file__, *(open(p).read() for p in (__file__, pytest.__file__)))) * 3
     lexicon = Lexicon.from_text([text], max_length=5, min_count=6)
     units = set(lexicon.units)
@@ -94,7 +94,7 @@ def test_real_text_covers_every_unit():
     assert torch.equal(ids[:, 0].gather(1, ends[:, None])[:, 0], torch.arange(1, len(lexicon)))
 
 
-def test_hand_computed():
+def test_hand_computed_example():
     lexicon = Lexicon.from_text(["abab\nab", "b"], max_length=3, min_count=2)
     assert lexicon.units == ["", "\n", "a", "b", "ab"]
     ids, lengths = lexicon.unit_ids(["ab\n", "z"])
@@ -105,7 +105,7 @@ def test_hand_computed():
     assert lengths.tolist() == [3, 1]
 
 
-def test_nothing_to_map_and_nothing_seen():
+def test_empty_texts_and_empty_lexicon():
     lexicon = Lexicon.from_text([""])
     assert len(lexicon) == 1 and lexicon.units == [""]
     assert lexicon.unit_ids(["xy"])[0].tolist() == [[[0, -1, -1, -1]] * 2]
@@ -116,7 +116,7 @@ def test_nothing_to_map_and_nothing_seen():
 
 @settings(max_examples=50, deadline=None)
 @given(texts=TEXTS, max_length=st.integers(1, 5))
-def test_files_pickles_and_copies_hold_the_same_units(tmp_path_factory, texts, max_length):
+def test_files_pickles_and_copies_have_the_same_units(tmp_path_factory, texts, max_length):
     lexicon = Lexicon.from_text(texts, max_length, 1)
     path = tmp_path_factory.mktemp("lexicon") / "units"
     lexicon.save(path)
@@ -137,7 +137,7 @@ def saved(tmp_path):
     return path
 
 
-def test_a_truncated_file_says_so(saved):
+def test_truncated_file_raises(saved):
     content = saved.read_bytes()
     for size in range(len(content)):
         saved.write_bytes(content[:size])
@@ -148,16 +148,16 @@ def test_a_truncated_file_says_so(saved):
         Lexicon.load(saved)
 
 
-def test_a_changed_byte_says_so(saved):
+def test_changed_byte_raises(saved):
     content = saved.read_bytes()
-    for place in range(len(content)):
-        saved.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    for i in range(len(content)):
+        saved.write_bytes(content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :])
         with pytest.raises(ValueError, match=r"units\.lexicon: (truncated or )?(damaged|not a lexicon)"):
             Lexicon.load(saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4" + bytes(200), b"some text\n" * 50])
-def test_a_foreign_file_says_so(tmp_path, content):
+def test_foreign_file_raises(tmp_path, content):
     path = tmp_path / "foreign"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="foreign: not a lexicon of sukhops"):
@@ -187,7 +187,7 @@ def test_a_foreign_file_says_so(tmp_path, content):
         {"symbols": [3, 2, 4]},
     ],
 )
-def test_units_that_contradict_each_other_are_refused(change):
+def test_contradictory_units_raise(change):
     given = {
         "unicode": True,
         "max_length": 3,
@@ -203,7 +203,7 @@ def test_units_that_contradict_each_other_are_refused(change):
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_save_is_atomic(saved, monkeypatch, broken):
-    """Whatever fails, the old file is whole and nothing else is left."""
+    """If saving fails, the old file is unchanged and no temporary file is left."""
     before = saved.read_bytes()
 
     def fail(*_):
@@ -216,7 +216,7 @@ def test_save_is_atomic(saved, monkeypatch, broken):
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_save_to_where_no_file_can_be(tmp_path):
+def test_save_to_invalid_path_raises(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "no such folder" / "units"):
         with pytest.raises(OSError):
@@ -227,8 +227,8 @@ def test_save_to_where_no_file_can_be(tmp_path):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: Lexicon.from_text("abc"), TypeError, "texts: expected several.* one str"),
-        (lambda: Lexicon.from_text(b"abc"), TypeError, "texts: expected several.* one bytes"),
+        (lambda: Lexicon.from_text("abc"), TypeError, "texts: expected a list.* single str"),
+        (lambda: Lexicon.from_text(b"abc"), TypeError, "texts: expected a list.* single bytes"),
         (lambda: Lexicon.from_text(3), TypeError, "texts: .* got int"),
         (lambda: Lexicon.from_text([]), ValueError, "texts: .* got none"),
         (lambda: Lexicon.from_text(["a", 3]), TypeError, "texts: expected str or bytes each, got int"),
@@ -244,13 +244,13 @@ def test_save_to_where_no_file_can_be(tmp_path):
         (lambda: Lexicon.from_text(["a"]).unit_ids([None]), TypeError, "texts: .* got NoneType"),
     ],
 )
-def test_bad_input_names_the_argument(call, error, message):
+def test_invalid_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
 def test_threads_share_a_lexicon():
-    """Eight at once: counting and mapping let go of the interpreter and give what one alone gives."""
+    """Eight threads count and map concurrently (without the GIL) and get the same results as one."""
     text = "the quick brown fox\njumps over the lazy dog\n" * 3000
     lexicon = Lexicon.from_text([text], 4, 100)
     alone = lexicon.unit_ids([text])[0]
@@ -268,5 +268,5 @@ def test_threads_share_a_lexicon():
     assert found == [True] * 8
 
 
-def test_generators_of_text_are_taken():
+def test_generators_of_texts_are_accepted():
     assert Lexicon.from_text((c * 2 for c in "ab"), 2, 1).units == ["", "a", "b", "aa", "bb"]

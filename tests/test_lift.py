@@ -1,4 +1,4 @@
-"""LIFT's pairs: the published prompt and word count, the table of relabelling, metrics."""
+"""LIFT's pairs: the published prompt and word count, the relabeling rules, metrics."""
 
 import ast
 import math
@@ -19,7 +19,7 @@ from sukhops.pairs import (
     violation_rate,
 )
 
-# The record in AlpacaEval-LI's description (Yuan et al., 2025): its limit is the length of its answer.
+# The example in AlpacaEval-LI's description (Yuan et al., 2025); the limit is the length of the answer.
 LIMIT = 56
 ANSWER = (
     "Superman, the iconic comic book superhero, was created by writer Jerry Siegel and artist Joe Shuster. "
@@ -29,7 +29,7 @@ ANSWER = (
 )
 
 
-def test_the_worked_example_has_56_words():
+def test_published_example_has_56_words():
     assert len(ANSWER.split()) == 55
     assert count_words(ANSWER) == LIMIT
     assert violation_rate(torch.tensor([count_words(ANSWER)]), LIMIT) == 0
@@ -59,17 +59,17 @@ def test_the_worked_example_has_56_words():
         ("cannothing ain't", 3),
     ],
 )
-def test_words(text, words):
+def test_count_words(text, words):
     assert count_words(text) == words
 
 
 @given(st.text(), st.text())
-def test_words_of_texts_add_up(one, two):
+def test_word_counts_of_concatenated_texts_add_up(one, two):
     assert count_words(f"{one} \n {two}") == count_words(one) + count_words(two)
 
 
-def test_words_of_another_tokenizer():
-    """NLTK's, on every word of the standard library's docstrings on its own: its sentences end only there."""
+def test_word_counts_agree_with_nltk():
+    """On each word of the standard library's docstrings alone, which NLTK takes for the end of a sentence."""
     tokenize = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer().tokenize
     chunks = {
         chunk
@@ -97,18 +97,18 @@ lengths = st.integers(0, 50)
 
 
 @given(lengths, lengths, st.one_of(lengths, st.just(math.inf)))
-def test_relabelling(chosen, rejected, limit):
+def test_relabeling(chosen, rejected, limit):
     rule = lift_relabel(chosen, rejected, limit).item()
     assert (rule == -1) == (rejected <= limit < chosen)
     assert (rule == 0) == (min(chosen, rejected) > limit)
     assert (rule == 1) == (chosen <= limit)
     turned = lift_relabel(rejected, chosen, limit).item()
-    if rule == -1:  # swapped twice is as it was
+    if rule == -1:  # the swapped pair is kept
         assert turned == 1
     assert lift_relabel(chosen, rejected, math.inf).item() == 1
 
 
-def test_relabelling_broadcasts():
+def test_relabeling_broadcasts():
     rule = lift_relabel(torch.tensor([[3], [9]]), 5, torch.tensor([2, 4, 7, 9]))
     assert rule.tolist() == [[0, 1, 1, 1], [0, 0, -1, 1]]
     assert rule.dtype == torch.int64
@@ -131,7 +131,7 @@ def test_pairs_as_columns():
 
 def test_violation_rate():
     length = torch.tensor([3, 5, 7, 9])
-    assert violation_rate(length, 5).item() == 0.5  # as long as the limit is within it
+    assert violation_rate(length, 5).item() == 0.5  # a length equal to the limit is no violation
     assert violation_rate(length, torch.tensor([2, 5, 8, 8])).item() == 0.5
     rates = [violation_rate(length, n).item() for n in range(12)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 1 and rates[-1] == 0
@@ -144,7 +144,7 @@ def test_win_rate():
     assert length_instructed_win_rate(torch.tensor([True, False]), torch.tensor([5, 5]), 5).item() == 0.5
 
 
-def test_bad_input_is_named():
+def test_invalid_arguments():
     good = torch.tensor([3, 5])
     for bad in (-good, good * math.nan):
         for call in (lambda t: lift_relabel(t, good, 4), lambda t: violation_rate(t, 4)):

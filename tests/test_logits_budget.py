@@ -1,4 +1,4 @@
-"""Logits that the forward keeps for the backward: gradients are the same, and nothing is kept in vain."""
+"""Logits that the forward keeps for the backward: gradients are the same; only needed logits are kept."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from sukhops.testing import assert_close
 
 pytestmark = pytest.mark.every_isa
 
-N, D, V = 37, 19, 5003  # two tiles of the vocabulary
+N, D, V = 37, 19, 5003  # the vocabulary spans two tiles
 BUDGETS = [0, 4 * V * 10, 4 * V * N]  # nothing, ten rows, all rows in float32
 
 
@@ -28,7 +28,7 @@ def make(dtype=torch.float32, v=V, bias=True):
 
 
 def kept(call):
-    """Bytes of the tensors of two axes and V columns that a call saves, inputs not counted."""
+    """Bytes of the [.., V] tensors that a call saves for the backward, and its result."""
     saved = []
 
     def pack(t):
@@ -50,8 +50,8 @@ def test_within_budget(nbytes, dtype, options):
 
 
 @pytest.mark.parametrize("nbytes", BUDGETS)
-def test_rows_whose_gradient_is_sparse_are_passed_over(nbytes):
-    """Kept rows and recomputed ones of which some have a gradient of their target's logit alone."""
+def test_rows_with_sparse_gradients_are_skipped(nbytes):
+    """Some kept and some recomputed rows have a gradient only for the logit of their target."""
     logit_alone = torch.rand(N).round()
 
     def mixed(f):
@@ -75,7 +75,7 @@ def test_gradcheck(rows):
 
 
 @pytest.mark.parametrize("nbytes", BUDGETS)
-def test_a_second_backward_has_the_same_bits(nbytes):
+def test_second_backward_gives_the_same_bits(nbytes):
     given = make(torch.bfloat16)
     with logits_budget(nbytes):
         logp = linear_logp(**given)
@@ -85,7 +85,7 @@ def test_a_second_backward_has_the_same_bits(nbytes):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_only_what_is_needed_is_kept():
+def test_only_needed_logits_are_kept():
     given = make()
     frozen = given | {"weight": given["weight"].detach(), "bias": given["bias"].detach()}
     assert kept(lambda: linear_logp(**given))[0] == 4 * V * N
@@ -99,7 +99,7 @@ def test_only_what_is_needed_is_kept():
     assert torch.ops.sukhops.vocab_head(*flat, None, 0, *none)[-1].shape == (0, V)
 
 
-def test_compile_reads_a_change_of_the_budget():
+def test_compiled_call_follows_changes_of_the_budget():
     given = make(bias=False)
     compiled = torch.compile(lambda h, w, t: linear_logp(h, w, t).sum(), fullgraph=True)
     inputs = [given["hidden"], given["weight"]]
@@ -126,7 +126,7 @@ def test_checkpoint_and_export():
     assert torch.equal(program.module()(*inputs, given["target"]), linear_logp(**given))
 
 
-def test_the_budget_before_is_returned():
+def test_set_returns_the_previous_budget():
     assert sukhops.get_logits_budget() == 64 << 20
     assert sukhops.set_logits_budget(5) == 64 << 20
     assert sukhops.get_logits_budget() == 5
@@ -134,7 +134,7 @@ def test_the_budget_before_is_returned():
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, "64 MiB", None, True])
-def test_a_budget_that_is_no_number_of_bytes_raises(bad):
+def test_invalid_budget_raises(bad):
     with pytest.raises((TypeError, ValueError), match="nbytes: expected"):
         sukhops.set_logits_budget(bad)
     assert sukhops.get_logits_budget() == 64 << 20

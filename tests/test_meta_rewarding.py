@@ -1,4 +1,4 @@
-"""Meta-Rewarding's pairs, against loops in exact arithmetic and the facts that must hold."""
+"""Meta-Rewarding's pairs: compared with loops in exact arithmetic, and properties."""
 
 import math
 from fractions import Fraction
@@ -21,7 +21,7 @@ NAN = math.nan
 
 
 def choose(scores, lengths, rho):
-    """One prompt by the definition, in fractions: (chosen, rejected) or None."""
+    """The definition for one prompt, in exact fractions: (chosen, rejected) or None."""
     scored = [k for k, s in enumerate(scores) if not math.isnan(s)]
     exact = {k: Fraction(scores[k]) for k in scored}
     if len(scored) < 2 or len(set(exact.values())) == 1:
@@ -48,7 +48,7 @@ prompts = st.integers(1, 6).flatmap(
 
 @given(prompts, st.sampled_from([Fraction(0), Fraction(1, 8), Fraction(1, 4), Fraction(3, 8)]))
 @settings(deadline=None, max_examples=300)
-def test_length_control_is_the_definition(found, rho):
+def test_length_control_matches_the_definition(found, rho):
     scores, lengths = (torch.tensor(columns) for columns in zip(*found, strict=True))
     pairs = length_controlled_pairs(scores, lengths, float(rho))
     for row, (s, n) in enumerate(found):
@@ -58,7 +58,7 @@ def test_length_control_is_the_definition(found, rho):
             assert (pairs.chosen[row].item(), pairs.rejected[row].item()) == expected
 
 
-def test_many_prompts_are_the_same_as_few():
+def test_many_prompts_give_the_same_as_one():
     g = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 9, (70_000, 4), generator=g).float()
     lengths = torch.randint(0, 5, (70_000, 4), generator=g)
@@ -69,7 +69,7 @@ def test_many_prompts_are_the_same_as_few():
     assert all(len(column) == 0 for column in length_controlled_pairs(scores[:0], lengths[:0], 0.25))
 
 
-def test_facts_of_length_control():
+def test_properties_of_length_control():
     g = torch.Generator().manual_seed(1)
     scores, lengths = torch.rand(500, 7, generator=g), torch.randint(1, 3000, (500, 7), generator=g)
     before = None
@@ -88,8 +88,8 @@ def test_facts_of_length_control():
 
 @given(prompts, st.sampled_from([0.0, 0.125, 0.375]), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=100)
-def test_names_scale_and_unit_do_not_matter(found, rho, random):
-    """The order of responses, the scale of scores (by powers of two, exact) and the unit of lengths."""
+def test_order_scale_and_unit_do_not_matter(found, rho, random):
+    """Order of responses, scale of scores (powers of two, which are exact) and unit of lengths."""
     for s, n in found:
         scores, lengths = torch.tensor([s]), torch.tensor([n])
         pairs = length_controlled_pairs(scores, lengths, rho)
@@ -103,7 +103,7 @@ def test_names_scale_and_unit_do_not_matter(found, rho, random):
             assert order[moved.chosen] == pairs.chosen and order[moved.rejected] == pairs.rejected
 
 
-def test_every_pair_says_which_rule_made_or_dropped_it():
+def test_reasons_of_pairs():
     scores = torch.tensor(
         [[1, 5, 3], [1, 5, 5], [1, 5, 5], [1, 4.6, 5], [2, 2, 2], [NAN, NAN, 4], [NAN, 4, 5], [1, 5, 3]]
     )
@@ -122,7 +122,7 @@ def test_every_pair_says_which_rule_made_or_dropped_it():
     assert alone.columns() == {"chosen": [0], "rejected": [0], "keep": [False], "reason": ["unscored"]}
 
 
-def test_bad_input_of_length_control_is_named():
+def test_invalid_arguments_of_length_control():
     scores, lengths = torch.rand(2, 3), torch.ones(2, 3)
     for rho in (-0.1, 0.5, NAN):
         with pytest.raises(ValueError, match=r"^rho: "):
@@ -139,7 +139,7 @@ def test_bad_input_of_length_control_is_named():
         length_controlled_pairs([[1, 2]], lengths, 0)
 
 
-def test_the_response_whose_judgments_vary_most():
+def test_selects_the_response_with_the_largest_variance():
     judged = torch.tensor(
         [
             [[3, 3, 3.0], [1, 5, NAN], [1, 5, 4]],
@@ -150,11 +150,11 @@ def test_the_response_whose_judgments_vary_most():
     assert select_judged_response(judged).tolist() == [1, 1, -1]
     g = torch.Generator().manual_seed(0)
     judged = torch.randint(1, 6, (200, 4, 11), generator=g)
-    variance = 11 * judged.square().sum(-1) - judged.sum(-1).square()  # times 121, exact
+    variance = 11 * judged.square().sum(-1) - judged.sum(-1).square()  # 121 * variance, an exact integer
     assert torch.equal(select_judged_response(judged.float()), variance.argmax(1))
 
 
-def test_equal_variances_are_drawn_with_a_generator():
+def test_equal_variances_are_sampled_with_a_generator():
     scores = torch.tensor([[1.0, 4, 2], [1, 2, 4], [1, 1, 1], [4, 2, 1]]).expand(3000, 4, 3)
     assert (select_judged_response(scores) == 0).all()
     drawn = [select_judged_response(scores, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
@@ -164,7 +164,7 @@ def test_equal_variances_are_drawn_with_a_generator():
 
 
 def battle_loop(results, smoothing):
-    """One prompt, or all together, by the definition: rows of battles and both weights."""
+    """The definition for one prompt or all together: battles and both position weights."""
     first = sum(r == 1 for one in results for i, row in enumerate(one) for j, r in enumerate(row) if i != j)
     second = sum(r == -1 for one in results for i, row in enumerate(one) for j, r in enumerate(row) if i != j)
     wins = first + second + 2 * smoothing
@@ -182,7 +182,7 @@ def battle_loop(results, smoothing):
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 5), st.sampled_from([0.0, 1.0, 2.5]))
 @settings(deadline=None, max_examples=100)
-def test_battles_are_the_definition(seed, prompts, judgments, smoothing):
+def test_battles_match_the_definition(seed, prompts, judgments, smoothing):
     g = torch.Generator().manual_seed(seed)
     results = torch.randint(-1, 2, (prompts, judgments, judgments), generator=g)
     battles, (first, second) = battle_matrix(results.double(), smoothing=smoothing)
@@ -198,21 +198,21 @@ def test_battles_are_the_definition(seed, prompts, judgments, smoothing):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
-@pytest.mark.parametrize("favoured", [1, -1])
-def test_a_judge_of_positions_alone_has_no_preference(smoothing, favoured):
-    results = torch.full((4, 5, 5), favoured)
+@pytest.mark.parametrize("favored", [1, -1])
+def test_judge_that_sees_only_positions_has_no_preference(smoothing, favored):
+    results = torch.full((4, 5, 5), favored)
     battles, weights = battle_matrix(results, smoothing=smoothing)
     assert torch.equal(battles, battles.mT)
     assert (battles == 0).all() == (smoothing == 0)
-    assert weights[(1 - favoured) // 2] < weights[(1 + favoured) // 2]
+    assert weights[(1 - favored) // 2] < weights[(1 + favored) // 2]
     pairs = judge_pairs(battles)
     assert not pairs.keep.any() and (pairs.reason == Reason.EQUAL).all()
 
 
-def test_position_weights_undo_a_bias():
+def test_position_weights_correct_position_bias():
     g = torch.Generator().manual_seed(0)
     quality = torch.rand(400, 6, generator=g)
-    better = torch.sigmoid(4 * (quality[:, :, None] - quality[:, None, :]) + 2.0)  # the first is favoured
+    better = torch.sigmoid(4 * (quality[:, :, None] - quality[:, None, :]) + 2.0)  # biased toward the first
     results = torch.where(torch.rand(better.shape, generator=g) < better, 1, -1)
     battles, (first, second) = battle_matrix(results)
     assert first < 0.3 and second > 0.7 and abs(first + second - 1) < 1e-6
@@ -242,7 +242,7 @@ def test_judge_pairs():
         }  # fmt: skip
 
 
-def test_bad_input_of_judging_is_named():
+def test_invalid_arguments_of_judging():
     results = torch.zeros(2, 3, 3)
     for bad in (results + 2, results + 0.5, results * NAN, results[0], results[:, :2], results[:, :0, :0]):
         with pytest.raises(ValueError, match=r"^results: "):

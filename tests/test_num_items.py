@@ -1,4 +1,4 @@
-"""What averages divide by: parts of a batch, each divided by the whole one's count, add up to the batch."""
+"""num_items: losses of micro-batches, each divided by the count of the whole batch, add up to its loss."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from ranks import on_ranks
 from sukhops import losses, nn
 
 D, V, T = 6, 11, 5
-ROUNDING = 3 * 8 * T * V * torch.finfo(torch.float64).eps  # three steps of sums over rows, tokens, entries
+# three steps, each with sums over rows, tokens and vocabulary
+ROUNDING = 3 * 8 * T * V * torch.finfo(torch.float64).eps
 
 
 def hidden(rows):
@@ -17,12 +18,12 @@ def hidden(rows):
 def targets(rows):
     target = torch.randint(0, V, (rows, T))
     target[:, 0] = -100
-    target[rows // 2 :, 3:] = -100  # parts count differently
+    target[rows // 2 :, 3:] = -100  # the parts have different counts
     return target
 
 
 def pairs_in(batch, part, parts):
-    """Chosen and rejected sequences of some pairs."""
+    """The chosen and rejected sequences of one part of the pairs."""
     pair = torch.arange(len(batch) // 2).chunk(parts)[part]
     return batch[torch.cat([pair, pair + len(batch) // 2])]
 
@@ -57,7 +58,7 @@ def symbols(given):
     return given["unit_ids"].shape[0] * T
 
 
-# loss, the rest of its batch, how it is cut, what it counts
+# loss, other tensors of the batch, function that splits it, function that counts its items
 CASES = {
     "dpo": (nn.DPOLoss(), lambda: {"target": targets(8), "ref_logp": -torch.rand(8)}, pairs_in, half),
     "kto": (
@@ -78,7 +79,7 @@ STEPS = {
 
 
 def call(name, weights, batch, num_items=None):
-    """The loss of a batch; Director has two weights, KTO a reference point."""
+    """The loss of a batch; Director takes two weights, KTO a reference point."""
     extra = {"kl": 0.1} if name == "kto" else {}
     rest = {n: t for n, t in batch.items() if n != "hidden"}
     if name == "director":
@@ -97,7 +98,7 @@ def make(name):
 
 
 def steps(weights, gradients):
-    """Three steps of plain gradient descent."""
+    """Three steps of gradient descent."""
     for _ in range(3):
         found = gradients(weights)
         weights = [(w - 0.3 * g).detach().requires_grad_() for w, g in zip(weights, found, strict=True)]
@@ -106,7 +107,7 @@ def steps(weights, gradients):
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_micro_batches_train_as_the_batch_does(name, parts):
+def test_micro_batches_train_like_the_whole_batch(name, parts):
     given, weights, cut, count = make(name)
 
     def whole(weights):
@@ -124,7 +125,7 @@ def test_micro_batches_train_as_the_batch_does(name, parts):
 
 
 def averaged(rank, name):
-    """One of two ranks whose gradients are averaged."""
+    """Trains on one of two ranks whose gradients are averaged."""
     given, weights, cut, count = make(name)
     batch = {n: cut(t, rank, 2) for n, t in given.items()}
 
@@ -147,7 +148,7 @@ def test_two_ranks_train_as_one(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_metrics_are_those_of_the_call(name):
+def test_metrics_do_not_depend_on_num_items(name):
     given, weights, _, count = make(name)
     alone, part = call(name, weights, given), call(name, weights, given, num_items=2 * count)
     torch.testing.assert_close(part.loss, alone.loss / 2)
@@ -161,7 +162,7 @@ def test_metrics_are_those_of_the_call(name):
     [(0, ValueError), (-3, ValueError), (float("nan"), ValueError), (True, TypeError), ("9", TypeError),
      (torch.ones(2), ValueError)],
 )  # fmt: skip
-def test_bad_numbers_raise(name, wrong, error):
+def test_invalid_num_items_raise(name, wrong, error):
     given, weights, *_ = make(name)
     with pytest.raises(error, match="num_items"):
         call(name, weights, given, num_items=wrong)

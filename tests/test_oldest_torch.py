@@ -1,4 +1,4 @@
-"""Every C++ and CUDA source compiles with the headers of the oldest torch that the package promises."""
+"""Every C++ and CUDA source compiles with the headers of the oldest supported torch."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ FLAGS = ["-std=c++20", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b0000
 
 @pytest.fixture(scope="module")
 def include(tmp_path_factory):
-    """The folder of the headers, from torch's wheel: half a gigabyte, fetched once."""
+    """The folder of the headers of the oldest torch, downloaded once (the wheel has half a gigabyte)."""
     folder = CACHE / f"torch-{OLDEST}"
     if not folder.exists():
         wheels = tmp_path_factory.mktemp("wheel")
@@ -44,7 +44,7 @@ def test_compiles(include, source):
         ["-DUSE_CUDA", "-arch=sm_80", "-o", "/dev/null", "-c"] if compiler == "nvcc" else ["-fsyntax-only"]
     )
     includes = [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
-    if source.name == "lexicon.cpp":  # a pybind11 module: it is built per Python
+    if source.name == "lexicon.cpp":  # a pybind11 module, which needs the headers of Python
         includes.append(f"-I{sysconfig.get_paths()['include']}")
     run = subprocess.run([compiler, *FLAGS, *target, *includes, source], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Slices of a vocabulary on several ranks against one process that has the whole."""
+"""Operators on slices of the vocabulary on several ranks, compared with one process."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CURVE = {"softcap": 5.0, "scale": 1.7, "temperature": 0.6}
 
 
 def head(rank, sizes, dtype, bias=False, frozen=False, more=(), unused=()):
-    """This rank's inputs; rank None has the whole vocabulary."""
+    """Inputs of a rank with its slice of the vocabulary; rank None has the whole vocabulary."""
     g = torch.Generator().manual_seed(7)
 
     def normal(*shape):
@@ -54,7 +54,7 @@ def several_logp(given, target, **group):
 
 
 def ignoring(index):
-    """An ignore_index that is a token: of rank 0's slice, and a place in every other."""
+    """linear_logp with an ignore_index that is a token of rank 0 and a local index on the other ranks."""
 
     def call(given, target, **group):
         moved = target.where(target != -100, index)
@@ -136,9 +136,9 @@ SLICED = ("weight", "bias", "second", "shift", "columns")
 
 
 def outcome(name, call, given, target, rank=None, sizes=None, **group):
-    """Results, and gradients of the inputs under an upstream gradient that is the same on every rank.
+    """Results, and gradients of the inputs for an upstream gradient that is equal on every rank.
 
-    Columns of a distribution are this rank's, of the results and of their upstream gradient.
+    For director_logp, the result and its upstream gradient have only the columns of this rank.
     """
     inference = name.startswith("director top k")
     with torch.set_grad_enabled(not inference):
@@ -217,7 +217,7 @@ def test_head(ranks, name, dtype):
             assert testing.distance(t, exact[key]) <= testing.budget(t, low[key], exact[key]), key
 
 
-# ------------------------------------------------------------------ what travels, and odd calls
+# ------------------------------------------------------------------ communication, special calls
 
 
 def entropy(given, target, **options):
@@ -225,7 +225,7 @@ def entropy(given, target, **options):
 
 
 def traffic(rank):
-    """Bytes of every all-gather of a call, and of the all-reduces of its backward."""
+    """Bytes of all-gathers and all-reduces in the forward and in the backward."""
     gathered, reduced = [], []
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     plain_gather, plain_reduce = getattr(dist, gather), dist.all_reduce
@@ -252,8 +252,8 @@ def traffic(rank):
     return found
 
 
-def test_few_numbers_travel():
-    """At most 16 bytes a row and target, 8 more for each of the top k; in a backward hidden's gradient."""
+def test_bytes_sent():
+    """Forward: at most 16 bytes per row and target, and per top-k entry. Backward: the gradient of hidden."""
     for found in on_ranks(2, traffic):
         for name, (gathered, reduced, more, summed) in found.items():
             compared, numbers = gathered
@@ -263,7 +263,7 @@ def test_few_numbers_travel():
             assert reduced == more == [] and summed == [N * D * 4], name
 
 
-def odd_calls(rank):
+def special_calls(rank):
     world, found = dist.group.WORLD, {}
     given, target = head(rank, SIZES[2], torch.float32)
     empty = {"hidden": torch.zeros(0, D), "weight": given["weight"]}
@@ -299,8 +299,8 @@ def odd_calls(rank):
     return found
 
 
-def test_odd_calls():
-    for found in on_ranks(2, odd_calls):
+def test_special_calls():
+    for found in on_ranks(2, special_calls):
         assert isinstance(found, dict), found
         assert found["no rows"] == [(0,)] * 6 + [(0, 3)]
         assert found["compiled"] and found["checkpoint"] and found["autocast"]

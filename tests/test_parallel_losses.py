@@ -1,4 +1,4 @@
-"""Every loss on slices of a vocabulary against one process that has the whole; what must not be given."""
+"""Every loss on slices of the vocabulary, compared with one process; invalid arguments."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZES = {2: [30, 23], 3: [20, 0, 33]}
 
 
 def make(rank, sizes):
-    """This rank's weights; rank None has the whole vocabulary. Everything else is the same everywhere."""
+    """Inputs of a rank with its slice of the weights; rank None has the whole vocabulary."""
     g = torch.Generator().manual_seed(5)
 
     def normal(*shape):
@@ -130,11 +130,11 @@ def test_loss(ranks, name):
             assert testing.distance(parts[0], exact) < 1e-10, key
 
 
-# ------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------ invalid arguments
 
 
 def bad(rank, case):
-    """Calls that must raise on every rank; `case` says what one of them has wrong."""
+    """A call that must raise on every rank; `case` is the argument that is invalid on one or all ranks."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 4, generator=g), torch.randn(5, 4, generator=g)
     target, group = torch.randint(0, 10, (6,), generator=g), dist.group.WORLD
@@ -177,7 +177,7 @@ BAD = {
     "empty": "ValueError: weight: expected at least one row on some rank",
     "values": "ValueError: group: expected the same values of hidden on all ranks",
     "label": "RuntimeError: label: expected 1, 0 or -1",
-    "generator": "ValueError: generator: k > 1 with group needs one",
+    "generator": "ValueError: generator: expected one in the same state on every rank (group",
     "str": "ValueError: group: expected a torch.distributed.ProcessGroup, got str",
 }
 
@@ -192,7 +192,7 @@ def bad_calls(rank):
     return {case: attempt(case) for case in [*BAD, "not in it"]}
 
 
-def test_bad_input_raises_on_every_rank():
+def test_invalid_arguments_raise_on_every_rank():
     for rank, found in enumerate(on_ranks(2, bad_calls)):
         for case, message in BAD.items():
             assert str(found[case]).startswith(message), (rank, case, found[case])
@@ -201,17 +201,17 @@ def test_bad_input_raises_on_every_rank():
 
 def one_fails(rank):
     if rank == 1:
-        raise ValueError("an error of this rank's own")
+        raise ValueError("an error on this rank only")
     return linear_logp(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).long(), group=dist.group.WORLD)
 
 
-def test_a_rank_that_fails_does_not_hang_the_others():
+def test_failed_rank_does_not_hang_the_others():
     waiting, failed = on_ranks(2, one_fails)
-    assert failed == "ValueError: an error of this rank's own"
+    assert failed == "ValueError: an error on this rank only"
     assert waiting.startswith("RuntimeError: group: not every rank took part in this call")
 
 
-def late(rank):
+def backward_without_group(rank):
     hidden = torch.randn(2, 3, requires_grad=True)
     group = dist.new_group([0, 1])
     logp = linear_logp(hidden, torch.randn(4, 3), torch.zeros(2).long(), group=group)
@@ -220,5 +220,6 @@ def late(rank):
     logp.sum().backward()
 
 
-def test_a_graph_does_not_own_its_group():
-    assert all("group: it was destroyed before the backward" in found for found in on_ranks(2, late))
+def test_backward_after_the_group_was_destroyed_raises():
+    for found in on_ranks(2, backward_without_group):
+        assert "group: it was destroyed before the backward" in found

@@ -1,4 +1,4 @@
-"""DTensors, HeadLoss under DDP, FSDP2 and PEFT, and what the guide says of several processes."""
+"""DTensors, and HeadLoss with DDP, FSDP2, tensor parallelism and PEFT."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def batch():
 
 
 class Model(tnn.Module):
-    """A backbone and its head in one forward, as trainers have them."""
+    """A backbone and its head in one forward."""
 
     def __init__(self, loss=None, tied=False):
         super().__init__()
@@ -47,7 +47,7 @@ def trained(model, step, steps=3):
 
 
 def whole(tied=False, loss=None, ids=None, target=None):
-    """The same steps in one process: the mean over all tokens."""
+    """The same steps in one process; the loss is the mean over all tokens."""
     ids, target = batch()
     count = (target != -100).sum()
     return trained(Model(loss, tied), lambda m: (-m(ids, target).sum() / count).backward())
@@ -62,7 +62,7 @@ def ddp(rank):
     ids, target, count = own_part(rank, 2)
     model = tnn.parallel.DistributedDataParallel(Model())
 
-    def step(m):  # two micro-batches, divided by the count of all; DDP averages over two ranks
+    def step(m):  # two micro-batches, divided by the count of the whole batch; DDP averages over two ranks
         with m.no_sync():
             (-m(ids[:1], target[:1]).sum() / (count / 2)).backward()
         (-m(ids[1:], target[1:]).sum() / (count / 2)).backward()
@@ -86,7 +86,7 @@ def fsdp(rank, sharded):
 
 
 def fsdp_and_tensor_parallel(rank):
-    """Two ranks share a part of the batch and hold a slice of the head each; the parts are two."""
+    """Four ranks: two parts of the batch (FSDP2) times two slices of the head."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -128,13 +128,13 @@ def test_ddp_with_micro_batches():
 
 @pytest.mark.parametrize("sharded", ["HeadLoss", "head", "root"])
 def test_fsdp2(sharded):
-    """The head's parameters alone, or tied ones with the root's."""
+    """Sharded separately: HeadLoss, its head, or neither (tied weights sharded with the root)."""
     for found in on_ranks(2, fsdp, sharded):
         close(found, whole(tied=sharded == "root"))
 
 
 def fsdp_loss(rank):
-    """A loss whose output has metrics, twice: what was gathered is freed in between."""
+    """Calls a loss with metrics twice; the gathered weight is freed in between."""
     from torch.distributed.fsdp import fully_shard
 
     hidden, (_, target) = torch.randn(S, T, D, generator=torch.Generator().manual_seed(3)), batch()
@@ -183,9 +183,9 @@ def dtensors(rank):
 
     def gradients(name, call, placed, of_hidden):
         tensors = [hidden, weight, bias, second]
-        places = [of_hidden, placed, placed, placed]
+        placements = [of_hidden, placed, placed, placed]
         given = [
-            distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(tensors, places, strict=True)
+            distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(tensors, placements, strict=True)
         ]
         out = call(*given)
         assert isinstance(out, DTensor), name
@@ -233,13 +233,13 @@ def dtensors(rank):
 
 
 BAD = {
-    "plain hidden": "weight: a DTensor with a plain hidden.*nn.HeadLoss.*group=",
-    "group": "group: DTensors have a mesh of their own",
+    "plain hidden": "weight: expected a plain tensor with a plain hidden.*nn.HeadLoss.*group=",
+    "group": "group: expected None with DTensors",
     "columns": r"weight: expected Shard\(0\) or Replicate\(\)",
-    "plain weight": "hidden: a DTensor needs a weight that is one",
+    "plain weight": "hidden: expected a plain tensor with a plain weight, got a DTensor",
     "plain bias": "bias: expected a DTensor",
     "width": r"hidden: expected Replicate\(\) or Shard of a leading axis",
-    "generator": "generator: k > 1 with DTensors needs one",
+    "generator": r"generator: expected one in the same state on every rank \(DTensors",
 }
 
 
@@ -268,14 +268,14 @@ class Base(tnn.Module):
 
 
 def agrees(model, hidden, target):
-    """Log-probs and gradients of HeadLoss and of the layer's own forward."""
+    """Compares log-probs and gradients of HeadLoss with those of the model's forward."""
     leaves = [p for p in model.parameters() if p.requires_grad]
     head = nn.HeadLoss(model.lm_head, None)
     ours = head(hidden, target)
     theirs = F.log_softmax(model(hidden), -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(ours, theirs)
     assert ours.requires_grad == theirs.requires_grad
-    if not ours.requires_grad:  # merged
+    if not ours.requires_grad:  # merged adapters
         return
     grads = [torch.autograd.grad(t.square().sum(), leaves, allow_unused=True) for t in (ours, theirs)]
     for a, b in zip(*grads, strict=True):
@@ -315,7 +315,7 @@ def test_peft():
         peft.LoraConfig(target_modules=["0"], modules_to_save=["lm_head"]),
     ).base_model.model[1]
     agrees(saved, hidden, target)
-    with pytest.raises(ValueError, match="dropout, which no weight can express"):
+    with pytest.raises(ValueError, match="expected LoRA without dropout"):
         nn.HeadLoss(lora(lora_dropout=0.1).lm_head, None)(hidden, target)
     nn.HeadLoss(lora(lora_dropout=0.1).eval().lm_head, None)(hidden, target)
     with pytest.raises(ValueError, match="variant of LoRA"):
@@ -323,7 +323,7 @@ def test_peft():
 
 
 def parts_of_a_lora_head(rank):
-    """The layer of PEFT sharded as a whole trains as it does alone; a part of it alone raises."""
+    """A PEFT layer sharded as a whole gives the same gradient; sharding only a part of it raises."""
     import peft
     from torch.distributed.fsdp import fully_shard
 
@@ -341,7 +341,7 @@ def parts_of_a_lora_head(rank):
     alone, sharded, part = gradient(layer()), layer(), layer()
     torch.testing.assert_close(gradient(fully_shard(sharded)).full_tensor(), alone)
     fully_shard(part.base_layer)
-    with pytest.raises(ValueError, match="FSDP2 has sharded a part of it"):
+    with pytest.raises(ValueError, match="FSDP2 has sharded as a whole, got a sharded part"):
         nn.HeadLoss(part, None)(hidden, target)
     return True
 
@@ -351,9 +351,9 @@ def test_peft_under_fsdp2():
     assert on_ranks(2, parts_of_a_lora_head) == [True, True]
 
 
-def test_a_forward_of_the_heads_own_survives():
+def test_replaced_forward_of_the_head_is_kept():
     head = tnn.Linear(D, V)
-    head.unshard = lambda: None  # as FSDP2's modules have
+    head.unshard = lambda: None  # like modules of FSDP2
     head.forward = own = lambda x: x
     nn.HeadLoss(head, None)(torch.randn(S, T, D), batch()[1])
     assert head.forward is own
@@ -375,7 +375,7 @@ def test_head_loss_calls_the_loss():
         )  # fmt: skip
         assert torch.equal(found.loss, expected.loss)
     for head, loss in ((nn.DirectorHead(D, V), dpo), (linear, director), (nn.DirectorHead(D, V), None)):
-        with pytest.raises(TypeError, match="DirectorHead and DirectorLoss go with each other"):
+        with pytest.raises(TypeError, match="expected a DirectorHead with a DirectorLoss"):
             nn.HeadLoss(head, loss)
     for head in (tnn.Embedding(V, D), tnn.Identity()):
         with pytest.raises(TypeError, match=r"head: expected an nn\.Linear or DirectorHead"):

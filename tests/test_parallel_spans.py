@@ -1,4 +1,4 @@
-"""Attention over parts of sequences on several ranks against one process that has them whole."""
+"""Attention with sequences split among ranks, compared with one process."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CASES = {
     "several parts": dict(span=[1.0, 8.0, 40.0, 47.0], ramp=4.0),
     "edge of the ramp": dict(span=[4.0, 4.0, 8.0, 8.0], ramp=4.0),
     "max_span": dict(span=[50.0, 8.0, 20.0, 30.0], ramp=4.0, max_span=7),
-    "not itself": dict(span=[1.0, 8.0, 2.0, 3.0], ramp=2.0, include_self=False),
+    "without self": dict(span=[1.0, 8.0, 2.0, 3.0], ramp=2.0, include_self=False),
     "rel_pos": dict(span=[9.0, 8.0, 2.0, 3.0], ramp=2.0, rel=9),
     "grouped keys, rel_pos": dict(span=[9.0, 8.0, 25.0, 3.0], ramp=2.0, rel=30, kv=2),
     "padding": dict(span=[9.0, 8.0, 25.0, 3.0], ramp=2.0, start="sequence"),
@@ -95,10 +95,10 @@ def test_attention(ranks, name, dtype):
             assert testing.distance(ours, true) <= testing.budget(ours, low[key], true), key
 
 
-@pytest.mark.parametrize("ranks, length, reach", [(4, 12, 5), (4, 12, 12), (4, 12, 30), (3, 7, 100)])
-def test_what_travels(ranks, length, reach):
-    """A rank receives min(window, what lies before), each key from its owner, once."""
-    before = tuple(min(reach, r * length) for r in range(ranks))
+@pytest.mark.parametrize("ranks, length, window", [(4, 12, 5), (4, 12, 12), (4, 12, 30), (3, 7, 100)])
+def test_keys_are_received_once_from_their_owners(ranks, length, window):
+    """Each rank receives the last `window` keys before its part, or all if fewer, each once."""
+    before = tuple(min(window, r * length) for r in range(ranks))
     for rank in range(ranks):
         parts = parallel.Parts(rank, length, before)
         found = [r * length + x for r, s in parts.owners() for x in range(s.start, s.stop)]
@@ -114,7 +114,7 @@ def layer(rank):
     whole, _ = attention(x)
     m = LENGTH // dist.get_world_size()
     part, cache = attention(x[:, rank * m : (rank + 1) * m], group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="cache: parts of sequences"):
+    with pytest.raises(ValueError, match="cache: expected None with group"):
         attention(x[:, :m], cache=attention(x[:, :m])[1], group=dist.group.WORLD)
     return cache is None, (part - whole[:, rank * m : (rank + 1) * m]).abs().max().item()
 
@@ -129,7 +129,7 @@ def more_keys(rank):
     return adaptive_span_attention(q[:, :, :2], q, q, torch.zeros(1), group=dist.group.WORLD)
 
 
-def test_layer_and_bad_parts():
+def test_layer_and_invalid_parts():
     assert all(no_cache and error < 1e-5 for no_cache, error in on_ranks(2, layer))
     for found in on_ranks(2, unequal):
         assert found == "ValueError: group: expected the same positions on all ranks, got [5, 6] by rank"

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 on two processes: the head is gathered, freed, and trained as by one process."""
+"""DeepSpeed ZeRO-3 on two processes: the head is gathered and freed, and trains like in one process."""
 
 import os
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ class Model(nn.Module):
 
 
 class Fused(nn.Module):
-    """A language model of transformers with TRL's fused head, computed by sukhops."""
+    """A transformers model with TRL's fused head, computed by sukhops."""
 
     def __init__(self, tied: bool):
         super().__init__()
@@ -65,24 +65,25 @@ CASES = [(kind, tied) for kind in KINDS for tied in (False, True)]
 
 
 def steps(rank):
-    """Parameters after a step of SGD, and how much of the head's weight was left between forward and step."""
+    """Parameters after an SGD step, and the number of gathered head weights after the forward."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would have to be compiled
     deepspeed.init_distributed("gloo")
     options = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {
             "stage": 3,
-            "stage3_param_persistence_threshold": 0,  # no parameter stays whole
+            "stage3_param_persistence_threshold": 0,  # partition every parameter
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
         },
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 1e9,
     }
-    known = transformers.integrations.HfDeepSpeedConfig(options)  # as long as it lives, also to TRL
+    # transformers and TRL detect ZeRO-3 only while this object exists
+    known = transformers.integrations.HfDeepSpeedConfig(options)
     assert known.is_zero3()
     found = {}
     for kind, tied in CASES:
@@ -109,7 +110,7 @@ ranks = outcomes(steps, [2])
 
 
 @pytest.mark.parametrize(("kind", "tied"), CASES)
-def test_a_step_is_that_of_one_process(ranks, kind, tied):
+def test_step_equals_one_process(ranks, kind, tied):
     model = made(kind, tied)
     model(IDS).backward()
     for found in ranks:

@@ -1,4 +1,4 @@
-"""The integrations on a pretrained model, SmolLM2-135M-Instruct or that of SUKHOPS_MODEL: make test-real."""
+"""The integrations on a pretrained model, SmolLM2-135M-Instruct or SUKHOPS_MODEL: make test-real."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ REJECTED = [" Berlin.", " 12 degrees, as everyone knows.", " seven", " 5, more o
 
 @pytest.fixture(autouse=True)
 def quiet():
-    torch.use_deterministic_algorithms(False)  # the model's own operators
+    torch.use_deterministic_algorithms(False)  # the model uses operators without a deterministic kernel
     transformers.logging.set_verbosity_error()
 
 
@@ -52,7 +52,7 @@ def texts(tokenizer, sides):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO"])
 def test_trl(kind, dtype, tokenizer):
-    """The same loss and gradients with and without; half precisions differ by rounding logits or not."""
+    """The same loss and gradients with and without sukhops; in half precision, TRL also rounds logits."""
     given = {"model": load(dtype), "processing_class": tokenizer}
     if kind != "SFT":
         given["ref_model"] = load(dtype)
@@ -70,7 +70,7 @@ def test_trl(kind, dtype, tokenizer):
         assert (g - theirs[name]).float().norm() <= 4 * rounding * size, name
 
 
-def test_spans_of_ratio_1_change_nothing(tokenizer):
+def test_spans_of_ratio_1_do_not_change_the_model(tokenizer):
     inputs = texts(tokenizer, CHOSEN)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     prompts = dict(tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left"))
@@ -108,9 +108,9 @@ def test_director(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_dpo_in_a_loss_trainer(adapters, tokenizer, tmp_path):
-    """The loss of the first step is that of full logits."""
+    """The loss of the first step equals the one computed from whole logits."""
     model = load()
-    if adapters:  # on the head too, away from its start, where it does nothing
+    if adapters:  # also on the head; randomly initialized, because the default has no effect
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
         model = peft.get_peft_model(model, config)
     rows = []
@@ -127,7 +127,7 @@ def test_dpo_in_a_loss_trainer(adapters, tokenizer, tmp_path):
     loss, reference = nn.DPOLoss(beta=0.5), None if adapters else load()
     if reference is not None:
         with torch.no_grad():
-            reference.model.norm.weight.mul_(0.9)  # another model
+            reference.model.norm.weight.mul_(0.9)  # different from the policy
     trainer = LossTrainer(model, arguments, train_dataset=rows, loss=loss, ref_model=reference)
     trainer.train()
     logged = trainer.state.log_history[0]["loss"]
@@ -153,7 +153,7 @@ def test_dpo_in_a_loss_trainer(adapters, tokenizer, tmp_path):
     assert abs(logged - expected.item()) < 1e-4 and expected.item() > 0  # Trainer logs four digits
 
 
-def test_log_probs_are_those_of_full_logits(tokenizer):
+def test_log_probs_equal_those_of_whole_logits(tokenizer):
     model, inputs = load(), texts(tokenizer, CHOSEN)
     ids = inputs["input_ids"]
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_log_probs_are_those_of_full_logits(tokenizer):
     "name", ["adaptive_span", "hybrid_lm", "lift", "meta_rewarding", "repetition", "step_kto"]
 )
 def test_examples_run(name):
-    """A quick run of one seed prints its table and changes no recorded one."""
+    """A quick run with one seed prints its table and does not change recorded results."""
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     command = [sys.executable, f"examples/{name}.py", "--quick", "--seeds", "0"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent, timeout=400)

@@ -1,4 +1,4 @@
-"""Memory stays flat, a failed allocation or an interrupt does no harm, threads agree to the bit."""
+"""Memory does not grow; failed allocations and interrupts do no harm; threads give the same bits."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ D = 16
 
 
 def inputs(seed: int = 0, times: int = 1) -> dict[str, Tensor]:
-    """Small ones, or `times` as long."""
+    """Small inputs; `times` scales their lengths."""
     g = torch.Generator().manual_seed(seed)
     rows, v = 24 * times, 300 * times
     sizes = {
@@ -35,7 +35,7 @@ def inputs(seed: int = 0, times: int = 1) -> dict[str, Tensor]:
     return made | {"target": torch.randint(0, v, (rows,), generator=g), "label": torch.ones(rows).long()}
 
 
-# what each computes from `inputs`, a scalar
+# each call returns a scalar from `inputs`
 CALLS: dict[str, Callable[[dict], Tensor]] = {
     "linear_logp": lambda x: sukhops.linear_logp(x["hidden"], x["weight"], x["target"]).sum(),
     "linear_token_stats": lambda x: sukhops.linear_token_stats(
@@ -55,7 +55,7 @@ CALLS: dict[str, Callable[[dict], Tensor]] = {
     "segmentation_logz": lambda x: sukhops.segmentation_logz(x["scores"]).sum(),
 }  # fmt: skip
 calls = pytest.mark.parametrize("name", CALLS)
-SOME = ("linear_logp", "adaptive_span_attention")  # the others take their time in the long matrix
+SOME = ("linear_logp", "adaptive_span_attention")  # the others are marked full, because they take long
 long_calls = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOME else pytest.mark.full) for name in CALLS]
 )
@@ -70,8 +70,8 @@ def gradients(name: str, x: dict[str, Tensor]) -> list[Tensor]:
 
 
 @long_calls
-def test_memory_is_flat(name):
-    """Resident memory grows by less than 1 MiB over 2,000 calls: 500 bytes a call."""
+def test_memory_does_not_grow(name):
+    """Resident memory grows by less than 1 MiB in 2,000 calls, about 500 bytes per call."""
     x = inputs()
     for _ in range(300):
         gradients(name, x)
@@ -83,19 +83,19 @@ def test_memory_is_flat(name):
     assert harness.resident("VmRSS") - before < 2**20
 
 
-# each limit in a process of its own: what an allocation fails in differs
+# one process per limit: each limit makes a different allocation fail
 LIMITED = """
 import resource, sys
 import torch
 import sukhops
 torch.set_num_threads(2)
 from test_reliability import gradients, inputs
-name, room = sys.argv[1], int(sys.argv[2])
+name, extra = sys.argv[1], int(sys.argv[2])
 x, long = inputs(), inputs(0, 60)
-torch.ones(10**6).exp()  # starts the threads
+torch.ones(10**6).exp()  # starts the worker threads
 expected = [t.clone() for t in gradients(name, x)]
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + extra, resource.RLIM_INFINITY))
 try:
     gradients(name, long)
     found = "enough"
@@ -108,18 +108,18 @@ print(found)
 
 
 @long_calls
-def test_a_failed_allocation_raises_and_leaves_the_process_usable(name):
+def test_failed_allocation_raises_and_later_calls_work(name):
     found, tests = [], Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "bench")])}
-    for room in (0, 2**20, 2**22, 2**24, 2**34):
-        command = [sys.executable, "-c", LIMITED, name, str(room)]
+    for extra in (0, 2**20, 2**22, 2**24, 2**34):
+        command = [sys.executable, "-c", LIMITED, name, str(extra)]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert run.returncode == 0, (room, run.stderr[-1500:])
+        assert run.returncode == 0, (extra, run.stderr[-1500:])
         found.append(run.stdout.strip())
     assert found[0] != "enough" and found[-1] == "enough", found
 
 
-def test_an_interrupt_ends_right_after_the_call():
+def test_interrupt_is_raised_right_after_the_call():
     hidden, weight = torch.randn(4096, 256), torch.randn(32768, 256)
     target = torch.zeros(4096).long()
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def test_an_interrupt_ends_right_after_the_call():
 
 
 @calls
-def test_eight_threads_at_once_agree_to_the_bit(name):
+def test_eight_concurrent_threads_give_the_same_bits(name):
     made = [inputs(seed) for seed in range(8)]
     expected = [gradients(name, x) for x in made]
     with ThreadPoolExecutor(8) as pool:
@@ -147,8 +147,8 @@ def test_eight_threads_at_once_agree_to_the_bit(name):
 
 
 @calls
-def test_a_backward_in_another_thread(name):
-    """Also with another number of threads than the forward had: it is a setting of each thread."""
+def test_backward_in_another_thread(name):
+    """The backward may use another number of threads, because set_num_threads applies to one thread only."""
     x = inputs()
     expected = gradients(name, x)[1:]
     if not expected:
@@ -171,7 +171,7 @@ def test_a_backward_in_another_thread(name):
 
 
 class Computed(Dataset):
-    """Items that a worker computes with the operators."""
+    """A dataset whose items are computed with the operators."""
 
     def __len__(self):
         return 6
@@ -183,12 +183,12 @@ class Computed(Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
-def test_data_loaders_of_several_processes(method):
-    """Workers forked from a process that has used its threads, or started anew."""
+def test_data_loader_workers(method):
+    """Workers are forked from a process that has already used OpenMP threads, or spawned."""
     data = Computed()
     alone = [data[i] for i in range(len(data))]
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=100)
     for (ours, ids), (expected, same) in zip(loader, alone, strict=True):
         assert ids == same
-        for a, b in zip(ours, expected, strict=True):  # a worker has one thread
+        for a, b in zip(ours, expected, strict=True):  # workers use one thread, so rounding may differ
             assert testing.distance(a, b) <= 2 * testing.budget(a, b, b)

@@ -1,4 +1,4 @@
-"""The roofline: operations against a count of the reference's, orders that must hold, the recorded rows."""
+"""The roofline model: operations compared with a count in the reference, inequalities, recorded rows."""
 
 import json
 
@@ -13,7 +13,7 @@ from sukhops import losses, reference
 
 
 def counted(f, *leaves):
-    """Operations of the matrix products of a forward and backward, as PyTorch counts them."""
+    """FLOPs of the matrix products of a forward and backward, counted by PyTorch."""
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(f(), leaves)
     return counter.get_total_flops()
@@ -25,7 +25,7 @@ def head(rows=24, d=16, v=50, frozen=False):
     return hidden, weight, torch.randint(0, v, (rows,))
 
 
-def test_operations_of_the_head_are_those_of_the_reference():
+def test_operations_of_the_head_match_the_reference():
     hidden, weight, target = head()
     exact = counted(lambda: reference.linear_logp(hidden, weight, target).sum(), hidden, weight)
     work = roofline.linear_logp(24, 16, 50)
@@ -37,7 +37,7 @@ def test_operations_of_the_head_are_those_of_the_reference():
     assert work.floor.flops == exact == sum(phase.flops for phase in work.plan)
 
 
-def test_operations_of_dpo_are_those_of_the_reference():
+def test_operations_of_dpo_match_the_reference():
     hidden, weight, target = head()
 
     def loss():
@@ -51,7 +51,7 @@ def test_operations_of_dpo_are_those_of_the_reference():
 
 @pytest.mark.parametrize("span, ramp", [(3.0, 2.0), (40.0, 8.0)])
 def test_pairs_of_attention(span, ramp):
-    """Keys with a weight that can be positive, counted one by one."""
+    """Number of query-key pairs whose weight can be positive."""
     x = torch.arange(30).unsqueeze(1) - torch.arange(30)
     pairs = ((x >= 0) & (x < span + ramp)).sum().item()
     assert roofline._seen(30, min(30, span + ramp)) == pairs
@@ -59,7 +59,7 @@ def test_pairs_of_attention(span, ramp):
     assert work.floor.flops == 2 * 7 * 16 * pairs * 8
 
 
-def test_a_phase_lasts_as_long_as_its_slowest_part():
+def test_time_of_a_phase_is_that_of_its_slowest_part():
     device = roofline.Device("one", 2.0, 4.0, 8.0)
     assert Phase("", flops=6.0).seconds(device) == 3.0
     both = Phase("", flops=2.0, bytes=8.0, cycles=8.0)
@@ -67,12 +67,12 @@ def test_a_phase_lasts_as_long_as_its_slowest_part():
     assert Phase("", cycles=80.0).bound(device) == "latency"
 
 
-def test_no_plan_is_faster_than_its_floor():
+def test_plans_are_not_faster_than_their_floors():
     for row in roofline.rows(H200):
         assert row["predicted_ms"] >= row["floor_ms"] > 0, row
     spans = torch.tensor(roofline.SPANS)
     assert len(spans) == roofline.ATTENTION["H"] and spans.mean() == 314
 
 
-def test_recorded_rows_are_those_of_the_model():
+def test_recorded_rows_are_up_to_date():
     assert report.rows("roofline") == [json.loads(json.dumps(row)) for row in roofline.rows(H200)]

@@ -1,4 +1,4 @@
-"""The segmentation operators against enumeration, the reference, and facts that need neither."""
+"""The segmentation operators: compared with enumeration and the reference; properties."""
 
 import math
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every_isa
 
 NAMES = ("logz", "marginals", "entropy")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# windows of every register layout: part of one, whole, several, several and a part
+# values of K that select every register layout: part of a register, one, several, several and a part
 WIDTHS = [1, 3, 4, 5, 8, 13, 16, 17, 64, 70]
 EXAMPLES = settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -43,19 +43,19 @@ def make(b=5, t=40, k=6, dtype=torch.float64, missing=0.0, size=1.0, ragged=True
 
 
 def close(ours, low, exact, terms=0):
-    """Within the budget and a rounding for each of `terms`: the reference may be right by chance."""
+    """Asserts error <= budget plus `terms` roundings, because the reference may be exact by chance."""
     exact = torch.as_tensor(exact, dtype=torch.float64)
     rounded = terms * torch.finfo(ours.dtype).eps * max(1.0, finite_max(exact))
     assert distance(ours, exact) <= budget(ours, low, exact) + rounded, (ours, exact)
 
 
 def rounded(x):
-    """How far x may be from the same number computed in another way, in its own precision."""
+    """Bound on the difference of x and the same number computed differently in the same precision."""
     return budget(x, x, x)
 
 
 def gradient(x, s):
-    """Zero where x does not depend on s, as for the reference without positions."""
+    """The gradient of x, or zeros if x does not depend on s (the reference with T = 0)."""
     return torch.autograd.grad(x, s, retain_graph=True)[0] if x.requires_grad else torch.zeros_like(s)
 
 
@@ -87,13 +87,13 @@ def test_enumeration(dtype, problem):
     }
     ours, low = results(sukhops), results(reference)
     for name, value in exact.items():
-        close(ours[name], low[name], value, terms=scores.shape[1])  # of a sum over positions
+        close(ours[name], low[name], value, terms=scores.shape[1])  # a sum over positions
     assert not (ours["gradient"][scores == -torch.inf]).any()
 
 
 @EXAMPLES
 @given(problems())
-def test_the_best_segmentation_is_one_of_the_best(problem):
+def test_viterbi_returns_a_best_segmentation(problem):
     scores, lengths = problem
     found = sukhops.segmentation_viterbi(scores, lengths)
     assert torch.equal(found.segments, reference.segmentation_viterbi(scores, lengths).segments)
@@ -115,7 +115,7 @@ def test_samples_are_possible_segmentations(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [2, 8, 11])
 def test_sampling_frequencies(dtype, k):
-    """Chi-square of 20,000 draws: no further from its mean than six of its standard deviations."""
+    """Chi-square statistic of 20,000 samples is within six standard deviations of its mean."""
     scores = torch.randn(2, 6, k, dtype=dtype)
     scores[0, 2, 1] = -torch.inf
     lengths = torch.tensor([6, 5])
@@ -133,9 +133,9 @@ def test_sampling_frequencies(dtype, k):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sampling_frequencies_of_long_sequences(dtype):
-    """How often each segment is drawn, over several tiles of the sampler, is its posterior.
+    """The frequency of each segment equals its posterior, over several tiles of the sampler.
 
-    No count is further from its mean than a chance of 1e-6 for all cells together allows (Bernstein).
+    The bounds on the counts (Bernstein) fail by chance with probability 1e-6 in total.
     """
     n, k = 4000, 16
     scores = torch.randn(2, 150, k, dtype=dtype)
@@ -158,7 +158,7 @@ def test_sampling_frequencies_of_the_reference():
         assert abs(count - 400 * float(p)) < 6 * math.sqrt(400 * float(p))
 
 
-# ------------------------------------------------------------------ against the reference
+# ------------------------------------------------------------------ compared with the reference
 
 
 @pytest.mark.parametrize("k", WIDTHS)
@@ -183,13 +183,12 @@ def test_within_budget_at_every_dtype_and_size(name, dtype, size):
 
 
 def rounding(order, scores, lengths):
-    """How far the reference in float64 may be off, to first order in its unit roundoff u.
+    """First-order error bound of the reference in float64, with unit roundoff u.
 
-    A boundary's log-sum is at most a = T max|score|; each of K ways to it is a sum, and the log-sum-exp takes
-    K + 4 more: T boundaries add up e = T (3 a + K + 4) u, absolute in logz (order 0), relative in a posterior
-    (order 1), where the gradient from above is a normal of at most 6. Means over segmentations of what they
-    score (entropy), or of a random gradient, are off by that times their size, and their covariance by that
-    times both (order 2).
+    The log-sum at a boundary is at most a = T max|score|. Each of the K terms is a sum, and the log-sum-exp
+    adds K + 4 roundings. After T boundaries the error is e = T (3 a + K + 4) u: absolute in logz (order 0),
+    relative in a posterior (order 1), where the upstream gradient is at most 6. Means over segmentations
+    (entropy, or of a random gradient) have this error times their size, covariances times both (order 2).
     """
     _, t, k = scores.shape
     a = t * scores.abs().max().item()
@@ -221,7 +220,7 @@ def test_gradcheck_with_impossible_segments():
     assert gradcheck(lambda x: op("entropy")(build(x)), (free,))
 
 
-# ------------------------------------------------------------------ facts
+# ------------------------------------------------------------------ properties
 
 
 def test_all_zero_scores_count_segmentations():
@@ -243,7 +242,7 @@ def test_all_zero_scores_count_segmentations():
 def test_every_position_is_covered_once(size, missing):
     given = make(6, 500, 7, torch.float64, missing, size)
     scores, lengths = given["scores"].detach().float(), given["lengths"]
-    scores[..., 0] = scores[..., 0].where(scores[..., 0] > -torch.inf, 0.0)  # every end can be reached
+    scores[..., 0] = scores[..., 0].where(scores[..., 0] > -torch.inf, 0.0)  # make every boundary possible
     posterior = op("marginals")(scores, lengths).double()
     once = covered(posterior)
     inflow = torch.zeros(6, 508, dtype=torch.float64)
@@ -257,7 +256,7 @@ def test_every_position_is_covered_once(size, missing):
         assert n == 0 or abs(outflow[b, 0] - 1) <= walk(n, 7, torch.float32)
 
 
-def test_shifts():
+def test_constants_added_to_scores():
     given = make(4, 30, 5)
     scores, lengths = given["scores"].detach(), given["lengths"]
     base = op("logz")(scores, lengths)
@@ -268,11 +267,11 @@ def test_shifts():
     moved, step = scores.clone(), 2.0**-20
     moved[..., 2] += step
     slope = (op("logz")(moved, lengths) - base) / step
-    most = lengths.max().item() // 3  # of these segments; variance <= its square / 4
+    most = lengths.max().item() // 3  # number of segments of length 3; its variance is at most most**2 / 4
     assert distance(slope, posterior[..., 2].sum(1)) <= step / 2 * most**2 / 4 + 2 * rounded(base) / step
 
 
-def test_bounds_between_the_best_and_all():
+def test_logz_is_between_best_score_and_best_plus_log_count():
     given = make(6, 8, 3)
     scores, lengths = given["scores"].detach(), given["lengths"]
     best, logz = op("viterbi")(scores, lengths).score, op("logz")(scores, lengths)
@@ -281,7 +280,7 @@ def test_bounds_between_the_best_and_all():
     assert (logz <= best + count.double().log() + rounded(logz)).all()
 
 
-def test_segments_of_one_position_are_a_character_model():
+def test_segments_of_length_one_give_the_sum_of_scores():
     scores = torch.randn(3, 50, 6, dtype=torch.float64)
     scores[..., 1:] = -torch.inf
     lengths = torch.tensor([50, 20, 0])
@@ -295,7 +294,7 @@ def test_segments_of_one_position_are_a_character_model():
         assert not gradient[..., 1:].any()
 
 
-def test_entropy_is_the_log_of_equal_choices():
+def test_entropy_of_equal_choices_is_the_log_of_their_number():
     scores = torch.full((1, 60, 2), -torch.inf).double()
     scores[:, ::2] = 1e4 * torch.randn(1, 30, 2).double()
     scores[:, ::2, 0] = scores[:, ::2, 1] - 3e3
@@ -307,11 +306,11 @@ def test_entropy_is_the_log_of_equal_choices():
 
 
 @pytest.mark.parametrize("k", [2, 16])
-def test_a_hundred_thousand_positions(k):
-    """All-zero scores have a known sum, others that of long double; and every position is covered."""
+def test_hundred_thousand_positions(k):
+    """logz of zero scores is known; random scores are compared with long double."""
     t = 100_000
     root = 2.0
-    for _ in range(200):  # the largest root of 1 = sum_k x**-k: the growth of the number of segmentations
+    for _ in range(200):  # growth rate of the number of segmentations: the largest root of 1 = sum_k x**-k
         f = sum(root**-i for i in range(1, k + 1)) - 1
         root -= f / sum(-i * root ** -(i + 1) for i in range(1, k + 1))
     logz = op("logz")(torch.zeros(1, t, k, dtype=torch.float64))
@@ -323,7 +322,7 @@ def test_a_hundred_thousand_positions(k):
         best = op("viterbi")(s)
         assert (best.segments.sum(1) == t).all()
         for ours, exact, score in zip(op("logz")(s), logz, best.score, strict=True):
-            assert distance(ours, exact) <= budget(ours, exact, exact)  # as if the reference were exact
+            assert distance(ours, exact) <= budget(ours, exact, exact)  # assumes an exact reference
             assert score <= ours + rounded(ours)
         once = covered(op("marginals")(s))
         assert (once[:, :t] - 1).abs().max() <= walk(t, k, s.dtype) and not once[:, t:].any()
@@ -338,7 +337,7 @@ def test_long_sequence_within_budget():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_masks_that_are_numbers_not_infinities(dtype):
+def test_large_negative_scores_act_like_infinite_ones(dtype):
     scores = torch.randn(2, 12, 4, dtype=dtype)
     masked = torch.rand(2, 12, 4) < 0.4
     masked[..., 0] = False

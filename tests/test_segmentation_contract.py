@@ -1,4 +1,4 @@
-"""What the segmentation operators accept, refuse and promise: shapes, dtypes, compile, threads, NaN."""
+"""Segmentation operators: opcheck, compile, determinism, dtypes, empty inputs, NaN, invalid arguments."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_opcheck(dtype, ragged):
         _ops.segmentation_marginals, (scores, lengths, alpha, exponent, grad.clone().requires_grad_())
     )
     *_, kept = _ops.segmentation_logz_kept(detached, lengths)
-    torch.library.opcheck(  # not what it keeps: beside exponentials there is memory as it came
+    torch.library.opcheck(  # without tests of values: the kept tensor is partly uninitialized
         _ops.segmentation_logz_kept, (detached, lengths), test_utils=("test_schema", "test_faketensor")
     )
     torch.library.opcheck(_ops.segmentation_marginals_kept, (detached, lengths, alpha, exponent, grad, kept))
@@ -81,7 +81,7 @@ def test_compile_of_decoding():
 
 
 @pytest.mark.parametrize("f", DIFFERENTIABLE)
-def test_repeats_threads_and_company_do_not_change_a_bit(f):
+def test_bitwise_independent_of_threads_and_batch(f):
     scores, lengths = torch.randn(7, 130, 9).requires_grad_(), torch.tensor([130, 5, 0, 77, 130, 1, 64])
 
     def run(s, n):
@@ -101,7 +101,7 @@ def test_repeats_threads_and_company_do_not_change_a_bit(f):
         assert torch.equal(alone[0][0], first[0][b]) and torch.equal(alone[1][0], first[1][b])
 
 
-def test_samples_follow_the_seed_alone():
+def test_samples_depend_only_on_the_seed():
     scores, lengths = torch.randn(5, 200, 20), torch.tensor([200, 3, 0, 199, 77])
 
     def run():
@@ -124,7 +124,7 @@ def test_samples_follow_the_seed_alone():
 
 
 @pytest.mark.parametrize("f", DIFFERENTIABLE)
-def test_graph_retained_and_inputs_untouched(f):
+def test_retained_graph_and_unchanged_inputs(f):
     scores, lengths = make(dtype=torch.float64)
     before = scores.detach().clone()
     out = f(scores, lengths).square().sum()
@@ -134,13 +134,13 @@ def test_graph_retained_and_inputs_untouched(f):
 
 @pytest.fixture
 def long():
-    """Scores of which the forward keeps exponentials, and the gradient of the sum of logz."""
+    """Scores for which the forward keeps exponentials, and the gradient of the sum of logz."""
     scores = torch.randn(3, 64, 16)
     return scores.requires_grad_(), segmentation_marginals(scores.detach())
 
 
-def test_a_gradient_is_its_owners(long):
-    """Who changes a gradient changes no other one."""
+def test_gradients_do_not_share_storage(long):
+    """Changing a returned gradient in place does not affect others."""
     scores, expected = long
     total = segmentation_logz(scores).sum()
     for retain in (True, True, False):
@@ -163,7 +163,7 @@ def test_checkpoint(long, reentrant):
     assert torch.equal(scores.grad, expected)
 
 
-def test_what_is_saved_can_be_moved_and_holds_no_memory_as_it_came(long):
+def test_saved_tensors_can_be_moved_and_contain_no_uninitialized_memory(long):
     scores, expected = long
 
     def pack(x):
@@ -209,8 +209,8 @@ def test_half_precision_computes_in_float32(f, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_leaves_scores_alone(compiled, dtype):
-    """As torch's own logsumexp: of a sum in the hundreds bfloat16 keeps no digit behind the point."""
+def test_autocast_does_not_cast_scores(compiled, dtype):
+    """Like torch.logsumexp: bfloat16 cannot represent fractions of sums in the hundreds."""
     scores, lengths = make(dtype=dtype)
 
     def run(s):
@@ -241,7 +241,7 @@ def test_strides():
     assert torch.equal(a, b)
 
 
-def test_what_is_not_offered_says_so():
+def test_unsupported_transforms_raise():
     scores, lengths = make(dtype=torch.float64)
     (grad,) = torch.autograd.grad(segmentation_marginals(scores).square().sum(), scores, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
@@ -262,7 +262,7 @@ def test_memory_is_linear_in_positions_not_in_segments():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         segmentation_logz(scores).sum().backward()
     taken = sum(max(0, e.cpu_memory_usage) for e in p.events() if not e.cpu_children)
-    assert taken < 1.5 * scores.numel() * 4  # the gradient, and a few numbers per position
+    assert taken < 1.5 * scores.numel() * 4  # the gradient and a few numbers per position
 
 
 # ------------------------------------------------------------------ edges
@@ -270,7 +270,7 @@ def test_memory_is_linear_in_positions_not_in_segments():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0), (2, 1, 1), (2, 3, 9)])
-def test_emptiness(shape, dtype):
+def test_empty_inputs(shape, dtype):
     b, t, k = shape
     scores = torch.zeros(shape, dtype=dtype).requires_grad_()
     logz = segmentation_logz(scores)
@@ -286,9 +286,9 @@ def test_emptiness(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_unreachable_end(dtype):
+def test_sequences_without_segmentation(dtype):
     scores = torch.randn(4, 9, 3, dtype=dtype)
-    scores[0, 3:6] = -torch.inf  # nothing starts there, nothing of length 3 crosses it
+    scores[0, 3:6] = -torch.inf  # no segment starts at 3, 4 or 5, and none is long enough to skip them
     scores[1] = -torch.inf
     scores[2, -3:, :] = -torch.inf
     scores.requires_grad_()
@@ -305,10 +305,10 @@ def test_unreachable_end(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [(0, 0), (4, 1), (10, 0)])
-def test_nan_and_infinity_show(dtype, bad, place):
+@pytest.mark.parametrize("position, length", [(0, 0), (4, 1), (10, 0)])
+def test_nan_and_infinity_propagate(dtype, bad, position, length):
     scores = torch.randn(3, 11, 4).to(dtype)
-    scores[1, place[0], place[1]] = bad
+    scores[1, position, length] = bad
     scores.requires_grad_()
     others = torch.tensor([0, 2])
     for f in DIFFERENTIABLE:
@@ -320,7 +320,7 @@ def test_nan_and_infinity_show(dtype, bad, place):
     assert best.score[1].isnan() and not best.segments[1].any() and best.score[others].isfinite().all()
     with pytest.raises(RuntimeError, match="scores: NaN or \\+inf in sequence 1"):
         segmentation_sample(scores, 2)
-    lengths = torch.tensor([11, place[0], 11])  # the bad score is behind the end
+    lengths = torch.tensor([11, position, 11])  # the bad score is after the end
     assert segmentation_logz(scores, lengths).isfinite().all()
     assert segmentation_viterbi(scores, lengths).score.isfinite().all()
     assert segmentation_marginals(scores, lengths).isfinite().all()
@@ -343,7 +343,7 @@ def test_nan_and_infinity_show(dtype, bad, place):
         ({"lengths": torch.tensor([11, -1, 0])}, RuntimeError, "lengths: .*got -1 at sequence 1"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_invalid_arguments(change, error, message):
     scores, lengths = make()
     given = {"scores": scores.detach(), "lengths": lengths} | change
     for f in (*DIFFERENTIABLE, segmentation_viterbi):
@@ -362,12 +362,12 @@ def test_bad_input(change, error, message):
         (None, TypeError, "num_samples: expected an int, got NoneType"),
     ],
 )
-def test_bad_num_samples(n, error, message):
+def test_invalid_num_samples(n, error, message):
     with pytest.raises(error, match=message):
         segmentation_sample(make()[0], n)
 
 
-def test_generator_of_another_device():
+def test_generator_on_another_device():
     with pytest.raises(ValueError, match="generator: expected on meta"):
         segmentation_sample(torch.randn(2, 3, 4, device="meta"), 1, generator=torch.Generator())
     with pytest.raises(TypeError, match="generator"):

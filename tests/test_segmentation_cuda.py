@@ -1,4 +1,4 @@
-"""segmentation.cu without a GPU: its recursions on the host against enumeration, and its compilation."""
+"""segmentation.cu without a GPU: its recursions on the host, compared with enumeration; compilation."""
 
 import ctypes
 import hashlib
@@ -49,7 +49,7 @@ def host():
 
 
 class OnHost:
-    """The operators' results on [B, T, K], from one call of the host's recursions per sequence."""
+    """Computes results of the operators on [B, T, K] with the host build, one sequence per call."""
 
     def __init__(self, library, scores, lengths):
         self.library, self.scores = library, scores.contiguous()
@@ -63,7 +63,7 @@ class OnHost:
         f(*(ctypes.c_int64(v) for v in (x.data_ptr(), self.lengths[b], x.shape[1], *given)))
 
     def each(self, function, *shapes_and_rest):
-        """Zeros of the shapes, filled by `function`; other arguments are passed, tensors by their row."""
+        """Calls `function` for each sequence b: shapes become outputs, other arguments x become x[b]."""
         found = []
         for b in range(len(self.lengths)):
             made = [self.scores.new_zeros(a) if isinstance(a, tuple) else a[b] for a in shapes_and_rest]
@@ -72,7 +72,7 @@ class OnHost:
         return [torch.stack(f) for f in zip(*found, strict=True)]
 
     def posterior(self, steps=0):
-        """In chunks of so many steps, 0 for one piece."""
+        """`steps`: number of steps per chunk; 0: one chunk."""
         logz, out = self.each("posterior", [steps] * len(self.lengths), (2,), tuple(self.scores.shape[1:]))
         return logz[:, 0], logz[:, 1], out
 
@@ -113,7 +113,7 @@ def test_enumeration(host, dtype, problem):
     entropy = reference.segmentation_entropy(s, lengths)
 
     def close(result, low, exact, terms=1.0):
-        """terms: the size of what is added up, where it is above 1 and may cancel"""
+        """terms: magnitude of the terms of the sum, if above 1, since they may cancel"""
         exact = torch.stack(exact) if isinstance(exact[0], torch.Tensor) else torch.tensor(exact)
         cancelled = 4 * torch.finfo(result.dtype).eps * (max(terms, 1.0) - 1)
         assert distance(result, exact) <= budget(result, low, exact) + cancelled, (result, exact)
@@ -156,7 +156,7 @@ def test_long_sequences_agree_with_the_cpu(host, k, size, steps):
 @pytest.mark.parametrize("k", [1, 4, 16, 17, 64])
 @pytest.mark.parametrize("steps", [0, 8])
 @pytest.mark.parametrize("size", [5e6, 1.01 * 5e6, 2 * 5e6, 1000 * 5e6, 1e16, 1e20, 3e38])
-def test_large_scores_are_right_or_nan(host, size, steps, k, dtype):
+def test_large_scores_give_correct_results_or_nan(host, size, steps, k, dtype):
     scores = size / max(16, k) * (1 - 1e-6 * torch.rand(3, 150, k, dtype=dtype))
     scores[1] *= -1
     scores[2, :, 1:] *= -1
@@ -172,9 +172,9 @@ def test_large_scores_are_right_or_nan(host, size, steps, k, dtype):
         assert posterior.isfinite().all()
 
 
-def test_chunks_where_the_device_would_be_idle(host):
-    def steps(b, t, k, room=8 * 132):
-        return host.chunks(*(ctypes.c_int64(n) for n in (b, t, k, room)))
+def test_number_of_chunks(host):
+    def steps(b, t, k, warps=8 * 132):
+        return host.chunks(*(ctypes.c_int64(n) for n in (b, t, k, warps)))
 
     assert steps(1, 65_536, 16) == roofline.CHUNK and steps(4, 8192, 16) < 8192
     for whole in ((32, 8192, 16), (1, 200, 16), (1, 1000, 128), (1000, 65_536, 8), (1, 0, 4), (0, 100, 4)):
@@ -185,7 +185,7 @@ def test_chunks_where_the_device_would_be_idle(host):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
-def test_nan_and_infinity_show(host, bad, steps):
+def test_nan_and_infinity_propagate(host, bad, steps):
     scores = torch.randn(2, 9, 4)
     scores[0, 3, 1] = bad
     alpha, beta, posterior = OnHost(host, scores, None).posterior(steps)
@@ -198,7 +198,7 @@ def test_nan_and_infinity_show(host, bad, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sampling_frequencies(host, dtype):
-    """Chi-square of 20,000 draws: no further from its mean than six of its standard deviations."""
+    """Chi-square statistic of 20,000 samples is within six standard deviations of its mean."""
     scores = torch.randn(1, 6, 3, dtype=dtype)
     scores[0, 2, 1] = -torch.inf
     (e,) = sequences(scores, None)
@@ -233,6 +233,7 @@ def test_compiles_without_spills(architecture):
         path.write_text(run.stderr)
     report = path.read_text()
     names = re.findall(r"Compiling entry function '(\w+)'", report)
-    assert len(names) == len(set(names)) == 29  # five kernels of 3 + 2 widths, two of any in two dtypes
+    # five kernels in 3 + 2 widths and two kernels for any width, in two dtypes
+    assert len(names) == len(set(names)) == 29
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(frames) == 29 and all(spilled == ["0", "0"] for _, *spilled in frames)

@@ -1,4 +1,4 @@
-"""SegmentationLoss against log_softmax and an enumeration of all segmentations; lengths, unreachable ends."""
+"""SegmentationLoss: compared with log_softmax and enumeration; lengths, sequences without segmentation."""
 
 import math
 import subprocess
@@ -22,7 +22,7 @@ TEXTS = ["abbabb", "", "ba", "ccabca", "a"]
 
 
 def batch(d=5, dtype=torch.float64, texts=TEXTS):
-    """Real units of a few texts, K = 3; the last unit of the vocabulary never comes."""
+    """Units of a few texts, K = 3; the last vocabulary entry is not used."""
     lexicon = sukhops.Lexicon.from_text(TEXTS, 3, 1)
     ids, lengths = lexicon.unit_ids(texts)
     v = len(lexicon) + 1
@@ -40,7 +40,7 @@ def leaves(batch):
 
 
 def segmentations(length, k):
-    """Every way to cut `length` symbols into units of at most k: tuples of (start, length)."""
+    """All segmentations of `length` symbols into units of at most k, as lists of (start, length)."""
     for cuts in product([False, True], repeat=max(0, length - 1)):
         ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [length] * (length > 0)
         units = list(zip([0, *ends], ends, strict=False))
@@ -49,26 +49,26 @@ def segmentations(length, k):
 
 
 def oracle(hidden, weight, unit_ids, bias=None, lengths=None, flat=False):
-    """Enumerates; -> loss, bits per symbol, sequences without a segmentation."""
+    """By enumeration: loss, bits per symbol, number of sequences without a segmentation."""
     b, t, k = unit_ids.shape
     logp = (hidden @ weight.T + (0 if bias is None else bias)).log_softmax(-1)
     lengths = [t] * b if lengths is None else lengths.tolist()
     total, symbols, unreachable, units = logp.new_zeros(()), 0, 0, logp.new_zeros(())
     for i, length in enumerate(lengths):
-        ways = []
-        for way in segmentations(length, k):
-            ids = [int(unit_ids[i, start, n - 1]) for start, n in way]
+        scores = []
+        for segments in segmentations(length, k):
+            ids = [int(unit_ids[i, start, n - 1]) for start, n in segments]
             if all(unit >= 0 for unit in ids):
-                ways.append(
-                    sum((logp[i, s, u] for (s, _), u in zip(way, ids, strict=True)), logp.new_zeros(()))
+                scores.append(
+                    sum((logp[i, s, u] for (s, _), u in zip(segments, ids, strict=True)), logp.new_zeros(()))
                 )
         for start in range(length):
             for n in range(1, min(k, length - start) + 1):
                 if unit_ids[i, start, n - 1] >= 0:
                     units = units + logp[i, start, unit_ids[i, start, n - 1]]
-        if ways:
-            total, symbols = total + torch.stack(ways).logsumexp(0), symbols + length
-        unreachable += not ways
+        if scores:
+            total, symbols = total + torch.stack(scores).logsumexp(0), symbols + length
+        unreachable += not scores
     nats = -total / max(1, symbols)
     loss = -units / max(1, k * sum(lengths)) if flat else nats
     return loss, nats.detach() / math.log(2), unreachable
@@ -151,7 +151,7 @@ def test_autocast_is_bfloat16():
 
 
 @pytest.mark.parametrize("how", ["K = 1", "no n-gram"])
-def test_characters_alone_are_cross_entropy(how):
+def test_only_characters_give_cross_entropy(how):
     given = batch()
     ids = given["unit_ids"]
     given["unit_ids"] = ids[..., :1] if how == "K = 1" else ids.where(torch.arange(3) == 0, -1)
@@ -165,8 +165,8 @@ def test_characters_alone_are_cross_entropy(how):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_what_is_past_the_length_does_not_count(flat):
-    """Units that run over the end, ids and hidden states behind it: not even NaN or a wrong id shows."""
+def test_inputs_after_the_length_do_not_matter(flat):
+    """Units that cross the end, and ids and hidden states after it, may be invalid or NaN."""
     given = batch()
     loss = SegmentationLoss(flat=flat)
     clean = loss(**given).loss
@@ -183,21 +183,21 @@ def test_what_is_past_the_length_does_not_count(flat):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_without_lengths_the_block_ends_the_text(flat):
+def test_lengths_default_to_the_whole_block(flat):
     given = batch(texts=["abbabb", "ccabca"])
     loss = SegmentationLoss(flat=flat)
     assert torch.equal(loss(**given).loss, loss(**(given | {"lengths": None})).loss)
     cut = {n: given[n][:, :4] for n in ("hidden", "unit_ids")}
     shorter = loss(**(given | cut | {"lengths": None})).loss
-    fewer = loss(**(given | {"lengths": torch.full((2,), 4)})).loss  # whose products have other shapes
+    fewer = loss(**(given | {"lengths": torch.full((2,), 4)})).loss  # with other shapes of the products
     torch.testing.assert_close(shorter, fewer, rtol=64 * torch.finfo(torch.float64).eps, atol=0)
 
 
-def test_unreachable_sequences_leave_both_sums():
+def test_sequences_without_segmentation_are_excluded():
     given = batch()
     given["unit_ids"][0, 2] = -1
     given["unit_ids"][0, 1, 1:] = -1
-    given["unit_ids"][0, 0, 2] = -1  # nothing covers position 2 of the first text
+    given["unit_ids"][0, 0, 2] = -1  # no unit covers position 2 of the first text
     out = SegmentationLoss()(**given)
     rest = SegmentationLoss()(**{n: t if n in ("weight", "bias") else t[1:] for n, t in given.items()})
     assert out.metrics["unreachable"] == 1 and rest.metrics["unreachable"] == 0
@@ -208,7 +208,7 @@ def test_unreachable_sequences_leave_both_sums():
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
-def test_no_symbol_that_counts_is_zero(empty, flat):
+def test_no_symbols_or_no_units_give_zero(empty, flat):
     given = batch()
     if empty:
         given["lengths"] = torch.zeros(5, dtype=torch.int64)
@@ -219,7 +219,7 @@ def test_no_symbol_that_counts_is_zero(empty, flat):
     assert not any(g.any() for g in torch.autograd.grad(out.loss, leaves(given)))
 
 
-def test_nan_comes_through():
+def test_nan_propagates():
     given = batch()
     given["hidden"] = given["hidden"].detach().clone()
     given["hidden"][3, 1, 0] = torch.nan
@@ -228,8 +228,8 @@ def test_nan_comes_through():
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
-def test_flat_is_nan_of_a_length_that_nothing_refused(monkeypatch, wrong):
-    """As on CUDA, where the log-partition of its sequence is NaN."""
+def test_flat_loss_is_nan_for_an_invalid_length(monkeypatch, wrong):
+    """As on CUDA, where lengths are not checked and logz of such a sequence is NaN."""
 
     def logz(scores, lengths):
         inside = (lengths >= 0) & (lengths <= scores.shape[1])
@@ -245,8 +245,8 @@ def test_flat_is_nan_of_a_length_that_nothing_refused(monkeypatch, wrong):
     assert torch.autograd.grad(out.loss, logp)[0][0, 0].isnan().all()
 
 
-def test_flat_by_hand():
-    """The divisor counts every place, units or not: 3 units in 2 symbols of K = 2, 1 in 1 symbol."""
+def test_flat_hand_computed():
+    """The sum is divided by K times the number of symbols, whether or not units exist there."""
     logp = torch.tensor([[[-1.0, -2.0], [-4.0, -8.0]], [[-16.0, -32.0], [-64.0, -128.0]]])
     ids = torch.tensor([[[0, 1], [1, 2]], [[3, -1], [0, 0]]])
     out = segmentation_loss(logp, ids, lengths=torch.tensor([2, 1]), flat=True)
@@ -256,8 +256,8 @@ def test_flat_by_hand():
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_shifts_of_the_logits_change_nothing(flat):
-    """One of all positions, in the bias, and one of each: a feature more, which all units weigh alike."""
+def test_constants_added_to_logits_change_nothing(flat):
+    """A constant for all positions (in the bias) and one per position (an extra feature with weight 1)."""
     given = batch()
     shift = 7.0 * torch.randn(5, 6, 1, dtype=torch.float64)
     ones = torch.ones(len(given["weight"]), 1, dtype=torch.float64)
@@ -272,7 +272,7 @@ def test_shifts_of_the_logits_change_nothing(flat):
     torch.testing.assert_close(*(torch.autograd.grad(x, leaves(given)) for x in (a, b)))
 
 
-def test_products_and_a_second_backward():
+def test_number_of_products_and_second_backward():
     """Three products, since logits are kept; a retained graph gives the same gradient again."""
     given = batch(d=16)
     before = torch.ops.sukhops.product_count()
@@ -296,9 +296,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_the_log_probs_of_all_units_are_never_kept():
+def test_log_probs_of_all_units_are_not_stored():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    kibibytes = 8 * 512 * 65536 * 4 >> 10  # of B x T x V
+    kibibytes = 8 * 512 * 65536 * 4 >> 10  # size of [B, T, V]
     assert int(run.stdout) < kibibytes / 8
 
 
@@ -315,7 +315,7 @@ def test_compiled_equals_eager(flat):
     )
 
 
-def test_compiles_whole_with_the_default_backend():
+def test_compiles_fullgraph_with_the_default_backend():
     given = {n: t.detach() for n, t in batch().items()}
     loss = SegmentationLoss()
     whole = torch.compile(lambda **g: loss(**g).loss, fullgraph=True)(**given)
@@ -345,12 +345,12 @@ def test_compiles_whole_with_the_default_backend():
         ({"weight": None}, TypeError, "weight"),
     ],
 )
-def test_bad_input_names_the_argument(change, error, message):
+def test_invalid_arguments(change, error, message):
     with pytest.raises(error, match=message):
         SegmentationLoss()(**(batch() | change))
 
 
-def test_bad_input_of_the_functional_twin():
+def test_invalid_arguments_of_segmentation_loss():
     ids = torch.zeros(2, 3, 1, dtype=torch.int64)
     for logp, error in (
         (torch.zeros(2, 3), ValueError),

@@ -1,7 +1,7 @@
-"""Scores around every bound of the CPU kernels' plain tiles, where exponents are left out, and beyond them.
+"""Scores around every bound of the CPU kernels' plain tiles, which are computed without exponents.
 
-Which way a tile is computed must not show: results are within budget on both sides of each bound, and equal
-to the bit where the same problem can be put both ways.
+Results must not depend on how a tile is computed: they are within budget on both sides of each bound, and
+bitwise equal if the same problem can be computed both with and without plain tiles.
 """
 
 import math
@@ -23,17 +23,17 @@ from sukhops.testing import budget, distance
 pytestmark = pytest.mark.every_isa
 
 DTYPES = [torch.float32, torch.float64]
-# the exponents of the scores that a plain tile can have, and of its sums, from the largest one at its start
+# allowed exponents in a plain tile: of scores, and of sums relative to the largest sum at the tile's start
 LOWEST, HIGHEST = {torch.float32: -48, torch.float64: -384}, {torch.float32: 15, torch.float64: 127}
 FALL, RISE = {torch.float32: -124, torch.float64: -980}, {torch.float32: 34, torch.float64: 400}
-LARGE = 5e6  # scores of LARGE / max(16, K) are computed in float32, larger ones where float64 is needed
-BOUND = 2**52 * math.log(2)  # of a sum of scores whose exponent is exact in float64
-# tiles have 8 rows: a part of one, whole ones, and parts behind them
+LARGE = 5e6  # scores up to LARGE / max(16, K) are computed in float32, larger ones in float64 if needed
+BOUND = 2**52 * math.log(2)  # up to this sum of scores, exponents are exact in float64
+# tiles have 8 rows: less than one tile, whole tiles, whole tiles and a partial one
 TIMES = [1, 7, 8, 9, 17, 64, 300]
 
 
 def around(bounds):
-    """Scores on both sides of where their exponents, rounded, pass each bound."""
+    """Scores on both sides of each bound of the rounded exponent."""
     steps = (-1.0, -0.51, -0.5, -0.49, 0.0, 0.49, 0.5, 0.51, 1.0)
     return [(b + s) * math.log(2) for b in bounds for s in steps]
 
@@ -55,18 +55,18 @@ def edges(dtype):
 
 
 def drifts(dtype):
-    """Growth and decay per position that take sums past their bounds after some rows, up to eight."""
+    """Scores per position with which sums exceed their bounds after one to eight rows."""
     return [s for rows in (1, 2, 4, 8) for s in around((FALL[dtype] / rows, RISE[dtype] / rows))]
 
 
 def problems(t, k, dtype, missing=0.0):
-    """[B, T, K]: steady scores, steady drifts, edges in any order, and all of them with huge ones between."""
+    """Scores [B, T, K]: constant, with a drift, near the bounds in random order, and mixed with huge ones."""
     steady = torch.tensor(edges(dtype)).double()
     drift = torch.tensor(drifts(dtype)).double()
     huge = torch.tensor([-1e4, 1e4]).double()
     length = torch.arange(1, k + 1)
     scores = [
-        # of several ways, not alike: the same rounding at each step would be no walk
+        # slightly different, so that rounding errors do not all have the same sign
         steady.view(-1, 1, 1)
         + (1e-3 * torch.randn(len(steady), t, k).double() if k > 1 else torch.zeros(t, 1)),
         drift.view(-1, 1, 1) * length + torch.randn(len(drift), t, k).double(),
@@ -74,7 +74,7 @@ def problems(t, k, dtype, missing=0.0):
     scores.append(torch.randn(12, t, k).double())
     for values in (steady, torch.cat([steady, huge])):
         scores.append(values[torch.randint(len(values), (12, t, k))])
-    # from time to time a huge one, so that plain tiles and others take turns
+    # rarely a huge score, so that plain and other tiles alternate
     mostly = steady[torch.randint(len(steady), (12, t, k))]
     rare = huge[torch.randint(2, (12, t, k))]
     scores.append(rare.where(torch.rand(12, t, k) < 1 / (20 * k), mostly))
@@ -83,17 +83,17 @@ def problems(t, k, dtype, missing=0.0):
 
 
 def within_budget(ours, low, exact):
-    """Sequence by sequence: a budget grows with the largest number that is compared."""
+    """Compares each sequence separately, because the budget grows with the largest number."""
     for i, (one, plain, truth) in enumerate(zip(ours, low, exact, strict=True)):
         error, most = distance(one, truth), budget(one, plain, truth)
         assert error <= most, f"sequence {i}: error {error:.3g} over budget {most:.3g}"
 
 
-def test_nothing_at_a_boundary_is_less_than_any_number():
-    """A boundary that a plain tile left unreached, and a huge score from it in the wide tile behind."""
+def test_unreachable_boundary_before_a_huge_score():
+    """A plain tile ends with an impossible boundary; a huge score starts there in the next tile."""
     scores = torch.full((1, 40, 2), -torch.inf)
     scores[0, :, 0] = 0.0
-    scores[0, 7, 1] = scores[0, 8, 0] = -torch.inf  # nothing ends at 9
+    scores[0, 7, 1] = scores[0, 8, 0] = -torch.inf  # no segment ends at 9
     scores[0, 8, 1] = 0.0
     scores[0, 9, 0] = 1e4
     assert segmentation_logz(scores).item() == 0
@@ -129,8 +129,8 @@ def test_large_scores_cover_every_position(size, t, k, sign):
     assert (once - 1).abs().max() <= walk(t, k, torch.float32)
 
 
-def test_a_large_difference_between_sums_that_meet_nowhere():
-    """Sums of even positions rise and those of odd ones fall, too far for float32; odd ones reach the end."""
+def test_large_difference_between_separate_sums():
+    """Sums at even positions grow, at odd ones shrink, beyond float32; only odd ones reach the end."""
     scores = torch.full((1, 2001, 2), -torch.inf)
     scores[0, ::2, 1], scores[0, 1::2, 1] = 5e4, -5e4
     scores[0, 0, 0] = 1.0
@@ -145,12 +145,12 @@ def test_a_large_difference_between_sums_that_meet_nowhere():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("factor", [0.9, 1.01, 2, 1000])
 @pytest.mark.parametrize("k", [1, 4, 16, 17])
-def test_sums_beyond_float64_are_nan_or_right(k, factor, sign, dtype):
+def test_sums_beyond_float64_are_nan_or_correct(k, factor, sign, dtype):
     t = 150
-    best = t if sign > 0 or k == 1 else -(-t // k)  # segments of the best segmentation
+    best = t if sign > 0 or k == 1 else -(-t // k)  # number of segments of the best segmentation
     scores = sign * factor * BOUND / best * (1 - 1e-3 * torch.rand(1, t, k, dtype=dtype))
     found = segmentation_viterbi(scores).segments
-    only = torch.nn.functional.one_hot(found, k + 1)[..., 1:]  # all others weigh 0
+    only = torch.nn.functional.one_hot(found, k + 1)[..., 1:]  # all other segmentations have probability 0
     logz, posterior = segmentation_logz(scores), segmentation_marginals(scores)
     if factor < 1:
         assert torch.equal(posterior, only.to(dtype)) and logz.isfinite().all()
@@ -176,12 +176,12 @@ def test_samples_of_large_scores(factor):
     assert (total.double().sum(-1) - best >= -40 * 1e-6 * factor * LARGE).all()
 
 
-# ------------------------------------------------------------------ one way only
+# ------------------------------------------------------------------ a single segmentation
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", TIMES)
-def test_an_only_way_has_probability_one(t, dtype):
+def test_single_segmentation_has_probability_one(t, dtype):
     scores = problems(t, 1, dtype).requires_grad_()
     logz = segmentation_logz(scores)
     (gradient,) = torch.autograd.grad(logz.sum(), scores)
@@ -193,8 +193,8 @@ def test_an_only_way_has_probability_one(t, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [2, 8, 17])
-def test_an_only_way_among_impossible_ones(k, dtype):
-    """A chain of segments of any lengths, everything else -inf: boundaries inside of them are not reached."""
+def test_single_possible_segmentation(k, dtype):
+    """Segments of random lengths form one chain; all others are -inf."""
     chains = problems(200, 1, dtype)[:, :, 0]
     scores = torch.full((len(chains), 200, k), -torch.inf, dtype=dtype)
     there = torch.zeros(200, k, dtype=torch.bool)
@@ -212,7 +212,7 @@ def test_an_only_way_among_impossible_ones(k, dtype):
     within_budget(logz, reference.segmentation_logz(scores), exact)
 
 
-# ------------------------------------------------------------------ many ways
+# ------------------------------------------------------------------ many segmentations
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -234,14 +234,14 @@ def test_within_budget_around_the_bounds(k, dtype, missing):
     assert not gradient[~reached].any()
 
 
-# ------------------------------------------------------------------ the same either way
+# ------------------------------------------------------------------ same bits with and without plain tiles
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 3, 4, 8, 16, 17, 32, 48, 136])
-def test_what_forward_keeps_changes_no_bit_of_the_gradient(k, dtype):
-    """With the graph retained the gradient is made of the scores, without it of what forward kept, as is the
-    posterior that needs no gradient.
+def test_kept_exponentials_do_not_change_the_gradient(k, dtype):
+    """The gradient is computed from the scores with retain_graph, otherwise from the exponentials that the
+    forward kept (as is a posterior without gradient). All have the same bits.
     """
     scores = problems(100, k, dtype, missing=0.1).requires_grad_()
     lengths = torch.randint(101, (len(scores),))
@@ -254,13 +254,13 @@ def test_what_forward_keeps_changes_no_bit_of_the_gradient(k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_keeps_exponentials_of_whole_rows_in_plain_tiles(dtype):
+def test_forward_keeps_exponentials_of_complete_rows_in_plain_tiles(dtype):
     scores, length = torch.randn(2, 100, 16, dtype=dtype), 90
     scores[1, 50, 3] = 1e4
     *_, kept = torch.ops.sukhops.segmentation_logz_kept(scores, torch.tensor([length, length]))
     rows = kept[:, :length, 0] >= 0
     assert rows[0].nonzero().flatten().tolist() == list(range(length - 16 + 1))
-    assert rows[1, :48].all() and not rows[1, 48:56].any()  # the tile of the huge one
+    assert rows[1, :48].all() and not rows[1, 48:56].any()  # the tile with the huge score
     given = scores[:, :length][rows]
     within_budget(kept[:, :length][rows], given.exp(), given.double().exp())
 
@@ -268,17 +268,17 @@ def test_forward_keeps_exponentials_of_whole_rows_in_plain_tiles(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 8, 16, 17, 33])
 @pytest.mark.parametrize("low", [-1e5, -1e9])
-def test_masks_are_infinities_to_the_bit(k, dtype, low):
-    """-inf leaves tiles plain, a large negative number does not."""
+def test_large_negative_scores_equal_infinite_ones_bitwise(k, dtype, low):
+    """Tiles with -inf stay plain, tiles with a large negative score do not."""
     scores = torch.randn(8, 200, k, dtype=dtype) * torch.tensor([0.5, 1.0, 3.0, 5.0]).repeat(2)[:, None, None]
     masked = torch.rand(8, 200, k) < 0.4
     masked[..., 0] = False
-    masked[:4, 50:] = False  # there both are plain
+    masked[:4, 50:] = False  # here both have plain tiles
     first, second = (scores.masked_fill(masked, x).requires_grad_() for x in (-torch.inf, low))
     one, two = segmentation_logz(first), segmentation_logz(second)
     assert torch.equal(one, two)
     (a,), (b,) = torch.autograd.grad(one.sum(), first), torch.autograd.grad(two.sum(), second)
-    counts = torch.finfo(dtype).smallest_normal  # what is below may be 0 in one of the ways
+    counts = torch.finfo(dtype).smallest_normal  # smaller numbers may be 0 in one of the two
     assert torch.equal(a.where(a >= counts, 0), b.where(b >= counts, 0)) and not b[masked].any()
 
 
@@ -301,6 +301,6 @@ def test_nan_and_infinity_stay_in_their_sequence(k, bad, dtype):
         dirty[2, t, t % min(k, 40 - t)] = bad
         logz, gradient = run(dirty)
         assert logz[2].isnan() and gradient[2].isnan().any()
-        assert not gradient[2].nan_to_num(0.0, 0.0, 0.0).any()  # no number that could be taken for one
+        assert not gradient[2].nan_to_num(0.0, 0.0, 0.0).any()  # no finite nonzero number
         assert torch.equal(logz[others], clean[0][others])
         assert torch.equal(gradient[others], clean[1][others])

@@ -1,6 +1,6 @@
-"""Tensors of more than 2^31 elements: the last ones are those of a small call. make test-large.
+"""Tensors of more than 2^31 elements: the last results equal those of a small call. Run by make test-large.
 
-Rows x vocabulary, of which there is no tensor, are in test_vocab_head.py.
+Calls with rows * vocabulary > 2^31, which allocate no such tensor, are in test_vocab_head.py.
 """
 
 import os
@@ -20,12 +20,12 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def close(ours, alone, eps=EPS):
-    """Within a few roundings: a small call may sum in another order."""
+    """Asserts equality up to a few roundings, because a small call may sum in another order."""
     assert testing.distance(ours, alone) <= 64 * eps * max(1.0, testing.finite_max(alone))
 
 
 def test_vocabulary_by_width():
-    """A weight of 2^31 + 2^13 entries, and its gradient."""
+    """A weight of 2^31 + 2^13 elements, and its gradient."""
     v, d = 2**18 + 1, 2**13
     weight = torch.empty(v, d, dtype=torch.bfloat16).normal_(std=d**-0.5).requires_grad_()
     hidden = torch.randn(3, d, dtype=torch.bfloat16, requires_grad=True)
@@ -42,7 +42,7 @@ def test_vocabulary_by_width():
 
 
 def test_attention():
-    """Queries, results and their gradients of 2^31 + 2^19 entries; all heads share a key head."""
+    """Queries, results and gradients of 2^31 + 2^19 elements; all heads share a key head."""
     b, h, t, d = 64, 64, 2**13 + 2, 64
     q = torch.empty(b, h, t, d, dtype=torch.bfloat16).normal_().requires_grad_()
     k, v = torch.randn(2, b, 1, t, d, dtype=torch.bfloat16)
@@ -60,7 +60,7 @@ def test_attention():
 
 @pytest.mark.parametrize("lengths", [False, True])
 def test_segmentations(lengths):
-    """Scores and marginals of 2^31 + 2^16 entries."""
+    """Scores and marginals of 2^31 + 2^16 elements."""
     b, t, k = 2**10, 2**16 + 2, 32
     scores = torch.empty(b, t, k).normal_().sub_(3.0)
     given = torch.full((b,), t - 7) if lengths else None

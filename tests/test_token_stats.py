@@ -1,4 +1,4 @@
-"""linear_token_stats, temperature, and log-probs that survive an offset."""
+"""linear_token_stats, temperature, and accuracy of log-probs when all logits share an offset."""
 
 import math
 
@@ -28,8 +28,8 @@ CURVES = [{}, {"softcap": 5.0, "scale": 1.7, "temperature": 0.6}, {"temperature"
 
 
 def make(n=37, d=19, v=5003, bias=False, frozen=False, dtype=torch.float32):
-    """Inputs whose V spans several tiles. A quarter of the rows is ignored; some logits are -inf."""
-    target = torch.randint(0, v // 7, (n,)) * 7 + 1  # none that the bias rules out
+    """Inputs whose V spans several tiles. A quarter of the rows is ignored; a bias makes some logits -inf."""
+    target = torch.randint(0, v // 7, (n,)) * 7 + 1  # targets never have bias -inf
     target[::4] = -100
     inputs = {
         "hidden": torch.randn(n, d, dtype=dtype).requires_grad_(),
@@ -49,7 +49,7 @@ def products(call):
     return torch.ops.sukhops.product_count() - before, result
 
 
-# ------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +62,7 @@ def test_within_budget(dtype, frozen, curve, bias):
 
 
 @pytest.mark.parametrize("nbytes", [0, 11 * 4 * 5003, 1 << 30])
-def test_within_budget_whatever_is_kept(nbytes):
+def test_within_budget_with_any_logits_budget(nbytes):
     with logits_budget(nbytes):
         assert_close(
             linear_token_stats, reference.linear_token_stats, make() | {"outputs": ALL}, torch.float32
@@ -74,7 +74,7 @@ def test_within_budget_whatever_is_kept(nbytes):
 def test_topk_and_logp_take_a_temperature(dtype, curve):
     assert_close(linear_logp, reference.linear_logp, make() | curve | {"return_lse": True}, dtype)
     bias = torch.zeros(5003)
-    bias[::1000] = 20.0 + 10.0 * torch.arange(6)  # far apart: their order survives rounding
+    bias[::1000] = 20.0 + 10.0 * torch.arange(6)  # far apart, so that rounding does not change their order
     inputs = make(frozen=True)
     del inputs["target"]
     wide = {"softcap": 200.0} if "softcap" in curve else {}
@@ -82,7 +82,7 @@ def test_topk_and_logp_take_a_temperature(dtype, curve):
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_top1_is_that_of_the_reference(curve):
+def test_top1_equals_the_reference(curve):
     given = make(n=200, v=901, dtype=torch.float64)
     best = (given["hidden"] @ given["weight"].T).argmax(1)
     given["target"][1::2] = best[1::2]
@@ -95,7 +95,7 @@ def test_top1_is_that_of_the_reference(curve):
     assert torch.equal(ours, theirs) and 90 < ours.sum() < 110
 
 
-def test_against_a_distribution_of_torch():
+def test_equals_torch_categorical():
     given = make(dtype=torch.float64)
     kept = given["target"] != -100
     logits = F.linear(given["hidden"], given["weight"])[kept] / 1.3
@@ -126,8 +126,8 @@ def test_hand_computed_table():
     assert stats.top1.tolist() == [True, False]
 
 
-def test_top1_of_ties_is_the_lowest_index():
-    """Equal logits in every place: only index 0 is the first, in tiles and parts of the vocabulary."""
+def test_top1_breaks_ties_by_lowest_index():
+    """If all logits are equal, only index 0 is top1, across tiles and threads."""
     v = 70_001
     target = torch.tensor([0, 1, 1023, 1024, v - 1])
     stats = linear_token_stats(torch.zeros(5, 2), torch.zeros(v, 2), target, outputs=("top1",))
@@ -176,8 +176,8 @@ def test_nan_and_overflow_stay_in_their_row(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1e3, -1e4, 1e6, -1e30])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_log_probs_and_gradients_survive_an_offset(offset, dtype, frozen):
-    """Integer logits and an offset that float32 holds exactly: every number is that without the offset."""
+def test_offset_of_all_logits_changes_nothing(offset, dtype, frozen):
+    """Logits are integers plus an offset that is exact in float32: results are those without the offset."""
     v = 3001
     small = torch.arange(v) % 7
     weight = torch.stack([small, torch.ones(v)], 1).to(dtype).requires_grad_(not frozen)
@@ -206,8 +206,8 @@ def test_log_probs_and_gradients_survive_an_offset(offset, dtype, frozen):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_one_row_sums_its_gradient_as_exactly_as_two(threads):
-    """A library's product of one row may add tens of thousands of terms one after the other."""
+def test_gradient_of_one_row_is_as_accurate_as_of_two(threads):
+    """BLAS may sum the many terms of a product with a single row sequentially, which loses accuracy."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     hidden, weight = torch.randn(1, 8), torch.randn(32768, 8)
@@ -234,7 +234,7 @@ def test_log_probs_of_equal_logits_of_any_size():
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e4, 1e6, -1e30])
-def test_director_survives_an_offset(offset):
+def test_director_with_an_offset(offset):
     v = 3001
     lm = torch.stack([torch.arange(v) % 7, torch.ones(v)], 1).float().requires_grad_()
     cls = torch.zeros(v, 2)
@@ -249,10 +249,10 @@ def test_director_survives_an_offset(offset):
     torch.testing.assert_close(dw[:, 0].double(), expected, rtol=4e-6, atol=1e-9)
 
 
-# ------------------------------------------------------------------ work that nobody asked for
+# ------------------------------------------------------------------ cost of each output
 
 
-def test_what_is_not_asked_for_is_none_and_costs_nothing():
+def test_outputs_not_requested_are_none():
     given = make()
     for name in ALL:
         stats = linear_token_stats(**given, outputs=(name,))
@@ -260,11 +260,11 @@ def test_what_is_not_asked_for_is_none_and_costs_nothing():
     only = linear_token_stats(**given).logp
     assert torch.equal(only, linear_logp(**given))
     everything = linear_token_stats(**given, outputs=list(ALL))
-    assert torch.equal(only, everything.logp)  # to the bit: sums of their own
+    assert torch.equal(only, everything.logp)  # bitwise: log-probs do not depend on the other outputs
     assert not everything.log_sum_sq.requires_grad and not everything.mean_logit.requires_grad
 
 
-def test_products():
+def test_number_of_products():
     given = make(v=700)
     hidden, weight, target = given.values()
 
@@ -280,12 +280,12 @@ def test_products():
     assert count(hidden, frozen, lambda s: s.logp) == (2, 0)
     assert count(hidden, frozen, lambda s: s.logp + 0 * s.entropy) == (2, 0)
     assert count(hidden, frozen, lambda s: s.entropy) == (2, 2)
-    for names in (("top1",), ("log_sum_sq", "mean_logit")):  # no gradient can come
+    for names in (("top1",), ("log_sum_sq", "mean_logit")):  # outputs without gradient
         taken, stats = products(lambda n=names: linear_token_stats(hidden, frozen, target, outputs=n))
         assert taken == 1 and not any(t is not None and t.requires_grad for t in stats)
 
 
-def test_dpo_with_use_weighting_takes_no_product_more():
+def test_dpo_with_use_weighting_needs_no_extra_product():
     g = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(4, 6, 8, generator=g), torch.randn(40, 8, generator=g).requires_grad_()
     target, ref = torch.randint(0, 40, (4, 6), generator=g), -4 * torch.rand(4, 6, generator=g)
@@ -296,7 +296,7 @@ def test_dpo_with_use_weighting_takes_no_product_more():
     assert counts == [1, 1]
 
 
-def test_repeats_are_bitwise_the_same_and_threads_agree():
+def test_bitwise_deterministic_and_close_with_other_threads():
     given = make(n=300, v=20_011)
 
     def run():
@@ -329,10 +329,10 @@ def test_compile_equals_eager():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-# ------------------------------------------------------------------ edges and bad input
+# ------------------------------------------------------------------ edge cases and invalid arguments
 
 
-def test_no_rows_and_one_entry():
+def test_no_rows_and_vocabulary_of_one():
     none = linear_token_stats(
         torch.zeros(0, 3), torch.randn(7, 3), torch.zeros(0, dtype=torch.int64), outputs=ALL
     )
@@ -366,12 +366,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message):
+def test_invalid_arguments(message):
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         linear_token_stats(**({"hidden": H, "weight": W, "target": T} | BAD[message]))
 
 
 @pytest.mark.parametrize("temperature", [0, -2.0, float("nan")])
-def test_bad_temperature_of_topk(temperature):
+def test_invalid_temperature_of_topk(temperature):
     with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
         linear_topk(H, W, 2, temperature=temperature)

@@ -1,4 +1,4 @@
-"""vocab_head: linear_logp and linear_topk against the reference, float64, and facts that need neither."""
+"""linear_logp and linear_topk: compared with the reference and float64, number of products, edge cases."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ OPTIONS = [{}, {"softcap": 5.0, "scale": 1.7}, {"scale": 0.8, "temperature": 1.9
 
 
 def make(n=37, d=19, v=5003, k=None, bias=False, frozen=False, dtype=torch.float32):
-    """Inputs of linear_logp; V spans two tiles. A quarter of the rows is ignored, and single targets."""
+    """Inputs of linear_logp; V spans two tiles. A quarter of the rows is ignored, and one single target."""
     target = torch.randint(0, v, (n,) if k is None else (n, k))
     target[::4] = -100
     if k and k > 1:
@@ -33,7 +33,7 @@ def make(n=37, d=19, v=5003, k=None, bias=False, frozen=False, dtype=torch.float
 
 
 def separated(n=21, d=11, v=300, k=4, dtype=torch.float64):
-    """Inputs of linear_topk whose top k stay in order under a small change."""
+    """Inputs of linear_topk where small changes do not change the order of the top k."""
     bias = 0.01 * torch.randn(v, dtype=dtype)
     bias[torch.randperm(v)[:k]] = 20 + 10 * torch.arange(k, dtype=dtype)
     return {
@@ -45,13 +45,13 @@ def separated(n=21, d=11, v=300, k=4, dtype=torch.float64):
 
 
 def products(call):
-    """How many matrix products a call takes, and its result."""
+    """The number of matrix products of a call, and its result."""
     before = torch.ops.sukhops.product_count()
     result = call()
     return torch.ops.sukhops.product_count() - before, result
 
 
-# ------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -70,7 +70,7 @@ def test_topk_within_budget(dtype):
     assert ours.values.shape == theirs.values.shape == (21, 4)
 
 
-def test_topk_of_every_entry_is_a_sort():
+def test_topk_of_all_entries_equals_sort():
     given = make(n=5, v=70, dtype=torch.float64)
     top = linear_topk(given["hidden"], given["weight"], 70)
     values, indices = (given["hidden"] @ given["weight"].T).sort(descending=True)
@@ -78,7 +78,7 @@ def test_topk_of_every_entry_is_a_sort():
     assert torch.equal(top.indices, indices)
 
 
-def test_topk_ties_take_the_lower_index_and_minus_infinity_fills_up():
+def test_topk_breaks_ties_by_lower_index_also_for_minus_infinity():
     bias = torch.tensor([1.0, 3.0, 3.0, -torch.inf, -torch.inf])
     top = linear_topk(torch.zeros(1, 2), torch.zeros(5, 2), 5, bias)
     assert top.indices.tolist() == [[1, 2, 0, 3, 4]]
@@ -112,13 +112,13 @@ def test_topk_gradcheck():
 
 @pytest.mark.parametrize("n, d, v", [(64, 705, 97), (203, 33, 5003), (1500, 16, 33), (127, 1409, 64)])
 def test_products_of_ragged_shapes(n, d, v):
-    """Edges of the register tile, the packed depth and the row blocks."""
+    """Sizes that leave partial register tiles, packed depths and row blocks."""
     assert_close(linear_logp, reference.linear_logp, make(n=n, d=d, v=v), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nbytes", [0, 64 << 20])
-def test_many_rows_take_several_row_tiles(dtype, nbytes):
+def test_many_rows_need_several_row_tiles(dtype, nbytes):
     inputs = make(n=70_001, d=4, v=300, bias=True)
     with logits_budget(nbytes):
         assert_close(linear_logp, reference.linear_logp, inputs, dtype)
@@ -141,7 +141,7 @@ def test_more_than_two_to_the_31_logits():
 
 
 def test_slices_of_a_vocabulary_combine():
-    """Maxima, sums and target logits are enough to join ranks that hold a part of the vocabulary each."""
+    """The result is computed from the maximum, log-sum and target logit of each slice of the vocabulary."""
     given = make(v=101, dtype=torch.float64)
     hidden, weight, target = given["hidden"], given["weight"], given["target"].clamp(min=0)
     maximum, log_sum, logit = [], [], 0.0
@@ -160,11 +160,11 @@ def test_slices_of_a_vocabulary_combine():
     torch.testing.assert_close(ours, torch.autograd.grad(whole.sum(), (hidden, weight)))
 
 
-# ------------------------------------------------------------------ work that nobody asked for
+# ------------------------------------------------------------------ number of products
 
 
-def test_products_by_what_needs_a_gradient():
-    """Tiles of one block: every product of the plan is one call; accumulation is inside of it."""
+def test_number_of_products_by_needed_gradients():
+    """The vocabulary fits in one tile, so each product is counted once."""
     given = make(v=700)
     hidden, weight, target = given.values()
     frozen = weight.detach()
@@ -184,7 +184,7 @@ def test_products_by_what_needs_a_gradient():
         assert count(hidden, weight) == (1, 0)
 
 
-def test_gradients_of_picked_logits_alone_take_no_product():
+def test_gradients_of_topk_values_need_no_product():
     given = separated()
     top = linear_topk(**given)
     assert products(lambda: top.values.sum().backward())[0] == 0
@@ -201,10 +201,10 @@ def test_ignored_rows_are_dropped():
     assert not given["hidden"].grad.any() and not given["weight"].grad.any()
 
 
-# ------------------------------------------------------------------ edges
+# ------------------------------------------------------------------ edge cases
 
 
-def test_no_rows_one_row_one_entry():
+def test_no_rows_one_row_and_vocabulary_of_one():
     weight = torch.randn(7, 3).requires_grad_()
     logp, lse = linear_logp(torch.zeros(0, 3), weight, torch.zeros(0, dtype=torch.int64), return_lse=True)
     assert logp.shape == lse.shape == (0,)
@@ -230,7 +230,7 @@ def test_other_ignore_index_and_int32():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
-def test_nan_and_infinity_show(value, dtype):
+def test_nan_and_infinity_propagate(value, dtype):
     given = make(v=300, dtype=dtype)
     hidden = given["hidden"].detach()
     hidden[5, 0] = value
@@ -247,7 +247,7 @@ def test_nan_and_infinity_show(value, dtype):
 
 
 def test_masked_vocabulary():
-    """A bias of -inf removes entries, with zero gradient and no NaN; a row without any entry is NaN."""
+    """A bias of -inf removes entries (their gradients are 0); without any entry, the result is NaN."""
     given = make(v=300, bias=True, dtype=torch.float64)
     given["bias"].data[:200] = -torch.inf
     given["target"] = given["target"].clamp(min=200)
@@ -266,10 +266,10 @@ def test_huge_logits():
     assert logp.tolist() == [0.0, -2e4]
 
 
-# ------------------------------------------------------------------ as a module of torch
+# ------------------------------------------------------------------ torch features
 
 
-def test_repeats_bitwise_and_agrees_between_thread_counts():
+def test_bitwise_deterministic_and_close_with_one_thread():
     inputs = make(n=300, v=5003)
 
     def run():
@@ -331,7 +331,6 @@ def test_compiles_to_a_full_graph():
         top = linear_topk(hidden, weight, 2)
         return (logp * 2 + 0.1 * lse + top.values.sum(-1)).sum()
 
-    arguments = tuple(given.values())
     leaves = (given["hidden"], given["weight"], given["bias"])
     arguments = (given["hidden"], given["weight"], given["target"], given["bias"])
     eager, compiled = f(*arguments), torch.compile(f, fullgraph=True, backend="aot_eager")(*arguments)
@@ -378,7 +377,7 @@ def test_opcheck(frozen, statistics):
     )  # fmt: skip
 
 
-def test_what_is_not_offered_says_so():
+def test_unsupported_transforms_raise():
     given = make(v=30)
     hidden, weight = given["hidden"].detach(), given["weight"].detach()
 
@@ -397,7 +396,7 @@ def test_what_is_not_offered_says_so():
         grad.sum().backward()
 
 
-# ------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------ invalid arguments
 
 H, W, T = torch.randn(6, 4), torch.randn(9, 4), torch.zeros(6, dtype=torch.int64)
 BAD = {
@@ -425,13 +424,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message):
+def test_invalid_arguments(message):
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         linear_logp(**({"hidden": H, "weight": W, "target": T} | BAD[message]))
 
 
 @pytest.mark.parametrize("k", [0, 10, 2.0])
-def test_bad_k(k):
+def test_invalid_k(k):
     with pytest.raises(ValueError, match=r"k: expected an int in \[1, V = 9\]"):
         linear_topk(H, W, k)
 

@@ -1,4 +1,4 @@
-"""The Triton side of vocab_head without a GPU: numbers in the interpreter."""
+"""The Triton kernels of vocab_head in the interpreter, compared with the CPU operator."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from sukhops.testing import budget, distance
 @pytest.mark.parametrize("kept, statistics", [(0, True), (4, True), (12, False)])
 def test_launchers_match_the_cpu(dtype, frozen, bias, curve, kept, statistics, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 16)
-    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 9 * 16 * 3)  # ragged blocks of 48
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 9 * 16 * 3)  # blocks of 48 columns, the last one partial
     n, d, v, k = 12, 5, 107, 3
     hidden, weight = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
     b = torch.randn(v).to(dtype) if bias else None
@@ -31,16 +31,16 @@ def test_launchers_match_the_cpu(dtype, frozen, bias, curve, kept, statistics, m
     ours = kernels.forward(*given, *forward, 4 * v * kept, *need)
     exact = torch.ops.sukhops.vocab_head(*double, *forward, 8 * v * kept, *need)
     cpu = torch.ops.sukhops.vocab_head(*given, *forward, 4 * v * kept, *need)
-    check(ours[:8], cpu[:8], exact[:8])  # mean_weight is rounded to the inputs' dtype before its product
+    check(ours[:8], cpu[:8], exact[:8])  # mean_weight is left out: its factor is rounded to the inputs' dtype
     assert ours[9].shape == cpu[9].shape == exact[9].shape == (0 if frozen else kept, v)
-    check(*([x[9][: min(kept, 9)]] for x in (ours, cpu, exact)))  # 9 rows are not dropped
+    check(*([x[9][: min(kept, 9)]] for x in (ours, cpu, exact)))  # only 9 rows are not ignored
 
     def saved(outputs):
         maximum, log_sum, _, _, index, entropy, _, _, mean, logits = outputs
         return index, maximum, log_sum, entropy, mean, logits
 
     upstream = [torch.randn(n), torch.randn(n, 2), torch.randn(n, k), torch.randn(n) if statistics else None]
-    upstream[0][5] = 0.0  # a row whose gradient is sparse without an entropy
+    upstream[0][5] = 0.0  # without entropy, the gradient of this row is sparse
     backward = (*upstream, *options, *need)
     ours = kernels.backward(*given, *saved(cpu), *backward)
     upstream = [None if g is None else g.double() for g in upstream]
@@ -90,7 +90,7 @@ def test_target_out_of_range_is_nan():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("offset", [0.0, -1e4, 1e6, -1e30])
-def test_an_offset_of_all_logits_leaves_log_probs_alone(offset, monkeypatch):
+def test_offset_of_all_logits_does_not_change_log_probs(offset, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 16 * 3)
     weight = torch.stack([torch.arange(107.0) % 5, torch.ones(107)], 1)

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, rows of token ids for every loss, and a LossTrainer's first step."""
+"""Tiny transformers models, rows of token ids for every loss, and the first step of a LossTrainer."""
 
 import torch
 import transformers
@@ -35,7 +35,7 @@ def gpt2(seed=1):
 
 
 def phi(seed=1):
-    """Its head has a bias."""
+    """A model whose head has a bias."""
     torch.manual_seed(seed)
     return transformers.PhiForCausalLM(transformers.PhiConfig(**{**LLAMA, "partial_rotary_factor": 0.5}))
 
@@ -60,7 +60,7 @@ def pair(*lengths):
 
 
 def rows(kind):
-    """Four rows; the first two count differently from the others."""
+    """Four example rows; the first two have another number of labels than the last two."""
     TOKENS.manual_seed(5)
     if kind == "pairs":
         return [pair(5, 7), pair(6, 4), pair(9, 8), pair(12, 11)]
@@ -106,7 +106,7 @@ def reference_for(name, make=llama):
 
 
 class Gradients(transformers.TrainerCallback):
-    """Keeps those of the first step."""
+    """Keeps the gradients of the first step."""
 
     def __init__(self):
         self.found = None
@@ -127,7 +127,7 @@ def arguments(folder, **options):
 
 
 def train(folder, model, dataset, loss, ref_model=None, data_collator=None, **options):
-    """The trainer after its steps, and the gradients of the first."""
+    """Trains; returns the trainer and the gradients of the first step."""
     gradients = Gradients()
     trainer = LossTrainer(
         model, arguments(folder, **options), data_collator, dataset, loss=loss, ref_model=ref_model,
@@ -144,13 +144,13 @@ def close(found, expected, rtol=1e-4, atol=1e-6):
 
 
 def last_hidden(model, batch):
-    """From the forward of the model with its head, not from its backbone."""
+    """Last hidden states from the forward of the whole model, not of its backbone."""
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
     return model(**inputs, output_hidden_states=True).hidden_states[-1][:, :-1]
 
 
 def by_hand(name, model, ref_model, batch):
-    """The loss on the hidden states of the full model; gradients of its parameters."""
+    """The loss computed from the hidden states of the whole model, and the gradients of its parameters."""
     loss, kind = CASES[name]
     target = batch["labels"][:, 1:]
     more = {n: batch[n] for n in ("desirable", "step_labels") if n in batch}

@@ -1,1 +1,1 @@
-"""CUDA kernels in Triton and their launchers, one file per operator; imported on the first CUDA call."""
+"""Triton kernels for CUDA and their launchers, one file per operator; imported on the first CUDA call."""

@@ -1,9 +1,10 @@
-"""Adaptive-span attention on CUDA: Triton kernels whose work follows the spans of the heads.
+"""Adaptive-span attention on CUDA: Triton kernels whose work is proportional to the spans of the heads.
 
-Every program reads the span of its head, or of its rows, and walks the keys from the first that can weigh
-anything: no mask in memory, no look at a value by the host. Tiles where every key weighs 1 skip the mask.
-Programs of the heads with the longest spans start first; few queries share out their keys among several
-programs, whose results are joined in order. Each output has one owner: repeats are bitwise the same.
+Every program reads the span of its head (or of its rows) and visits only keys with a nonzero weight. No mask
+is stored in memory, and the host reads no tensor value. Tiles where every key has weight 1 skip the mask.
+Programs of the heads with the longest spans start first. If there are few queries, several programs share the
+keys of one query, and their results are joined in a fixed order. Each output element is written by one
+program, so repeated calls return the same bits.
 """
 
 import torch
@@ -13,103 +14,104 @@ from sukhops.triton_kernels._parts import add_product, dot, load_rows, parts, sc
 from torch import Tensor
 
 MAX_WIDTH = 256
-PROGRAMS = 264  # that a launch should have: two for each processor
-UP_TO = (64, 96, 128)  # widths of heads, and MAX_WIDTH, that have tiles of their own
-# queries and keys of a tile, warps, stages, for each of these widths: half precisions on Hopper
-# and later, on Ampere where they differ, and float32; SMALL for what is not listed
-FORWARD = {
+PROGRAMS = 264  # target number of programs per launch: two per SM on a 132-SM GPU
+WIDTHS = (64, 96, 128)  # largest head widths of the first three configurations; the fourth is for wider heads
+# A configuration is (queries per tile, keys per tile, warps, stages). "half": float16 and bfloat16 on Hopper
+# or later, and on Ampere if there is no "ampere" entry. "float": float32. Without an entry: SMALL_TILES.
+FORWARD_TILES = {
     "half": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "ampere": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-# the forward of at most 16 rows, all the query heads that share a key head among them
-FEW = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3), (16, 32, 8, 2))}
-ROWS = {  # gradients of q and span
+# forward of at most 16 rows, counting the rows of all query heads that share a key head
+FEW_ROWS_TILES = {"half": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3), (16, 32, 8, 2))}
+DQ_TILES = {  # gradients of q and span
     "half": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "ampere": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-KEYS = {  # gradients of k and v, one query head to a key head
+DKV_TILES = {  # gradients of k and v, one query head per key head
     "half": ((32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "ampere": ((32, 64, 4, 2), (16, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-GROUPED_KEYS = {  # several query heads to a key head
+GROUPED_DKV_TILES = {  # gradients of k and v, several query heads per key head
     "half": ((32, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
     "ampere": ((32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-REL_FORWARD = {  # with rel_pos tiles are square
+REL_FORWARD_TILES = {  # with rel_pos, tiles must be square
     "half": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 8, 2)),
     "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2), (16, 16, 8, 1)),
 }
-REL_ROWS = {"half": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2))}
-REL_KEYS = {"half": ((16, 16, 4, 1), (16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1))}
-REL_DISTANCES = {  # the gradient of rel_pos
+REL_DQ_TILES = {"half": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2))}
+REL_DKV_TILES = {"half": ((16, 16, 4, 1), (16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1))}
+DREL_TILES = {  # gradient of rel_pos
     "half": ((64, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
     "ampere": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
 }
-SMALL = (16, 16, 4, 1)
+SMALL_TILES = (16, 16, 4, 1)
 
 
 @triton.jit
 def _distances(rel_ptr, x, limit, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """rel_pos of distances x; those that are never seen give any other."""
+    """Rows of rel_pos at distances x, clamped to [0, limit); scores of other distances are masked later."""
     x = tl.minimum(tl.maximum(x, 0), limit - 1)
     return load_rows(rel_ptr, x.to(tl.int64) * D, D, D1, D2)
 
 
 @triton.jit
-def _place(query_ptr, b, m, n):
-    """Where the first query of a sequence stands; whether all of them stand among the keys."""
+def _query_start(query_ptr, b, m, n):
+    """Position of a sequence's first query among the keys, and whether all its queries have a position."""
     if query_ptr is None:
         return n - m, True
     else:
-        place = tl.load(query_ptr + b)
-        return tl.minimum(tl.maximum(place, 0), n - m).to(tl.int32), (place >= 0) & (place <= n - m)
+        start = tl.load(query_ptr + b)
+        return tl.minimum(tl.maximum(start, 0), n - m).to(tl.int32), (start >= 0) & (start <= n - m)
 
 
 @triton.jit
-def _window(p, span_at, start_ptr, at, ramp, limit, n, CLOSED: tl.constexpr):
-    """Of rows at p: the span, the first key that is seen, and one from which on all weigh 1.
+def _window(p, span_at, start_ptr, row, ramp, limit, n, CLOSED: tl.constexpr):
+    """For rows at positions p: the span, the first visible key, and the first key from which all weigh 1.
 
-    A NaN sees every key, and gives none the weight 1. CLOSED: the key at the very end of the ramp, where the
-    weight is 0, is seen as well.
+    With a NaN span every key is visible and none weighs 1. CLOSED: the key at the very end of the ramp, whose
+    weight is 0, counts as visible, because the gradient of the span includes it.
     """
     span = tl.load(span_at)
-    span = tl.where(span < -ramp - 1.0, -ramp - 1.0, span)  # nothing is seen below -ramp
-    reach = ramp + span
+    span = tl.where(span < -ramp - 1.0, -ramp - 1.0, span)  # all weights are 0 at spans of at most -ramp
+    zero_at = ramp + span  # distance from which the weight is 0
     if CLOSED:
-        end = tl.floor(reach)
+        end = tl.floor(zero_at)
     else:
-        end = tl.ceil(reach) - 1.0
-    first = p - tl.where(reach < limit, end, limit - 1.0).to(tl.int32)
-    near = tl.where(span == span, span, 0.0)
-    whole = p - tl.where(near < limit, near, limit * 1.0).to(tl.int32) + 1
+        end = tl.ceil(zero_at) - 1.0
+    first = p - tl.where(zero_at < limit, end, limit - 1.0).to(tl.int32)
+    one_until = tl.where(span == span, span, 0.0)  # distance up to which the weight is 1
+    full = p - tl.where(one_until < limit, one_until, limit * 1.0).to(tl.int32) + 1
     if start_ptr is not None:
-        start = tl.minimum(tl.maximum(tl.load(start_ptr + at), 0), n).to(tl.int32)
-        first, whole = tl.maximum(first, start), tl.maximum(whole, start)
-    return span, first, whole
+        start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), n).to(tl.int32)
+        first, full = tl.maximum(first, start), tl.maximum(full, start)
+    return span, first, full
 
 
 @triton.jit
-def _weight(past, ramp, per_token):
-    """Of a key for which past = span - x >= -ramp; exact at the ends of the ramp."""
-    return tl.minimum((ramp + past) * per_token, 1.0, propagate_nan=tl.PropagateNan.ALL)
+def _weight(margin, ramp, per_token):
+    """Weight of a key at distance x, margin = span - x >= -ramp; exact at both ends of the ramp."""
+    return tl.minimum((ramp + margin) * per_token, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def forward_tiles(
-    q_ptr, k_ptr, v_ptr,  # [B, H, M, D] and twice [B, Hkv, N, D]
-    span_ptr,  # [B, H, M] by its strides
-    rel_ptr,  # [limit or more, D] or [H, .., D], or None
+    q_ptr, k_ptr, v_ptr,  # [B, H, M, D], [B, Hkv, N, D], [B, Hkv, N, D]
+    span_ptr,  # [B, H, M]; strides are 0 where the span is shared
+    rel_ptr,  # [L, D] or [H, L, D], L >= limit, or None
     start_ptr, query_ptr,  # [B, M] and [B], or None
-    order_ptr,  # [lanes] the longest first, or None
-    out_ptr, maximum_ptr, sum_ptr,  # [B, H, M, splits, D], and twice without D
+    order_ptr,  # [lanes] lanes (PACK heads each) sorted by span, longest first, or None
+    out_ptr, maximum_ptr, sum_ptr,  # out: [B, H, M, splits, D], then twice [B, H, M, splits]
+    # strides of the batch (b), head (h) and token (t) axes
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, splits, ramp: tl.float64, scale: tl.float64,
-    PACK: tl.constexpr,  # query heads of a tile; more than 1 only with a rel_pos that they share, or none
-    SKEW: tl.constexpr,  # whether the rows of a tile stand one after the other, or all at one place (M = 1)
+    PACK: tl.constexpr,  # query heads per tile; more than 1 only if rel_pos is None or shared by the heads
+    CONSECUTIVE: tl.constexpr,  # rows of a tile are consecutive queries (False when decoding one token)
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -124,15 +126,15 @@ def forward_tiles(
     if order_ptr is not None:
         lane = tl.load(order_ptr + lane)
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    row = tl.minimum(tile * BM + r, PACK * m - 1)  # rows past the last repeat it, and are not stored
+    row = tl.minimum(tile * BM + r, PACK * m - 1)  # surplus rows repeat the last row and are not stored
     query = row % m
     head, kv = lane * PACK + row // m, lane * PACK // group
-    place, inside = _place(query_ptr, b, m, n)
-    p, last = place - skip + query, place + m - 1
+    start, valid = _query_start(query_ptr, b, m, n)
+    p, last = start - skip + query, start + m - 1
     span_at = span_ptr + b * span_b + head * span_h + query.to(tl.int64) * span_t
-    span, first, whole = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
+    span, first, full = _window(p, span_at, start_ptr, b * m + query, ramp, limit, n, CLOSED=False)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
-    whole, nearest = tl.max(whole, 0), tl.min(p, 0)
+    full, nearest = tl.max(full, 0), tl.min(p, 0)
     share = tl.cdiv(tl.cdiv(high - low, BN), splits) * BN
     low += split * share
     high = tl.minimum(high, low + share)
@@ -143,44 +145,45 @@ def forward_tiles(
     v_ptr += b * v_b + kv * v_h
     if rel_ptr is not None:
         rel_ptr += lane * rel_h
-        if SKEW:  # x = behind + r - c: those from `behind` on are the products `upper`, those before `lower`
-            turn = (r[:, None] - c[None, :]) & (BN - 1)
-            below = c[None, :] <= r[:, None]
-            behind = place - skip + tile * BM - low
-    top = tl.full((BM,), float("-inf"), ACC)
+        # distance x = behind + r - c: products `upper` are of x >= behind, `lower` of x < behind
+        if CONSECUTIVE:
+            skewed_index = (r[:, None] - c[None, :]) & (BN - 1)
+            tril = c[None, :] <= r[:, None]
+            behind = start - skip + tile * BM - low
+    row_max = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
     acc = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
-        at = tl.minimum(j + c, last).to(tl.int64)
-        s = dot(q, load_rows(k_ptr, at * k_t, D, D1, D2), ACC)
+        key = tl.minimum(j + c, last).to(tl.int64)
+        s = dot(q, load_rows(k_ptr, key * k_t, D, D1, D2), ACC)
         if rel_ptr is not None:
-            if SKEW:
+            if CONSECUTIVE:
                 upper = dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
                 behind -= BN
                 lower = dot(q, _distances(rel_ptr, behind + c, limit, D, D1, D2), ACC)
-                s += tl.gather(tl.where(below, upper, lower), turn, 1)
+                s += tl.gather(tl.where(tril, upper, lower), skewed_index, 1)
             else:
-                s += dot(q, _distances(rel_ptr, place - skip - j - c, limit, D, D1, D2), ACC)
+                s += dot(q, _distances(rel_ptr, start - skip - j - c, limit, D, D1, D2), ACC)
         s *= scale
-        edge = (j < whole) | (j + BN - 1 > nearest)
-        if edge:
+        masked = (j < full) | (j + BN - 1 > nearest)
+        if masked:
             x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
             s = tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
-        here = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(here == float("-inf"), 0.0, here)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         w = tl.exp(s - shift[:, None])
-        if edge:
+        if masked:
             x = (p - j).to(ACC)[:, None] - c.to(ACC)[None, :]
             w *= _weight(span[:, None] - x, ramp, per_token)
-        decay = tl.exp(top - shift)
+        decay = tl.exp(row_max - shift)
         total = total * decay + tl.sum(w, 1)
-        acc = add_product(scaled(acc, decay[:, None]), w, load_rows(v_ptr, at * v_t, D, D1, D2), ACC)
-        top = here
-    total = tl.where(inside, total, float("nan"))
+        acc = add_product(scaled(acc, decay[:, None]), w, load_rows(v_ptr, key * v_t, D, D1, D2), ACC)
+        row_max = new_max
+    total = tl.where(valid, total, float("nan"))
     empty = total == 0.0
     out_row = ((b * heads + head) * m + query) * splits + split
     mask = tile * BM + r < PACK * m
-    tl.store(maximum_ptr + out_row, tl.where(empty, 0.0, top), mask)
+    tl.store(maximum_ptr + out_row, tl.where(empty, 0.0, row_max), mask)
     tl.store(sum_ptr + out_row, total, mask)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     store_rows(out_ptr, out_row * D, mask, acc, factor[:, None], D, D1, D2)
@@ -188,24 +191,24 @@ def forward_tiles(
 
 @triton.jit
 def join_splits(
-    part_ptr, part_maximum_ptr, part_sum_ptr,  # [rows, splits, D], and twice without D
-    out_ptr, maximum_ptr, sum_ptr,  # [rows, D], and twice [rows]
+    part_ptr, part_maximum_ptr, part_sum_ptr,  # [rows, splits, D], then twice [rows, splits]
+    out_ptr, maximum_ptr, sum_ptr,  # out: [rows, D], then twice [rows]
     splits, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     sums = tl.load(part_sum_ptr + row * splits + s, s < splits, other=0.0)
-    some = sums != 0.0
-    tops = tl.load(part_maximum_ptr + row * splits + s, some, other=float("-inf"))
-    top = tl.max(tops, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    w = sums * tl.exp(tops - top)
+    nonempty = sums != 0.0
+    maxima = tl.load(part_maximum_ptr + row * splits + s, nonempty, other=float("-inf"))
+    row_max = tl.max(maxima, 0)
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    w = sums * tl.exp(maxima - row_max)
     total = tl.sum(w, 0)
     at = (row * splits + s[:, None]) * D + c[None, :]
-    parts = tl.load(part_ptr + at, some[:, None] & (c < D)[None, :], other=0.0)
+    parts = tl.load(part_ptr + at, nonempty[:, None] & (c < D)[None, :], other=0.0)
     out = tl.sum(parts * w[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * D + c, out.to(out_ptr.dtype.element_ty), c < D)
-    tl.store(maximum_ptr + row, top)
+    tl.store(maximum_ptr + row, row_max)
     tl.store(sum_ptr + row, total)
 
 
@@ -213,8 +216,8 @@ def join_splits(
 def row_sums(
     grad_ptr, out_ptr,  # [B, H, M, D]
     span_ptr, start_ptr, query_ptr,
-    delta_ptr,  # [B, H, M] out: grad . out
-    first_ptr, whole_ptr,  # [B, H, tiles] out: the first key seen by a row of the tile; by all, whole
+    delta_ptr,  # out: [B, H, M] sum over D of grad * out
+    first_ptr, full_ptr,  # out: [B, H, tiles] first key that any row sees, first key that weighs 1 for all
     g_b, g_h, g_t, span_b, span_h, span_t,
     heads, m, n, limit, skip, ramp: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
@@ -233,22 +236,26 @@ def row_sums(
         delta += tl.sum(grad[1].to(ACC) * out[1].to(ACC), 1)
     tl.store(delta_ptr + at, delta, tile * BM + r < m)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-    p = _place(query_ptr, b, m, n)[0] - skip + row.to(tl.int32)
-    _, first, whole = _window(p, span_at, start_ptr, b * m + row, tl.cast(ramp, ACC), limit, n, CLOSED=True)
+    p = _query_start(query_ptr, b, m, n)[0] - skip + row.to(tl.int32)
+    _, first, full = _window(p, span_at, start_ptr, b * m + row, tl.cast(ramp, ACC), limit, n, CLOSED=True)
     at = (b * heads + head) * tiles + tile
     tl.store(first_ptr + at, tl.min(first, 0))
-    tl.store(whole_ptr + at, tl.max(whole, 0))
+    tl.store(full_ptr + at, tl.max(full, 0))
 
 
 @triton.jit
 def _log(total):
-    """Of the sum of a row's weights; infinite where it is 0, so that none is found again."""
+    """Log of a row's sum of weights; inf if the sum is 0, so that exp(s - log_sum) is 0 for every key."""
     return tl.where(total == 0.0, float("inf"), tl.log(total))
 
 
 @triton.jit
 def _exponent(s, log_sum, x, farthest):
-    """s where the key is seen; at most 80 above the maximum, as keys at the very end of the ramp may be."""
+    """s if the key is visible, else -inf.
+
+    Scores are capped at row maximum + 80. The maximum leaves out keys at the very end of the ramp, where
+    the weight is 0, so the exponential of their scores could overflow.
+    """
     s = tl.minimum(s, 80.0 - log_sum, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((x >= 0.0) & (x <= farthest), s, float("-inf"))
 
@@ -256,9 +263,9 @@ def _exponent(s, log_sum, x, farthest):
 @triton.jit
 def backward_rows(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
-    order_ptr,  # [H] the longest first
+    order_ptr,  # [H] heads sorted by span, longest first
     maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
-    dq_ptr, dspan_ptr,  # [B, H, M, D] and [B, H, M] out, or None
+    dq_ptr, dspan_ptr,  # out: [B, H, M, D] or None, [B, H, M] or None
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
@@ -271,17 +278,17 @@ def backward_rows(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     head = tl.load(order_ptr + tl.program_id(1))
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    row = tl.minimum(tile * BM + r, m - 1)  # rows past the last repeat it, and are not stored
-    place = _place(query_ptr, b, m, n)[0]
-    p, last = place - skip + row, place + m - 1
+    row = tl.minimum(tile * BM + r, m - 1)  # surplus rows repeat the last row and are not stored
+    start = _query_start(query_ptr, b, m, n)[0]
+    p, last = start - skip + row, start + m - 1
     row = row.to(tl.int64)
     span_at = span_ptr + b * span_b + head * span_h + row * span_t
-    span, first, whole = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
+    span, first, full = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
     low, high = tl.maximum(tl.min(first, 0), 0), tl.max(p, 0) + 1
-    whole, nearest = tl.max(whole, 0), tl.min(p, 0)
+    full, nearest = tl.max(full, 0), tl.min(p, 0)
     farthest = (p - first).to(ACC)[:, None]
     row_at = (b * heads + head) * m + row
-    top, log_sum = tl.load(maximum_ptr + row_at)[:, None], _log(tl.load(sum_ptr + row_at))[:, None]
+    row_max, log_sum = tl.load(maximum_ptr + row_at)[:, None], _log(tl.load(sum_ptr + row_at))[:, None]
     delta = tl.load(delta_ptr + row_at)[:, None]
     q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
     grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
@@ -289,39 +296,39 @@ def backward_rows(
     v_ptr += b * v_b + head // group * v_h
     if rel_ptr is not None:
         rel_ptr += head * rel_h
-        turn = (r[:, None] - c[None, :]) & (BN - 1)
-        below = c[None, :] <= r[:, None]
-        behind = place - skip + tile * BM - low
+        skewed_index = (r[:, None] - c[None, :]) & (BN - 1)
+        tril = c[None, :] <= r[:, None]
+        behind = start - skip + tile * BM - low
     dspan = tl.zeros((BM,), ACC)
     dq = zeros(BM, D1, D2, ACC)
     for j in range(low, high, BN):
-        at = tl.minimum(j + c, last).to(tl.int64)
-        k = load_rows(k_ptr, at * k_t, D, D1, D2)
+        key = tl.minimum(j + c, last).to(tl.int64)
+        k = load_rows(k_ptr, key * k_t, D, D1, D2)
         s = dot(q, k, ACC)
         if rel_ptr is not None:
             after = _distances(rel_ptr, behind + c, limit, D, D1, D2)
             behind -= BN
             before = _distances(rel_ptr, behind + c, limit, D, D1, D2)
             upper, lower = dot(q, after, ACC), dot(q, before, ACC)
-            s += tl.gather(tl.where(below, upper, lower), turn, 1)
-        s = s * scale - top - log_sum  # their sum would be rounded
-        edge = (j < whole) | (j + BN - 1 > nearest)
-        if edge:
+            s += tl.gather(tl.where(tril, upper, lower), skewed_index, 1)
+        s = s * scale - row_max - log_sum  # one at a time: row_max + log_sum would be rounded
+        masked = (j < full) | (j + BN - 1 > nearest)
+        if masked:
             s = _exponent(s, log_sum, (p - j).to(ACC)[:, None] - c.to(ACC)[None, :], farthest)
         w = tl.exp(s)
-        dw = dot(grad, load_rows(v_ptr, at * v_t, D, D1, D2), ACC) - delta
-        if edge:
-            past = span[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
+        dw = dot(grad, load_rows(v_ptr, key * v_t, D, D1, D2), ACC) - delta
+        if masked:
+            margin = span[:, None] - ((p - j).to(ACC)[:, None] - c.to(ACC)[None, :])
             if dspan_ptr is not None:
-                dspan += tl.sum(tl.where(past > 0.0, 0.0, w * dw), 1)
-            w *= _weight(past, ramp, per_token)
+                dspan += tl.sum(tl.where(margin > 0.0, 0.0, w * dw), 1)
+            w *= _weight(margin, ramp, per_token)
         ds = w * dw
         if dq_ptr is not None:
             dq = add_product(dq, ds, k, ACC)
             if rel_ptr is not None:
-                turned = tl.gather(ds, turn, 1)
-                dq = add_product(dq, tl.where(below, turned, 0.0), after, ACC)
-                dq = add_product(dq, tl.where(below, 0.0, turned), before, ACC)
+                skewed = tl.gather(ds, skewed_index, 1)
+                dq = add_product(dq, tl.where(tril, skewed, 0.0), after, ACC)
+                dq = add_product(dq, tl.where(tril, 0.0, skewed), before, ACC)
     mask = tile * BM + r < m
     if dq_ptr is not None:
         store_rows(dq_ptr, row_at * D, mask, dq, scale, D, D1, D2)
@@ -332,10 +339,10 @@ def backward_rows(
 @triton.jit
 def backward_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
-    order_ptr,  # [Hkv] the longest first
+    order_ptr,  # [Hkv] key heads sorted by span, longest first
     maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
-    first_ptr, whole_ptr,  # [B, H, tiles], with BM as here
-    dk_ptr, dv_ptr,  # [B, Hkv, N, D] out
+    first_ptr, full_ptr,  # [B, H, tiles] of row_sums with the same BM
+    dk_ptr, dv_ptr,  # out: [B, Hkv, N, D]
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     heads, group, m, n, limit, skip, ramp: tl.float64, scale: tl.float64,
     BY_ROW: tl.constexpr,  # whether the rows of a head differ in their span or first key
@@ -345,16 +352,16 @@ def backward_keys(
     ramp, scale = tl.cast(ramp, ACC), tl.cast(scale, ACC)
     per_token = 1.0 / ramp
     tiles = tl.cdiv(m, BM)
-    key = tl.program_id(0) % tl.cdiv(n, BN) * BN  # the first of the tile
+    key = tl.program_id(0) % tl.cdiv(n, BN) * BN  # first key of the tile
     b = (tl.program_id(0) // tl.cdiv(n, BN)).to(tl.int64)
     kv = tl.load(order_ptr + tl.program_id(1))
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    place = _place(query_ptr, b, m, n)[0]
-    at = tl.minimum(key + c, place + m - 1).to(tl.int64)
+    start = _query_start(query_ptr, b, m, n)[0]
+    at = tl.minimum(key + c, start + m - 1).to(tl.int64)
     k = load_rows(k_ptr + b * k_b + kv * k_h, at * k_t, D, D1, D2)
     v = load_rows(v_ptr + b * v_b + kv * v_h, at * v_t, D, D1, D2)
     dk, dv = zeros(BN, D1, D2, ACC), zeros(BN, D1, D2, ACC)
-    origin = place - skip  # where the first query stands
+    origin = start - skip  # distance from the first query to key 0
     for member in range(group):
         head = kv * group + member
         q_at = q_ptr + b * q_b + head * q_h
@@ -367,10 +374,10 @@ def backward_keys(
             high = low
             for t0 in range(low, tiles, 256):
                 t = t0 + tl.arange(0, 256)
-                looks = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
-                high = tl.maximum(high, tl.max(tl.where(looks, t + 1, 0), 0))
+                overlaps = tl.load(first_ptr + tiles_at + t, t < tiles, other=n) < tl.minimum(key + BN, n)
+                high = tl.maximum(high, tl.max(tl.where(overlaps, t + 1, 0), 0))
         else:
-            span, first, whole = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
+            span, first, full = _window(0, span_at, None, 0, ramp, limit, n, CLOSED=True)
             farthest = (-first).to(ACC)
             high = tl.minimum(tl.cdiv(tl.maximum(key + BN - first - origin, 0), BM), tiles)
         for tile in range(low, high):
@@ -385,16 +392,16 @@ def backward_keys(
                 lower = dot(_distances(rel_ptr + head * rel_h, behind - BN, limit, D, D1, D2), q, ACC)
                 mixed = tl.where(c[:, None] <= r[None, :], upper, lower)
                 s += tl.gather(mixed, (r[None, :] - c[:, None]) & (BN - 1), 0)
-            # rows past the last weigh nothing
-            top = tl.load(maximum_ptr + rows_at + row)[None, :]
+            # surplus rows get log_sum = inf, so their weights are 0
+            row_max = tl.load(maximum_ptr + rows_at + row)[None, :]
             log_sum = _log(tl.load(sum_ptr + rows_at + i + r, i + r < m, other=0.0))[None, :]
-            s = s * scale - top - log_sum
+            s = s * scale - row_max - log_sum
             if BY_ROW:
-                whole_tile = tl.load(whole_ptr + tiles_at + tile)
+                full_tile = tl.load(full_ptr + tiles_at + tile)
             else:
-                whole_tile = origin + i + BM - 1 + whole
-            edge = (key < whole_tile) | (key + BN - 1 > origin + i)
-            if edge:
+                full_tile = origin + i + BM - 1 + full
+            masked = (key < full_tile) | (key + BN - 1 > origin + i)
+            if masked:
                 x = (origin + i + r - key).to(ACC)[None, :] - c.to(ACC)[:, None]
                 if BY_ROW:
                     span_row, first_row, _ = _window(
@@ -419,11 +426,11 @@ def backward_keys(
 def backward_distances(
     q_ptr, k_ptr, v_ptr, grad_ptr, span_ptr, rel_ptr, start_ptr, query_ptr,
     maximum_ptr, sum_ptr, delta_ptr,  # [B, H, M]
-    first_ptr, whole_ptr,  # [B, H, tiles], with BT as here
-    drel_ptr,  # [splits, lanes, limit, D] out
+    first_ptr, full_ptr,  # [B, H, tiles] of row_sums with BM = BT
+    drel_ptr,  # out: [splits, lanes, limit, D]
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, span_b, span_h, span_t, rel_h,
     batch, heads, group, m, n, limit, skip, splits,
-    shared,  # heads that share a row: H or 1
+    shared,  # heads that share one row of rel_pos: H or 1
     ramp: tl.float64, scale: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -431,41 +438,42 @@ def backward_distances(
     per_token = 1.0 / ramp
     tiles = tl.cdiv(m, BT)
     split = tl.program_id(0) % splits
-    distance = tl.program_id(0) // splits * BT  # the nearest of the tile
+    distance = tl.program_id(0) // splits * BT  # smallest distance of the tile
     lane = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, BT)
-    turn = (r[:, None] - r[None, :]) & (BT - 1)
-    below = r[None, :] <= r[:, None]
-    x = (distance + turn).to(ACC)  # of a row and a key: key - c is the row's place - distance, or BT before
+    skewed_index = (r[:, None] - r[None, :]) & (BT - 1)
+    tril = r[None, :] <= r[:, None]
+    # distance of row r from column c: the key at base + c, or BT before it if c > r
+    x = (distance + skewed_index).to(ACC)
     rel = _distances(rel_ptr + lane * rel_h, distance + r, limit, D, D1, D2)
     drel = zeros(BT, D1, D2, ACC)
     share = tl.cdiv(batch * tiles, splits)
-    for step in range(shared * share):  # heads in order, and the tiles of queries that this split owns
+    for step in range(shared * share):  # heads in order; per head the query tiles of this split
         head, unit = lane * shared + step // share, split * share + step % share
         kv = head // group
         if unit < batch * tiles:
             b, i = (unit // tiles).to(tl.int64), unit % tiles * BT
             tile_at = (b * heads + head) * tiles + unit % tiles
-            origin = _place(query_ptr, b, m, n)[0]
-            place = origin - skip + i - distance  # of the first row, less the nearest distance
-            last = origin + m - 1
-            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(place + BT - 1, last - distance):
+            start = _query_start(query_ptr, b, m, n)[0]
+            base = start - skip + i - distance  # key position of column 0
+            last = start + m - 1
+            if tl.maximum(tl.load(first_ptr + tile_at), 0) <= tl.minimum(base + BT - 1, last - distance):
                 row = tl.minimum(i + r, m - 1).to(tl.int64)
-                near = tl.minimum(tl.maximum(place + r, 0), last).to(tl.int64)
-                far = tl.minimum(tl.maximum(place - BT + r, 0), last).to(tl.int64)
+                near = tl.minimum(tl.maximum(base + r, 0), last).to(tl.int64)
+                far = tl.minimum(tl.maximum(base - BT + r, 0), last).to(tl.int64)
                 q = load_rows(q_ptr + b * q_b + head * q_h, row * q_t, D, D1, D2)
                 grad = load_rows(grad_ptr + b * g_b + head * g_h, row * g_t, D, D1, D2)
                 k_at, v_at = k_ptr + b * k_b + kv * k_h, v_ptr + b * v_b + kv * v_h
                 s = dot(q, load_rows(k_at, near * k_t, D, D1, D2), ACC)
-                s = tl.where(below, s, dot(q, load_rows(k_at, far * k_t, D, D1, D2), ACC))
-                s += tl.gather(dot(q, rel, ACC), turn, 1)
+                s = tl.where(tril, s, dot(q, load_rows(k_at, far * k_t, D, D1, D2), ACC))
+                s += tl.gather(dot(q, rel, ACC), skewed_index, 1)
                 at = (b * heads + head) * m
-                top = tl.load(maximum_ptr + at + row)[:, None]
+                row_max = tl.load(maximum_ptr + at + row)[:, None]
                 log_sum = _log(tl.load(sum_ptr + at + i + r, i + r < m, other=0.0))[:, None]
-                s = s * scale - top - log_sum
-                edge = tl.maximum(tl.load(whole_ptr + tile_at), 0) > place - BT + 1
-                if edge:
-                    p = origin - skip + row.to(tl.int32)
+                s = s * scale - row_max - log_sum
+                masked = tl.maximum(tl.load(full_ptr + tile_at), 0) > base - BT + 1
+                if masked:
+                    p = start - skip + row.to(tl.int32)
                     span_at = span_ptr + b * span_b + head * span_h + row * span_t
                     span, first, _ = _window(p, span_at, start_ptr, b * m + row, ramp, limit, n, CLOSED=True)
                     farthest = (p - tl.maximum(first, 0)).to(ACC)[:, None]
@@ -474,9 +482,9 @@ def backward_distances(
                 else:
                     w = tl.exp(s)
                 dw = dot(grad, load_rows(v_at, near * v_t, D, D1, D2), ACC)
-                dw = tl.where(below, dw, dot(grad, load_rows(v_at, far * v_t, D, D1, D2), ACC))
+                dw = tl.where(tril, dw, dot(grad, load_rows(v_at, far * v_t, D, D1, D2), ACC))
                 ds = w * (dw - tl.load(delta_ptr + at + row)[:, None])
-                drel = add_product(drel, tl.gather(ds, turn, 1).T, q, ACC)
+                drel = add_product(drel, tl.gather(ds, skewed_index, 1).T, q, ACC)
     at = ((split * tl.num_programs(1) + lane) * limit + distance + r) * D
     store_rows(drel_ptr, at, distance + r < limit, drel, scale, D, D1, D2)
 
@@ -488,11 +496,11 @@ def _pick(table: dict, q: Tensor) -> tuple[int, int, int, int]:
     kind = {torch.float64: "double", torch.float32: "float"}.get(q.dtype, "half")
     if "ampere" in table and kind == "half" and q.is_cuda:
         kind = "half" if torch.cuda.get_device_capability(q.device)[0] >= 9 else "ampere"
-    return table[kind][sum(q.shape[3] > width for width in UP_TO)] if kind in table else SMALL
+    return table[kind][sum(q.shape[3] > width for width in WIDTHS)] if kind in table else SMALL_TILES
 
 
 def _dense(t: Tensor) -> Tensor:
-    """t, its last axis without gaps; the others are read by their strides."""
+    """t with a contiguous last axis; kernels read the other axes by their strides."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -501,12 +509,12 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _longest_first(span: Tensor, lanes: int) -> Tensor:
-    reach = span if span.dim() == 1 else span.amax((0, 2))  # [H]
-    return reach.view(lanes, -1).sum(1).argsort(descending=True)
+    longest = span if span.dim() == 1 else span.amax((0, 2))  # [H]
+    return longest.view(lanes, -1).sum(1).argsort(descending=True)
 
 
 def _limit(n: int, max_span: int | None, rel_pos: Tensor | None) -> int:
-    """Distances from here on are never seen."""
+    """Keys at this distance or farther are never visible."""
     return min(n, n if max_span is None else max_span, n if rel_pos is None else rel_pos.shape[-2])
 
 
@@ -536,7 +544,8 @@ def forward(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, m
     rel_pos, key_start, query_start = map(_contiguous, (rel_pos, key_start, query_start))
     pack = h // hkv if m * (h // hkv) <= 16 and (rel_pos is None or (m == 1 and rel_pos.dim() == 2)) else 1
     few = m * pack <= 16 and (rel_pos is None or m == 1)
-    bm, bn, warps, stages = _pick(FEW if few else FORWARD if rel_pos is None else REL_FORWARD, q)
+    table = FEW_ROWS_TILES if few else FORWARD_TILES if rel_pos is None else REL_FORWARD_TILES
+    bm, bn, warps, stages = _pick(table, q)
     tiles, lanes, limit = triton.cdiv(pack * m, bm), h // pack, _limit(n, max_span, rel_pos)
     splits = max(1, min(PROGRAMS // (tiles * b * lanes), triton.cdiv(limit, bn)))
     parts = joined = (out, maximum, total)
@@ -545,7 +554,7 @@ def forward(q, k, v, span, rel_pos, key_start, query_start, ramp, scale, skip, m
     forward_tiles[(tiles * b * splits, lanes)](
         q, k, v, span, rel_pos, key_start, query_start, None if few else _longest_first(span, lanes),
         *parts, *_strides(q, k, v, span, rel_pos), h, h // hkv, m, n, limit, skip, splits, ramp,
-        scale, PACK=pack, SKEW=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        scale, PACK=pack, CONSECUTIVE=m > 1, **widths, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         join_splits[(b * h * m,)](
@@ -571,17 +580,18 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, maximum,
     limit, strides = _limit(n, max_span, rel_pos), _strides(q, k, v, span, rel_pos, grad)
     sizes = (h, h // hkv, m, n, limit, skip)
 
-    def summed(bm):
+    def sums_by_tile(bm):
         delta, tiles = torch.empty_like(maximum), triton.cdiv(m, bm)
-        first, whole = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
+        first, full = (torch.empty(b, h, tiles, dtype=torch.int32, device=q.device) for _ in range(2))
         row_sums[(tiles * b, h)](
-            grad, out, span, key_start, query_start, delta, first, whole, *strides[9:-1], h, m, n, limit,
+            grad, out, span, key_start, query_start, delta, first, full, *strides[9:-1], h, m, n, limit,
             skip, ramp, **widths, BM=bm, num_warps=4,
         )  # fmt: skip
-        return maximum, total, delta, first, whole
+        return maximum, total, delta, first, full
 
-    bm, bn, warps, stages = _pick(REL_KEYS if rel_pos is not None else KEYS if h == hkv else GROUPED_KEYS, q)
-    saved = summed(bm)
+    table = REL_DKV_TILES if rel_pos is not None else DKV_TILES if h == hkv else GROUPED_DKV_TILES
+    bm, bn, warps, stages = _pick(table, q)
+    saved = sums_by_tile(bm)
     if need_kv:
         backward_keys[(triton.cdiv(n, bn) * b, hkv)](
             q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, hkv), *saved, dk, dv,
@@ -589,18 +599,18 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, maximum,
             BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if need_rel_pos:
-        bt, _, warps, stages = _pick(REL_DISTANCES, q)
+        bt, _, warps, stages = _pick(DREL_TILES, q)
         lanes, tiles = h if rel_pos.dim() == 3 else 1, triton.cdiv(limit, bt)
         splits = max(1, min(4 * PROGRAMS // (tiles * lanes), triton.cdiv(m, bt) * b))
         parts = maximum.new_empty(splits, lanes, limit, d)
         backward_distances[(tiles * splits, lanes)](
-            q, k, v, grad, span, rel_pos, key_start, query_start, *summed(bt), parts, *strides, b, *sizes,
-            splits, h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
+            q, k, v, grad, span, rel_pos, key_start, query_start, *sums_by_tile(bt), parts, *strides, b,
+            *sizes, splits, h // lanes, ramp, scale, **widths, BT=bt, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         drel[..., :limit, :] = parts.sum(0).view(*rel_pos.shape[:-2], limit, d)
     dspan = torch.empty_like(maximum) if need_span else None
     if need_q or need_span:
-        bm, bn, warps, stages = _pick(ROWS if rel_pos is None else REL_ROWS, q)
+        bm, bn, warps, stages = _pick(DQ_TILES if rel_pos is None else REL_DQ_TILES, q)
         backward_rows[(triton.cdiv(m, bm) * b, h)](
             q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, h), *saved[:3],
             dq if need_q else None, dspan, *strides, *sizes, ramp, scale,

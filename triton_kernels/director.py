@@ -1,8 +1,8 @@
-"""Director on CUDA: one Triton kernel decodes both heads; gradients are library products and row passes.
+"""Director on CUDA. One Triton kernel decodes with all heads; gradients use torch.mm and row-wise kernels.
 
 `gate_tiles` multiplies a block of rows with tiles of every head, gates the scores in registers, and keeps a
-running log-sum-exp and top k: with a top k nothing of width V is ever written. Each program owns a run of
-tiles (a split of the vocabulary), and splits are joined in their order, so repeats are bitwise the same.
+running log-sum-exp and top k. Top-k decoding writes no tensor of width V. Each program processes consecutive
+tiles (one split of the vocabulary). Splits are joined in a fixed order, so repeated calls give the same bits.
 """
 
 import torch
@@ -11,14 +11,14 @@ import triton.language as tl
 from sukhops.triton_kernels.vocab_head import _kept, _mm
 from torch import Tensor
 
-TILE_BYTES = 256 << 20  # of a head's float32 logits in the backward
-CHUNK = 1024  # columns a row pass holds at once
+TILE_BYTES = 256 << 20  # size limit of a tile of float32 logits in the backward, per head
+CHUNK = 1024  # columns that a row-wise kernel processes at once
 ROW_WARPS = 8
-# rows, vocabulary entries and depth of a block, warps, stages: for few rows (and every top k), for many
-FEW = (16, 64, 64, 8, 3)
-MANY = (64, 64, 32, 8, 3)
-MAX_TOP = 64  # above, log-probs are written and torch selects
-SPLITS = 264  # programs that share the vocabulary when there is one block of rows: two for each processor
+# block sizes (rows, vocabulary entries, depth), warps, stages
+FEW_ROWS = (16, 64, 64, 8, 3)  # at most 16 rows, and every top k
+MANY_ROWS = (64, 64, 32, 8, 3)
+MAX_TOP = 64  # for larger k, all log-probs are written and torch sorts them
+SPLITS = 264  # target number of programs per launch: two per SM on a 132-SM GPU
 
 
 @triton.jit
@@ -30,14 +30,14 @@ def _logsig(c):
 
 @triton.jit
 def _log_gate(c, gamma):
-    """logsigmoid(c); where gamma is 0 an infinite one counts 0."""
+    """logsigmoid(c), or 0 if it is -inf and gamma is 0, so that 0 * -inf is 0 instead of NaN."""
     t = _logsig(c)
     return tl.where(t == float("-inf"), tl.where(gamma == 0, 0.0, t), t)
 
 
 @triton.jit
 def _order(score, index):
-    """An int64 that sorts as (score, -index) does."""
+    """An int64 sort key: by score, and among equal scores the lower index is larger."""
     bits = score.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) + (0xFFFFFFFF - index)
@@ -64,20 +64,20 @@ def _product(hidden, weight, rows, row_mask, entries, entry_mask, depth,
 def gate_tiles(
     hidden_ptr,  # [n, depth]
     lm_ptr,  # [vocab, depth]
-    cls_table,  # [HEADS] addresses of [vocab, depth]
+    cls_table,  # [HEADS] addresses of the classifier weights [vocab, depth]
     lm_bias_ptr,  # [vocab]
     cls_bias_ptr,  # [HEADS, vocab]
     gamma_ptr,  # [max(1, HEADS), n]
     affine_ptr,  # [2]
-    out_ptr,  # [n, vocab] scores, if WRITE
-    maximum_ptr,  # [n, splits]
-    sum_ptr,  # [n, splits]
-    top_ptr,  # [n, splits, TOP] ordered keys, if TOP
+    out_ptr,  # out: [n, vocab] scores, if WRITE
+    maximum_ptr,  # out: [n, splits]
+    sum_ptr,  # out: [n, splits] sum of exp(score - maximum)
+    top_ptr,  # out: [n, splits, TOP] largest sort keys of `_order`, if TOP
     n,
     vocab,
     depth,
-    tiles,  # of a split
-    HEADS: tl.constexpr,  # 0 for a shared head
+    tiles,  # tiles per split
+    HEADS: tl.constexpr,  # classifier heads; 0 if the classifier shares the LM head
     HAS_LM_BIAS: tl.constexpr,
     HAS_CLS_BIAS: tl.constexpr,
     WRITE: tl.constexpr,
@@ -134,17 +134,17 @@ def gate_tiles(
 
 @triton.jit
 def gate_backward_rows(
-    tile_ptr,  # [rows, width] a classifier's products, or the LM head's if SHARED
+    tile_ptr,  # [rows, width] products with the classifier weights, or with the LM head if SHARED
     grad_ptr,  # [rows, vocab]
     logp_ptr,  # [rows, vocab]
-    total_ptr,  # [rows] the sum of grad
+    total_ptr,  # [rows] sum of grad
     gamma_ptr,  # [rows]
-    bias_ptr,  # [width], of this block
+    bias_ptr,  # [width] bias of this vocabulary block
     affine_ptr,  # [2]
-    lm_out_ptr,  # [rows, width] gradient of the LM logits in the inputs' dtype, if LM
-    cls_out_ptr,  # [rows, width] of the classifier's logits, unless SHARED
-    grad_gamma_ptr,  # [rows] summed over blocks
-    grad_affine_ptr,  # [rows, 2] summed over blocks
+    lm_out_ptr,  # out: [rows, width] gradient of the LM logits in the inputs' dtype, if LM
+    cls_out_ptr,  # out: [rows, width] gradient of the classifier logits, unless SHARED
+    grad_gamma_ptr,  # [rows] accumulated over vocabulary blocks
+    grad_affine_ptr,  # [rows, 2] accumulated over vocabulary blocks
     v0,
     width,
     vocab,
@@ -189,14 +189,14 @@ def gate_backward_rows(
 
 @triton.jit
 def norm_rows(
-    tile_ptr,  # [rows, width] products
-    out_ptr,  # [rows, width] their gradient in the inputs' dtype, if BACKWARD
-    bias_ptr,  # [width], of this block
+    tile_ptr,  # [rows, width] products hidden @ weight^T
+    out_ptr,  # out: [rows, width] gradient of the products in the inputs' dtype, if BACKWARD
+    bias_ptr,  # [width] bias of this vocabulary block
     affine_ptr,  # [2]
     target_ptr,  # [rows]
-    grad_ptr,  # [rows] of the sum, if BACKWARD
-    sum_ptr,  # [rows] sum of (sigmoid(c) - 1/2)^2 without the target, over blocks
-    grad_affine_ptr,  # [rows, 2], over blocks
+    grad_ptr,  # [rows] gradient of the sum, if BACKWARD
+    sum_ptr,  # [rows] sum of (sigmoid(c) - 1/2)^2 over all entries but the target, accumulated over blocks
+    grad_affine_ptr,  # [rows, 2] accumulated over blocks
     v0,
     width,
     HAS_BIAS: tl.constexpr,
@@ -245,17 +245,17 @@ def _acc(t: Tensor) -> torch.dtype:
 
 
 def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, top: int, write: bool):
-    """Scores [N, V] or None; their maximum and the log of their sum relative to it, [N, 1] each; and per
-    split the ordered keys of its largest scores or None."""
+    """Decodes: scores [N, V] or None, their maximum [N, 1], log sum exp(scores - maximum) [N, 1], and the
+    largest sort keys of every split [N, splits, top] or None."""
     (n, d), v, heads, acc = hidden.shape, lm_weight.shape[0], len(cls_weight), _acc(hidden)
-    few = bool(top) or n <= FEW[0]
-    bn, bv, bd, warps, stages = FEW if few else MANY
+    few = bool(top) or n <= FEW_ROWS[0]
+    bn, bv, bd, warps, stages = FEW_ROWS if few else MANY_ROWS
     bv = max(bv, top)
     blocks, whole = triton.cdiv(n, bn), triton.cdiv(v, bv)
     tiles = triton.cdiv(whole, max(1, min(whole, SPLITS // blocks)))
     splits = triton.cdiv(whole, tiles)
     weights = [w.contiguous() for w in cls_weight]
-    # filled on the device: a copy from the host would stall it, and cannot be captured in a CUDA graph
+    # filled on the device: a copy from the host would synchronize and cannot be captured in a CUDA graph
     pointers = [hidden.new_full((1,), w.data_ptr(), dtype=torch.int64) for w in weights]
     table = torch.cat(pointers) if pointers else hidden.new_zeros(1, dtype=torch.int64)
     has_bias = any(b.numel() for b in cls_bias)
@@ -300,7 +300,7 @@ def topk(*arguments):
     if n == 0:
         none = [hidden.new_empty(0, dtype=acc) for _ in range(2)]
         return hidden.new_empty(0, k, dtype=acc), hidden.new_empty(0, k, dtype=torch.int64), *none
-    if top > MAX_TOP or acc == torch.float64:  # the keys hold a float32
+    if top > MAX_TOP or acc == torch.float64:  # a sort key holds a float32 score
         all_values, *sums = logp(*arguments)
         values, indices = all_values.sort(dim=1, descending=True, stable=True)
         return values[:, :k].contiguous(), indices[:, :k].contiguous(), *sums
@@ -345,7 +345,7 @@ def backward(grad, grad_elsewhere, logp, hidden, lm_weight, cls_weight, gamma, l
                 dgamma[a], daffine, v0, w, v,
                 LM=i <= 1, SHARED=shared, HAS_BIAS=bias is not None, CHUNK=CHUNK, num_warps=ROW_WARPS,
             )  # fmt: skip
-            del tile  # the next takes its memory
+            del tile  # frees its memory for the next tile
         for i, g in enumerate(outs):
             if need_hidden:
                 dh.add_(_mm(g, weights[i][v0 : v0 + w]))
@@ -361,14 +361,14 @@ def backward(grad, grad_elsewhere, logp, hidden, lm_weight, cls_weight, gamma, l
 
 
 def _classifier(target: Tensor, label: Tensor, v: int):
-    """Which rows are a classifier's, which of all are out of range (NaN), and the targets made safe."""
+    """Masks of labeled rows and of invalid rows (their result is NaN), and targets clamped to [0, v)."""
     given = target != -100
     wrong = given & ((target < 0) | (target >= v) | (label < -1) | (label > 1))
     return given & (label != -1), wrong, target.clamp(0, v - 1)
 
 
 def dot(hidden, weight, target, label, bias):
-    """The CUDA kernel of sukhops::director_dot: a gather and a sum."""
+    """The CUDA kernel of sukhops::director_dot: gathers one weight row per target."""
     counts, wrong, entry = _classifier(target, label, weight.shape[0])
     acc = _acc(hidden)
     out = (hidden.to(acc) * weight[entry].to(acc)).sum(1)
@@ -378,7 +378,7 @@ def dot(hidden, weight, target, label, bias):
 
 
 def dot_backward(grad, hidden, weight, target, label, need_hidden, need_weight, need_bias):
-    """The CUDA kernel of sukhops::director_dot_backward. index_put_ sorts on CUDA: repeats are the same."""
+    """The CUDA kernel of sukhops::director_dot_backward; index_put_ sorts on CUDA, so it is deterministic."""
     counts, _, entry = _classifier(target, label, weight.shape[0])
     grad, empty, acc = torch.where(counts, grad, 0.0), hidden.new_empty(0), _acc(hidden)
     dh = (grad.unsqueeze(1) * weight[entry].to(acc)).to(hidden.dtype) if need_hidden else empty
@@ -389,7 +389,7 @@ def dot_backward(grad, hidden, weight, target, label, need_hidden, need_weight, 
     if need_weight:
         used, where = entry.unique(return_inverse=True) if rows is not None else (None, entry)
         parts = g.unsqueeze(1) * h.to(acc)
-        if used is None:  # a CUDA graph is captured: nothing may look at the values
+        if used is None:  # while a CUDA graph is captured, the host cannot read how many targets are distinct
             dw.index_put_((entry,), parts.to(dw.dtype), accumulate=True)
         else:
             sums = parts.new_zeros(used.shape[0], weight.shape[1])
@@ -430,7 +430,7 @@ def _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_w
             torch.mm(out.T, h, out=dw[v0 : v0 + w])
         if need_bias:
             db[v0 : v0 + w] = out.sum(0, dtype=acc)
-        del tile, out  # the next block takes their memory
+        del tile, out  # frees their memory for the next block
 
     def spread(x: Tensor) -> Tensor:
         if rows is None:

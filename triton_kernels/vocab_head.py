@@ -1,8 +1,8 @@
-"""vocab_head on CUDA: library products over blocks of the vocabulary, Triton passes over their rows.
+"""vocab_head on CUDA: torch.mm over blocks of the vocabulary, Triton kernels over the rows of each block.
 
-The same plan as csrc/vocab_head.cpp. Products of half precisions come out in float32, so logits are
-never rounded to the inputs' dtype. Rows that cost nothing (every target ignored, or no gradient) are
-dropped first, which takes one look at the device; while a CUDA graph is captured all rows are kept.
+The algorithm is that of csrc/vocab_head.cpp. Products of half-precision inputs are float32, so logits are
+never rounded to the inputs' dtype. Rows without any effect (every target ignored, or no gradient) are dropped
+first, which synchronizes with the device once. While a CUDA graph is captured, all rows are kept.
 """
 
 import torch
@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_BYTES = 256 << 20  # of float32 logits
-CHUNK = 2048  # columns a program holds at once
+TILE_BYTES = 256 << 20  # size limit of a tile of float32 logits
+CHUNK = 2048  # columns that a program processes at once
 WARPS = 8
-FAR = tl.constexpr(-800.0)  # t of exp(t) * t is cut there, so that exp(-inf) * -inf is 0, not NaN
+FAR = tl.constexpr(-800.0)  # lower bound of t in exp(t) * t, so that the product is 0 at t = -inf, not NaN
 
 
 @triton.jit
 def _tanh(y):
-    """Odd polynomial near 0 in float32, where 1 - 2 / (e + 1) cancels; exponential elsewhere."""
+    """Uses an odd polynomial near 0 in float32, where 1 - 2 / (e + 1) loses precision by cancellation."""
     a = tl.abs(y)
     e = tl.exp(-2.0 * a)
     big = (1.0 - e) / (1.0 + e)
@@ -35,7 +35,7 @@ def _tanh(y):
 
 @triton.jit
 def _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """The curve of product + bias of one row's columns, see `_curve`; -inf outside the mask."""
+    """Logits of one row: product + bias, scaled and soft-capped as `_curve` says; -inf outside the mask."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
     z *= scale
@@ -46,17 +46,17 @@ def _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS: tl.constexpr, HAS
 
 @triton.jit
 def forward_rows(
-    tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
-    out_ptr,  # [rows, width] exp(logit - maximum) * (dlogit/draw) / slope in the inputs' dtype, if MEAN
-    bias_ptr,  # [width], of this block
+    tile_ptr,  # [rows, width] products hidden @ weight^T, float32 or float64, row stride `stride`
+    out_ptr,  # out: [rows, width] exp(logit - maximum) * (dlogit/draw) / slope in the inputs' dtype, if MEAN
+    bias_ptr,  # [width] bias of this vocabulary block
     target_ptr,  # [rows, K]
-    target_logit_ptr,  # [rows, K]
-    top_value_ptr,  # [rows, TOP] of this block alone
-    top_index_ptr,  # [rows, TOP]
-    maximum_ptr,  # [rows]
+    target_logit_ptr,  # out: [rows, K]
+    top_value_ptr,  # out: [rows, TOP] largest logits of this block
+    top_index_ptr,  # out: [rows, TOP]
+    maximum_ptr,  # [rows] running maximum over blocks, like the next two
     sum_ptr,  # [rows]
-    moments_ptr,  # [rows, 3] sums of e * t, e * e and logit, t = logit - maximum and e = exp(t), if MOMENTS
-    decay_ptr,  # [rows] what this block's maximum scales older sums by
+    moments_ptr,  # [rows, 3] if MOMENTS: sums of e * t, e * e and logit; t = logit - maximum, e = exp(t)
+    decay_ptr,  # out: [rows] exp(old maximum - new maximum), the factor that rescales earlier sums
     stride,
     v0,
     width,
@@ -117,7 +117,7 @@ def forward_rows(
         z = _logit(z, bias_ptr, t, inside, bound, scale, HAS_BIAS, HAS_CAP)
         tl.store(target_logit_ptr + row * targets + k, z, mask=inside)
 
-    # the largest logit after the last one found, by value and then by the lower index, TOP times
+    # TOP times: the next largest logit; of equal logits the lower index comes first
     last = tl.full([], float("inf"), tile_ptr.dtype.element_ty)
     last_at = tl.full([], -1, tl.int64)
     for k in range(TOP):
@@ -142,10 +142,10 @@ def forward_rows(
 
 @triton.jit
 def backward_rows(
-    tile_ptr,  # [rows, width] products, float32 or float64, rows `stride` apart
-    out_ptr,  # [rows, width] dloss/dproduct in the inputs' dtype
-    place_ptr,  # [rows] where products of a row are, if KEPT; else at the row's own number
-    bias_ptr,  # [width], of this block
+    tile_ptr,  # [rows, width] products hidden @ weight^T, float32 or float64, row stride `stride`
+    out_ptr,  # out: [rows, width] dloss/dproduct in the inputs' dtype
+    tile_row_ptr,  # [rows] if KEPT: index of each row in tile; otherwise row i is at index i
+    bias_ptr,  # [width] bias of this vocabulary block
     maximum_ptr,  # [rows], like the next four
     log_sum_ptr,
     entropy_ptr,
@@ -167,10 +167,10 @@ def backward_rows(
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(place_ptr + row) if KEPT else row
+    tile_row = tl.load(tile_row_ptr + row) if KEPT else row
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = columns < width
-    z = tl.load(tile_ptr + place * stride + columns, mask=mask, other=0.0)
+    z = tl.load(tile_ptr + tile_row * stride + columns, mask=mask, other=0.0)
     z = _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS, HAS_CAP)
     t = (z - tl.load(maximum_ptr + row)) - tl.load(log_sum_ptr + row)  # log p
     g = tl.load(grad_log_sum_ptr + row)
@@ -205,7 +205,7 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     bound, scale, _ = _curve(softcap, scale, temperature)
     decay = h.new_empty(r, dtype=acc)
     logit = h.new_zeros(r, targets, dtype=acc)
-    found = 0 if r else k  # no block finds anything without rows
+    found = 0 if r else k  # without rows, no block writes to top_value: allocate k columns here
     top_value, top_index = h.new_empty(r, found, dtype=acc), t.new_empty(r, found)
     mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
     held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
@@ -229,8 +229,8 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
                 HAS_CAP=softcap is not None, MOMENTS=statistics, MEAN=keep_mean, TOP=top, CHUNK=CHUNK,
                 num_warps=WARPS,
             )  # fmt: skip
-            del tile  # the next one takes its memory
-        if k:  # older entries come first, so a stable sort keeps the lower index first
+            del tile  # frees its memory for the next tile
+        if k:  # earlier blocks come first, so a stable sort puts the lower of equal logits' indices first
             value, index = torch.cat([top_value, value], 1), torch.cat([top_index, index], 1)
             top_value, order = value.sort(dim=1, descending=True, stable=True)
             top_value, top_index = top_value[:, :k], index.gather(1, order)[:, :k]
@@ -242,7 +242,7 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     if statistics:
         first, second, plain = moments.unbind(1)
         numbers += [log_sum - first / total, second.log() - 2 * log_sum, plain / v]
-    if targets:  # no look at the values: a target out of range shows as NaN
+    if targets:  # the host cannot check targets without synchronizing: an out-of-range target gives NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
         numbers[1:] = [x.masked_fill(wrong.any(1), float("nan")) for x in numbers[1:]]
         if rows is None:
@@ -283,14 +283,16 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
             dh.addcmul_(coefficient[:, p, None], weight[pick[:, p].clamp(min=0)].to(acc))
         return dh.to(hidden.dtype), empty, empty
 
-    whole = (grad_log_sum != 0) | (grad_entropy != 0)  # True for NaN: these rows need their whole softmax
+    # rows whose gradient needs the whole softmax; NaN != 0 is True, so NaN gradients are included
+    whole = (grad_log_sum != 0) | (grad_entropy != 0)
     rows = _kept(whole)
     h = _select(hidden, rows)  # [R, D]
     r = h.shape[0]
-    place = _select((~dropped).cumsum(0) - 1 if rows is not None else torch.arange(r, device=h.device), rows)
-    held = logits.shape[0]  # the forward kept the logits of the first rows that it did not drop
-    kept = min(r, held) if rows is None or held in (0, len(hidden)) else int((place < held).sum())
-    entropy = entropy if of_entropy else log_sum  # not read
+    index = (~dropped).cumsum(0) - 1 if rows is not None else torch.arange(r, device=h.device)
+    tile_row = _select(index, rows)
+    held = logits.shape[0]  # the forward kept the logits of its first `held` rows that were not dropped
+    kept = min(r, held) if rows is None or held in (0, len(hidden)) else int((tile_row < held).sum())
+    entropy = entropy if of_entropy else log_sum  # placeholder, not read
     numbers = [_select(x, rows) for x in (maximum, log_sum, entropy, grad_log_sum, grad_entropy)]
     row_pick, row_grad_pick = _select(pick, rows).contiguous(), _select(grad_pick, rows).contiguous()
     dh = h.new_zeros(r, d, dtype=acc) if need_hidden else None
@@ -306,12 +308,12 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
                 continue
             tile = logits[:, v0 : v0 + w] if hi == kept else _mm(h[lo:hi], block.T)
             backward_rows[(hi - lo, triton.cdiv(w, CHUNK))](
-                tile, g[lo:hi], place[lo:hi], tile if b is None else b[v0:], *(x[lo:hi] for x in numbers),
+                tile, g[lo:hi], tile_row[lo:hi], tile if b is None else b[v0:], *(x[lo:hi] for x in numbers),
                 row_pick[lo:hi], row_grad_pick[lo:hi], tile.stride(0), v0, w, row_pick.shape[1], *curve,
                 KEPT=hi == kept, HAS_BIAS=b is not None, HAS_CAP=softcap is not None, ENTROPY=of_entropy,
                 CHUNK=CHUNK, num_warps=WARPS,
             )  # fmt: skip
-            del tile  # the next one takes its memory
+            del tile  # frees its memory for the next tile
         if need_hidden:
             dh.add_(_mm(g, block))
         if need_weight:
@@ -326,7 +328,7 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
         entries = pick.clamp(min=0).flatten()
         if need_hidden:
             dh[others] += (coefficient.unsqueeze(-1) * weight[entries].view(*pick.shape, d)).sum(1)
-        if need_weight:  # index_put_ sorts its indices on CUDA, so that repeats are deterministic
+        if need_weight:  # index_put_ sorts its indices on CUDA, so it is deterministic
             parts = (coefficient.unsqueeze(-1) * h.unsqueeze(1)).reshape(-1, d)
             dw.index_put_((entries,), parts.to(dw.dtype), accumulate=True)
         if need_bias:
@@ -335,14 +337,14 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
 
 
 def _curve(softcap: float | None, scale: float, temperature: float) -> tuple[float, float, float]:
-    """bound, scale, slope: logit = scale * raw, or with softcap bound * tanh(scale * raw); slope at 0."""
+    """(bound, scale, slope): logit = scale * raw, or bound * tanh(scale * raw) with softcap; slope at 0."""
     if softcap is None:
         return 0.0, scale / temperature, scale / temperature
     return softcap / temperature, scale / softcap, scale / temperature
 
 
 def _kept(mask: Tensor) -> Tensor | None:
-    """Indices of the rows to keep, or None for all of them."""
+    """Indices of the rows where mask is True; None (keep all rows) while a CUDA graph is captured."""
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     return mask.nonzero().squeeze(1)
@@ -357,12 +359,12 @@ def _spread(t: Tensor, rows: Tensor | None, n: int) -> Tensor:
 
 
 def _width(rows: int, v: int) -> int:
-    """Columns of a tile: within the budget, whole chunks, at least two."""
+    """Columns of a tile: a multiple of CHUNK that fits in TILE_BYTES, at least two chunks."""
     return max(2, TILE_BYTES // (4 * max(rows, 1) * CHUNK)) * CHUNK if v > 2 * CHUNK else v
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in the accumulation dtype, as the library writes it: a copy would cost as much as a row pass."""
+    """a @ b in the accumulation dtype, written by the matrix product: a separate cast would be slow."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b, out=out)
     return (
@@ -373,7 +375,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):
-    """Targets and top k side by side [N, P], -1 where nothing counts, and their upstream gradients."""
+    """Targets and top-k indices concatenated [N, P], -1 where ignored, and their upstream gradients."""
     if grad_target is None:
         grad_target = torch.zeros_like(target, dtype=acc)
     if grad_topk is None:
@@ -384,7 +386,7 @@ def _picks(target, topk_index, grad_target, grad_topk, ignore_index, acc):
 
 
 def _through_curve(h, weight, bias, pick, grad_pick, curve):
-    """The gradients of picked logits as gradients of the products h . weight[pick], [N, P]."""
+    """Gradients of the picked logits, through `_curve`, to the products h @ weight[pick]: [N, P]."""
     bound, scale, slope = curve
     if not bound:
         return grad_pick * slope

@@ -1,1 +1,1 @@
-"""What each Triton kernel is compiled as ahead of time, one file per operation."""
+"""The configurations of Triton kernels to compile ahead of time, one file per operation."""

@@ -1,4 +1,4 @@
-"""The row passes of the vocabulary head in the forms that training and decoding use."""
+"""Configurations of the vocabulary head's kernels to compile ahead of time, for training and decoding."""
 
 from gpu_build import POINTERS, Kernel
 from sukhops.triton_kernels import vocab_head as kernels
@@ -20,9 +20,9 @@ BACKWARD = ROW | {
     "tile_ptr": "*fp32!", "maximum_ptr": "*fp32!", "log_sum_ptr": "*fp32!", "entropy_ptr": "*fp32!",
     "grad_log_sum_ptr": "*fp32!", "grad_entropy_ptr": "*fp32!", "pick_ptr": "*i64!",
     "grad_pick_ptr": "*fp32!",
-    "place_ptr": "*i64!", "picks": "i32", "slope": "fp32",
+    "tile_row_ptr": "*i64!", "picks": "i32", "slope": "fp32",
 }  # fmt: skip
-# name, kernel, dtype of the gradient or mean tile, constants that are not 0
+# name of the form, kernel, dtype of the output tile, constants other than False and 0
 FORMS = [
     ("logp", kernels.forward_rows, "float32", {}),
     ("frozen", kernels.forward_rows, "bfloat16", dict(HAS_CAP=True, MEAN=True)),
@@ -33,15 +33,16 @@ FORMS = [
     ("backward fp16", kernels.backward_rows, "float16", dict(HAS_BIAS=True, HAS_CAP=True)),
     ("backward entropy", kernels.backward_rows, "bfloat16", dict(ENTROPY=True)),
 ]
-FORWARD_ZERO = dict(HAS_BIAS=False, HAS_CAP=False, MOMENTS=False, MEAN=False, TOP=0)
-BACKWARD_ZERO = dict(KEPT=False, HAS_BIAS=False, HAS_CAP=False, ENTROPY=False)
+FORWARD_DEFAULTS = dict(HAS_BIAS=False, HAS_CAP=False, MOMENTS=False, MEAN=False, TOP=0)
+BACKWARD_DEFAULTS = dict(KEPT=False, HAS_BIAS=False, HAS_CAP=False, ENTROPY=False)
 
 
 def form(name, kernel, dtype, constants) -> Kernel:
-    types, zero = (FORWARD, FORWARD_ZERO) if kernel is kernels.forward_rows else (BACKWARD, BACKWARD_ZERO)
+    is_forward = kernel is kernels.forward_rows
+    types, defaults = (FORWARD, FORWARD_DEFAULTS) if is_forward else (BACKWARD, BACKWARD_DEFAULTS)
     return Kernel(
         name, kernel, types | {"out_ptr": POINTERS[dtype] + "!"},
-        zero | constants | {"CHUNK": kernels.CHUNK}, kernels.WARPS, wide=True,
+        defaults | constants | {"CHUNK": kernels.CHUNK}, kernels.WARPS, wide=True,
     )  # fmt: skip
 
 

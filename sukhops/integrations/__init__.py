@@ -1,1 +1,1 @@
-"""Adapters to other libraries. Each is imported by its name; the libraries are optional."""
+"""Adapters to other libraries, which are optional: import the adapter that you need by its full name."""

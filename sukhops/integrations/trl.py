@@ -1,4 +1,4 @@
-"""TRL's fused LM head, computed by `sukhops.linear_token_stats`. TRL is imported by `enable` alone."""
+"""TRL's fused language-model head, computed by `sukhops.linear_token_stats`. Only `enable` imports TRL."""
 
 import inspect
 from collections.abc import Collection, Iterator
@@ -24,17 +24,17 @@ _replaced: dict[str, object] = {}  # names in trl.trainer.utils and their values
 
 
 def enable() -> None:
-    """Lets sukhops compute the LM head of TRL's trainers, also of trainers that exist already.
+    """Lets sukhops compute the language-model head of all TRL trainers, including existing ones.
 
-    Replaces two names in `trl.trainer.utils`: the function that computes log-probabilities, and the condition
-    that makes TRL compute them only at positions with a label, which it does on every device then. Further
-    calls change nothing.
+    Replaces two functions in `trl.trainer.utils`: the one that computes log-probabilities, and the one that
+    decides whether TRL computes them only at positions with a label. With sukhops TRL does this on every
+    device. Further calls have no effect.
 
     Raises:
         ImportError: TRL is not installed or is older than 1.16.
         RuntimeError: TRL's function has another name or other parameters than in TRL 1.16.
 
-    Source: the library's; TRL is von Werra et al. 2020.
+    Source: this library; TRL is from von Werra et al. 2020.
     """
     if _replaced:
         return
@@ -45,7 +45,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Restores what `enable` replaced; does nothing if it is not enabled."""
+    """Restores the functions that `enable` replaced. Without `enable` it does nothing."""
     if _replaced:
         from trl.trainer import utils
 
@@ -56,7 +56,7 @@ def disable() -> None:
 
 @contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` for a block of code; afterwards it is enabled or not as before. Raises as `enable` does."""
+    """Context manager: `enable` inside the block, then the previous state. Raises the errors of `enable`."""
     before = bool(_replaced)
     enable()
     try:
@@ -76,32 +76,32 @@ def log_probs(
     logit_scale: float = 1.0,
     outputs: Collection[str] = tuple(_NAMES),
 ) -> tuple[Tensor | None, ...]:
-    """What TRL's `ChunkedLogProbFunction.apply` returns, with the same arguments.
+    """Replacement for TRL's `_ChunkedLogProbFunction.apply`, with the same arguments and results.
 
-    Products are in the autocast dtype where autocast is on, else in that of hidden; weight and bias are cast
-    to it. A weight of another dtype is copied, and the copy is kept for the backward. A parameter that
-    DeepSpeed ZeRO-3 partitions must be gathered by the caller, as TRL does; it is not kept, and the backward
-    gathers it again.
+    Matrix products use the autocast dtype if autocast is on, else the dtype of hidden; weight and bias are
+    cast to it. If the weight has another dtype, its copy is kept for the backward pass. If DeepSpeed ZeRO-3
+    partitions the weight, the caller must gather it, as TRL does. The gathered weight is not kept: the
+    backward pass gathers it again.
 
     Args:
         hidden: [N, D], float32, bfloat16, float16 or float64.
         weight: [V, D].
         bias: [V], or None.
         targets: [N], int64 or int32, in [0, V).
-        temperature: divides the logits, > 0.
+        temperature: divisor of the logits, > 0.
         chunk_size: not used; `linear_token_stats` chooses the size of its tiles.
-        final_logit_softcapping: bound of the logits before temperature, > 0, or None for no bound.
+        final_logit_softcapping: bound of the logits before division by temperature, > 0. None: no bound.
         logit_scale: factor of the logits before the bound.
-        outputs: some of entropy, log_sum_sq_probs, mean_logits and is_top1.
+        outputs: any of entropy, log_sum_sq_probs, mean_logits and is_top1.
 
     Returns:
-        (logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], float32, is_top1 bool; all but
-        logprobs None where not in `outputs`. logprobs and entropy are differentiable.
+        The tuple (logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], float32; is_top1 is
+        bool. All but logprobs are None if not in `outputs`. logprobs and entropy are differentiable.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as `linear_token_stats`.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as in `linear_token_stats`.
 
-    Source: the library's; the order and names of the results are TRL's.
+    Source: this library; the order and the names of the results are those of TRL.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -119,7 +119,7 @@ def log_probs(
 
 
 class _LogProbFunction:
-    """Stands for `ChunkedLogProbFunction` in TRL, which calls `apply` alone."""
+    """Replaces `_ChunkedLogProbFunction` in TRL, which calls only its `apply`."""
 
     apply = staticmethod(log_probs)
 
@@ -134,10 +134,10 @@ def _results(stats: TokenStats) -> tuple[Tensor | None, ...]:
 
 
 class _Partitioned(torch.autograd.Function):
-    """A head whose parameters DeepSpeed ZeRO-3 gathers for the forward, and again for the backward.
+    """A head whose parameters DeepSpeed ZeRO-3 gathers for the forward pass, and again for the backward pass.
 
-    The operator saves leaf tensors that stand for the parameters. They are empty between the two, so that
-    nothing keeps the gathered storage.
+    The operator saves leaf tensors instead of the parameters. Between the two passes these are empty, so that
+    they do not keep the gathered memory alive.
     """
 
     @staticmethod
@@ -187,7 +187,7 @@ def _empty(tensors: list[Tensor]) -> None:
 
 
 def _trl_utils() -> ModuleType:
-    """`trl.trainer.utils`, if it has what `enable` replaces."""
+    """`trl.trainer.utils`, after a check that it has the functions that `enable` replaces."""
     try:
         import trl
         from packaging.version import Version

@@ -1,4 +1,4 @@
-"""Losses on log-probs: the functional twins of the modules in `sukhops.nn`."""
+"""Losses as functions of log-probs. The modules in `sukhops.nn` call them with log-probs of a fused head."""
 
 from sukhops.losses._output import LossOutput
 from sukhops.losses._steps import step_ids

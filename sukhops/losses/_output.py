@@ -1,4 +1,4 @@
-"""What every loss returns, and what its average divides by."""
+"""Return type of all losses, and the average over items."""
 
 import math
 from typing import NamedTuple
@@ -7,12 +7,24 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
-    loss: Tensor  # a scalar to differentiate
-    metrics: dict[str, Tensor]  # detached
+    loss: Tensor  # [], differentiable
+    metrics: dict[str, Tensor]  # [] each, detached
 
 
 def average(total: Tensor, counted: Tensor | int, num_items: int | Tensor | None) -> Tensor:
-    """`total` over `num_items`, or where that is None over what was counted; 0 / 0 is 0."""
+    """Divides `total` by `num_items`, or by `counted` if num_items is None; 0 / 0 is 0.
+
+    Args:
+        total: [] or [B], sum of losses.
+        counted: number of items in this call, a number or a tensor that broadcasts to total.
+        num_items: a number > 0, a 0-dim tensor, or None.
+
+    Returns:
+        The quotient, shaped as total.
+
+    Raises:
+        TypeError, ValueError: num_items is not as above.
+    """
     if num_items is None:
         return total / (counted.clamp(min=1) if isinstance(counted, Tensor) else max(counted, 1))
     if isinstance(num_items, Tensor):

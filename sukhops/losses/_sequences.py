@@ -1,4 +1,4 @@
-"""Sequences in a batch: padded [S, T], or packed [N] with cu_seqlens [S + 1]."""
+"""Sequences in a batch: S padded ones as [S, T], or packed ones as [N] with cu_seqlens [S + 1]."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,11 @@ IGNORE = -100
 
 
 def check_sequences(target: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number S of sequences that `target` [S, T], or [N] with cu_seqlens, holds; raises on bad ones.
+    """The number S of sequences in `target` [S, T], or in `target` [N] with cu_seqlens [S + 1].
 
-    The values of cu_seqlens are looked at on the CPU in eager mode only; elsewhere bad ones give NaN.
+    Raises:
+        TypeError, ValueError: target or cu_seqlens have the wrong type, shape or device; cu_seqlens decrease
+            or do not run from 0 to N (checked on the CPU in eager mode; elsewhere sums are NaN instead).
     """
     _checks.check_integers("target", target)
     if cu_seqlens is None:
@@ -31,14 +33,19 @@ def check_sequences(target: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         if not _is_partition(cu_seqlens, target.shape[0]):
             raise ValueError(
-                f"cu_seqlens: expected 0 first, N = {target.shape[0]} last and no step down, "
+                f"cu_seqlens: expected non-decreasing values from 0 to N = {target.shape[0]}, "
                 f"got {cu_seqlens.tolist()[:20]}"
             )
     return cu_seqlens.shape[0] - 1
 
 
 def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tensor) -> Tensor:
-    """Labels 1, 0 and -1 (none), bool or integers, of the given shape; values are looked at on the CPU."""
+    """Labels 1, 0 and -1 (no label), bool or integers of the given shape, as int64 of that shape.
+
+    Raises:
+        TypeError, ValueError: label has the wrong type, shape or device; a value is not 1, 0 or -1, which is
+            checked on the CPU in eager mode.
+    """
     _checks.check_tensor(name, label)
     if label.dtype != torch.bool and (label.is_floating_point() or label.is_complex()):
         raise TypeError(f"{name}: expected bool or integers, got {label.dtype}")
@@ -53,7 +60,11 @@ def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tenso
 
 
 def as_scores(target: Tensor, **given: Tensor) -> list[Tensor]:
-    """The tensors, shaped as target, in the dtype that log-probs are kept in."""
+    """The given log-probs, each shaped as target, in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong type, shape or device.
+    """
     for name, t in given.items():
         _check_floats(name, t, target)
         _checks.check_shape(name, t, target.shape, "as target")
@@ -63,7 +74,13 @@ def as_scores(target: Tensor, **given: Tensor) -> list[Tensor]:
 def sums(
     name: str, logp: Tensor, target: Tensor, sequences: int, total: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Sums [S] of log-probs that come per token, or per sequence [S] already."""
+    """Sums per sequence [S] of log-probs that are given per token (shaped as target) or per sequence [S].
+
+    `total` computes the sums [S] of log-probs per token.
+
+    Raises:
+        TypeError, ValueError: logp has the wrong type, shape or device.
+    """
     _check_floats(name, logp, target)
     if logp.shape == target.shape:
         return total(*as_scores(target, **{name: logp}))
@@ -83,17 +100,23 @@ def _check_floats(name: str, t: Tensor, target: Tensor) -> None:
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums [S] of `values`, [S, T] or packed [N], over each sequence, in the same order every time."""
+    """Sums [S] of `values`, [S, T] or packed [N], over each sequence, always in the same order.
+
+    All sums are NaN if cu_seqlens decrease or do not run from 0 to N.
+    """
     if cu_seqlens is None:
         return values.sum(-1)
     n = values.shape[0]
-    offsets = cu_seqlens.long().clamp(0, n).cummax(0).values  # bad ones must not read out of bounds
+    offsets = cu_seqlens.long().clamp(0, n).cummax(0).values  # invalid values must not read out of bounds
     sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
     return sums.masked_fill(~_is_partition(cu_seqlens, n), torch.nan)
 
 
 def position_in_sequence(counted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """How many counted tokens of its sequence come before each token: as `counted`, bool [S, T] or [N]."""
+    """For each token, how many earlier tokens of its sequence are `counted`: int64, shaped as `counted`.
+
+    `counted` is bool, [S, T] or packed [N].
+    """
     before = counted.cumsum(-1) - counted.long()
     if cu_seqlens is None:
         return before
@@ -101,7 +124,7 @@ def position_in_sequence(counted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def per_token(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Spreads [S] over the tokens of each sequence: shaped as `like`, [S, T] or [N]."""
+    """Repeats a value per sequence [S] for each token of the sequence: shaped as `like`, [S, T] or [N]."""
     if cu_seqlens is None:
         return per_sequence.unsqueeze(-1).expand(like.shape)
     token = torch.arange(like.shape[0], device=like.device)
@@ -110,11 +133,12 @@ def per_token(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> 
 
 
 def _prefix(before: Tensor, counted: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Counted tokens before each sequence: [S]."""
+    """Number of counted tokens in all earlier sequences: [S]."""
     total = torch.cat([before, counted.sum().reshape(1)])
     return total[cu_seqlens[:-1].long().clamp(0, counted.shape[0])]
 
 
 def _is_partition(cu_seqlens: Tensor, n: int) -> Tensor:
+    """Whether cu_seqlens run from 0 to n without decreasing: bool []."""
     ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n)
     return ends & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()

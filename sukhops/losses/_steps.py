@@ -1,4 +1,4 @@
-"""Steps of completions: ids per token, and sums over them."""
+"""Reasoning steps of completions: step ids per token, and sums per step."""
 
 from collections.abc import Sequence
 
@@ -12,21 +12,23 @@ from sukhops.losses._sequences import IGNORE, check_sequences, per_token
 def step_ids(
     spans: Sequence[Sequence[tuple[int, int]]], target: Tensor, offsets: Tensor | None = None
 ) -> Tensor:
-    """Which step each token belongs to, from the steps' spans.
+    """The step that each token belongs to, computed from the spans of the steps.
 
     Args:
-        spans: per sequence its steps, in order, each (start, end) with end not included: positions in target,
-            or, with offsets, characters of the text.
-        target: [B, T], integers; a token of -100 belongs to no step.
-        offsets: [B, T, 2] (start, end) of each target token in the characters of its sequence, as fast
-            tokenizers return them; a token belongs to the step that holds its first character.
+        spans: for each sequence a list of its steps in order, each (start, end) without end. start and end
+            are positions in target, or characters of the text if offsets are given.
+        target: [B, T], integers; a token with -100 belongs to no step.
+        offsets: [B, T, 2], (start, end) of each target token in the characters of its sequence, as fast
+            tokenizers return them. A token belongs to the step that contains its first character.
 
     Returns:
-        [B, T] int64 for `step_kto_loss`: the step's place in its sequence's list, -1 for none.
+        [B, T], int64, for `step_kto_loss`, the index of the step in the list of its sequence, -1 for none.
 
     Raises:
-        TypeError, ValueError: wrong types or shapes, a span that ends before it starts, runs over T or
-            overlaps the one before it.
+        TypeError, ValueError: an argument has the wrong type or shape; a span ends before it starts, extends
+            beyond T, or overlaps the span before it.
+
+    Source: this library, for Step-KTO (Lin et al. 2025).
     """
     check_sequences(target, None)
     if len(spans) != target.shape[0]:
@@ -59,10 +61,13 @@ def step_sums(
     cu_seqlens: Tensor | None,
     name: str = "step_ids",
 ) -> tuple[Tensor, Tensor]:
-    """Sums of `values` and numbers of counted tokens of each step: [S, steps] both.
+    """Sums of `values` per step, and numbers of tokens (not ignored) per step: both [S, steps].
 
-    Values and ids are as target, [S, T] or packed [N]. Sums run in the order of the tokens. An id outside
-    [-1, steps) raises on the CPU in eager mode; elsewhere every sum is NaN.
+    values and ids are shaped as target, [S, T] or packed [N]. Each sum runs in the order of the tokens.
+
+    Raises:
+        TypeError, ValueError: ids have the wrong type, shape or device; an id is outside [-1, steps), on the
+            CPU in eager mode. Elsewhere every sum is NaN instead.
     """
     _checks.check_integers(name, ids)
     _checks.check_shape(name, ids, target.shape, "as target")
@@ -76,9 +81,9 @@ def step_sums(
         )
     row = per_token(torch.arange(sequences, device=ids.device), ids, cu_seqlens)
     none = sequences * steps
-    place = (row * steps + ids).where((ids >= 0) & (ids < steps) & (target != IGNORE), none).flatten()
-    order = place.argsort(stable=True)
-    ends = torch.searchsorted(place[order], torch.arange(none + 2, device=ids.device))
+    bins = (row * steps + ids).where((ids >= 0) & (ids < steps) & (target != IGNORE), none).flatten()
+    order = bins.argsort(stable=True)
+    ends = torch.searchsorted(bins[order], torch.arange(none + 2, device=ids.device))
     totals = torch.segment_reduce(values.flatten()[order], "sum", offsets=ends, unsafe=True, initial=0)
     totals = totals[:none].masked_fill(bad, torch.nan)
     return totals.view(sequences, steps), ends[: none + 1].diff().view(sequences, steps)

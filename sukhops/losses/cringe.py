@@ -1,4 +1,4 @@
-"""CRINGE and pairwise CRINGE: negative tokens contrasted with a likely token that is sampled."""
+"""CRINGE and pairwise CRINGE: negative tokens are contrasted with a rival, a likely token that is sampled."""
 
 import math
 
@@ -12,7 +12,12 @@ from sukhops.losses._sequences import IGNORE, as_scores, check_labels, check_seq
 
 
 def label_per_token(label: Tensor, target: Tensor) -> Tensor:
-    """Labels [B] or as target, 1, 0 or -1, as integers of target's shape."""
+    """Labels 1, 0 and -1, given per sequence [B] or shaped as target, as int64 shaped as target.
+
+    Raises:
+        TypeError, ValueError: target or label has the wrong type, shape or device; a label is not 1, 0 or -1,
+            which is checked on the CPU in eager mode.
+    """
     _checks.check_integers("target", target)
     _checks.check_tensor("label", label)
     if label.shape == target.shape:
@@ -29,26 +34,30 @@ def sample_rival(
     values: Tensor, indices: Tensor, target: Tensor, noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """The place, among the k + 1 best logits, of a token sampled from the k best other than the target.
+    """Samples the rival of each target from the k best tokens other than the target.
 
     Args:
-        values: [..., k + 1], logits in descending order.
+        values: [..., k + 1], the largest logits in descending order.
         indices: [..., k + 1], their tokens.
         target: [...], the token that is never sampled.
-        noise: [..., k + 1], standard Gumbel noise, for a replay; None: drawn from `generator`.
+        noise: [..., k + 1], standard Gumbel noise, to repeat a sample. None: drawn from `generator`.
+        generator: random generator on the device of values. None: torch's default generator.
 
     Returns:
-        [...] int64 in [0, k]: drawn from the softmax of the k logits; the best one for k = 1.
+        [...], int64, in [0, k], the index of the rival in the last axis of values. It is drawn from the
+        softmax of the k logits; for k = 1 it is the best token other than the target.
+
+    Source: Adolphs et al. 2023 (CRINGE).
     """
     last = torch.arange(values.shape[-1], device=values.device) == values.shape[-1] - 1
     hit = indices == target.unsqueeze(-1)
-    barred = hit | (last & ~hit.any(-1, keepdim=True))  # the target, or the last of k + 1
+    excluded = hit | (last & ~hit.any(-1, keepdim=True))  # the target, or else the last of the k + 1
     if values.shape[-1] == 2:
-        return (~barred).int().argmax(-1)
+        return (~excluded).int().argmax(-1)
     if noise is None:
         uniform = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=generator)
         noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(values.dtype).tiny)))
-    return (values.detach() + noise).masked_fill(barred, -torch.inf).argmax(-1)
+    return (values.detach() + noise).masked_fill(excluded, -torch.inf).argmax(-1)
 
 
 def cringe_loss(
@@ -60,28 +69,30 @@ def cringe_loss(
     alpha: float = 1.0,
     num_items: int | Tensor | None = None,
 ) -> LossOutput:
-    """Cross entropy of positive and unlabelled tokens plus a contrast of the negative ones.
+    """Cross entropy of positive and unlabeled tokens plus a contrastive loss of negative tokens.
 
-        loss = (sum of -logp where label is not 0 + alpha * sum of softplus(gap) where it is) / counted tokens
+        loss = (sum of -logp where label is not 0 + alpha * sum of softplus(gap) where label is 0) / tokens
+
+    with tokens the number of tokens that are not ignored.
 
     Args:
-        logp: as target: log-probs of the targets; used where the label is not 0.
-        gap: as target: logit of the target less that of its sampled rival; used where the label is 0. -inf
-            where there is no rival, in a vocabulary of one.
-        target: [...], integers; -100 where a token does not count.
-        label: [B], or as target: 1 positive, 0 negative, -1 unlabelled.
-        alpha: factor of the contrast, >= 0.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the counted tokens of the whole
-            batch, where this call has a part of it. None: what this call counts.
+        logp: log-probs of the targets, shaped as target; used where the label is not 0.
+        gap: logit of the target minus that of its sampled rival, shaped as target; used where the label is 0.
+            -inf if there is no rival, in a vocabulary of one token.
+        target: [...], integers; -100 for an ignored token.
+        label: [B], or shaped as target: 1 positive, 0 negative, -1 unlabeled.
+        alpha: factor of the contrastive term, >= 0.
+        num_items: a number > 0 or a 0-dim tensor: the number of tokens in the whole batch, if this call has a
+            part of it. None: their number in this call.
 
     Returns:
-        LossOutput(loss [], metrics), detached scalars: ce and ct, means in nats over the tokens of each kind;
-        ce_tokens and ct_tokens, their numbers; accuracy, the share of negative tokens below their rival.
-        No token at all gives 0.
+        LossOutput(loss [], metrics). Metrics are detached scalars. ce and ct are means in nats over the
+        tokens of each kind, ce_tokens and ct_tokens their numbers; accuracy is the share of negative tokens
+        whose logit is below that of their rival. Without tokens all are 0.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, shapes or devices, a label outside {1, 0, -1} (on CUDA
-            NaN), alpha out of range.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a label is outside
+            {1, 0, -1} (on CUDA the loss is NaN instead); alpha is out of range.
 
     Source: Adolphs et al. 2023 (CRINGE).
     """
@@ -117,36 +128,39 @@ def pairwise_cringe_loss(
     detach_gate: bool = False,
     num_items: int | Tensor | None = None,
 ) -> LossOutput:
-    """CRINGE of B pairs, each under a gate that closes when the chosen completion is likelier by a margin.
+    """CRINGE of B pairs. A gate lowers the loss of pairs whose chosen completion is more likely by a margin.
 
-        gate = sigmoid((margin - (logp_w - logp_l)) / temperature)     log-probs of whole completions
-        loss = mean of gate * (token mean of -logp of the chosen + alpha * token mean of softplus(gap) of the
-               rejected)
+        gate = sigmoid((margin - (logp_w - logp_l)) / temperature)
+        loss = mean over pairs of gate * (ce + alpha * ct)
+
+    with logp_w and logp_l the log-probs of the chosen and the rejected completion, ce the mean of -logp over
+    the tokens of the chosen completion, and ct the mean of softplus(gap) over those of the rejected one.
 
     Args:
-        logp: [2B, T], or packed [N] with cu_seqlens: log-probs of the targets; the first B sequences are the
+        logp: [2B, T], or packed [N] with cu_seqlens: log-probs of the targets. The first B sequences are the
             chosen, the last B the rejected completions.
-        gap: as logp: logit of the target less that of its sampled rival; used in rejected completions.
-        target: as logp, integers; -100 where a token does not count.
-        cu_seqlens: [2B + 1], integers, 0 first and N last.
-        alpha: factor of the contrast, >= 0.
-        margin: of the log-probs, in nats.
-        temperature: of the gate, > 0.
-        detach_gate: whether the gate is a constant to the gradient.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the pairs of the whole
-            batch, where this call has a part of it. None: what this call counts.
+        gap: logit of the target minus that of its sampled rival, shaped as logp; used only in rejected
+            completions.
+        target: shaped as logp, integers; -100 for an ignored token.
+        cu_seqlens: [2B + 1], integers, from 0 to N: ends of the packed sequences.
+        alpha: factor of the contrastive term, >= 0.
+        margin: margin of logp_w - logp_l, in nats.
+        temperature: temperature of the gate, > 0.
+        detach_gate: whether to detach the gate.
+        num_items: a number > 0 or a 0-dim tensor: the number of pairs in the whole batch, if this call has a
+            part of it. None: their number in this call.
 
     Returns:
-        LossOutput(loss [], metrics), detached scalars, means over pairs: gate, ce, ct, logp_chosen,
-        logp_rejected, accuracy (share of pairs whose chosen completion is likelier). An empty completion
-        has ce, ct and log-prob 0; no pair gives 0.
+        LossOutput(loss [], metrics). Metrics are detached scalars. gate, ce, ct, logp_chosen and
+        logp_rejected are means over pairs; accuracy is the share of pairs whose chosen completion is more
+        likely. ce, ct and the log-prob of an empty completion are 0. Without pairs all are 0.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, shapes or devices, an odd number of sequences, bad
-            cu_seqlens (on CUDA NaN), an option out of range.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the number of sequences
+            is odd; cu_seqlens are invalid (on CUDA the loss is NaN instead); an option is out of range.
 
-    Source: Xu et al. 2023 (pairwise CRINGE). The gate's form, and whether it has a gradient,
-    are this library's reading, not the paper's word.
+    Source: Xu et al. 2023 (pairwise CRINGE). The form of the gate and its gradient are this library's
+    interpretation; the paper does not specify them.
     """
     check_alpha(alpha)
     check_gate(margin, temperature)
@@ -176,11 +190,13 @@ def pairwise_cringe_loss(
 
 
 def check_alpha(alpha: float) -> None:
+    """Raises a ValueError unless alpha is finite and >= 0."""
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
 
 
 def check_gate(margin: float, temperature: float) -> None:
+    """Raises a ValueError unless margin is finite and temperature is finite and > 0."""
     if not -math.inf < margin < math.inf:
         raise ValueError(f"margin: expected a finite number, got {margin!r}")
     if not 0 < temperature < math.inf:

@@ -11,12 +11,17 @@ REDUCTIONS = ("mean", "sum_of_means")
 
 
 def lm_target(target: Tensor, label: Tensor, train_lm_on_positive: bool = False) -> Tensor:
-    """`target` on the rows that train the language model, -100 elsewhere.
+    """`target` for tokens that train the language model, and -100 for all others.
 
     Args:
-        target: [...], integers; -100 does not count.
-        label: [...]: -1 plain example, 1 and 0 classifier examples.
+        target: [...], integers; -100 for an ignored token.
+        label: [...], -1 for a plain example, 1 or 0 for a classifier example.
         train_lm_on_positive: whether positive classifier examples train the language model too.
+
+    Returns:
+        [...], of target's dtype.
+
+    Source: Arora et al. 2022 (Director).
     """
     trains = label == -1
     if train_lm_on_positive:
@@ -38,40 +43,41 @@ def director_loss(
     train_lm_on_positive: bool = False,
     num_items: int | Tensor | None = None,
 ) -> LossOutput:
-    """Cross entropy of plain examples plus gamma times the classifier's loss of labelled ones.
+    """Cross entropy of plain examples plus gamma times the classifier loss of labeled examples.
 
         lm  = -lm_logp                                        where label is -1
         cls = -w_label * log p(label) + norm_weight * norm    where label is 0 or 1; p(1) = sigmoid(cls_logit)
 
-    "mean" divides the sum of all token losses by the number of tokens counted; "sum_of_means", the published
-    form, divides per example and sums over examples, so it grows with the batch. A token that trains both
-    heads counts twice. No token at all gives 0.
+    "mean" divides the sum of all token losses by the number of tokens that train a head. "sum_of_means", the
+    published form, divides within each example and sums over examples, so it grows with the batch. A token
+    that trains both heads counts twice. Without tokens the loss is 0.
 
     Args:
-        lm_logp: [...] log-probabilities of the targets, 0 where the language model is not trained.
-        cls_logit: [...] the classifier's logit of each target, 0 where there is none.
-        target: [...] integers, -100 does not count; [B, T] for "sum_of_means".
-        label: [...] 1, 0 or -1.
-        gamma: weight of the classifier's loss.
-        norm: [...] of `classifier_norm`, needed when norm_weight is not 0.
-        norm_weight: its factor (kappa).
+        lm_logp: [...], log-probs of the targets; 0 where the language model is not trained.
+        cls_logit: [...], the classifier's logit of each target; 0 where the classifier is not trained.
+        target: [...], integers; -100 for an ignored token. [B, T] for "sum_of_means".
+        label: [...], 1, 0 or -1.
+        gamma: weight of the classifier loss.
+        norm: [...], from `sukhops.ops.director.classifier_norm`; needed if norm_weight is not 0.
+        norm_weight: factor of norm (kappa in the paper).
         class_weight: (negative, positive) factors of the binary cross entropy.
         reduction: "mean" or "sum_of_means".
         train_lm_on_positive: as in `lm_target`.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the counted tokens of the whole
-            batch, where this call has a part of it. None: what this call counts.
-            With "mean" only.
+        num_items: a number > 0 or a 0-dim tensor: the number of tokens that train a head in the whole batch,
+            if this call has a part of it. None: their number in this call. Only with "mean".
 
     Returns:
-        LossOutput. Metrics, detached scalars: lm_loss, cls_loss and (with norm_weight) norm, token means in
-        nats without gamma and norm_weight; accuracy, accuracy_negative, accuracy_positive, f1_negative,
-        f1_positive over classifier tokens (0 where there are none); lm_tokens and cls_tokens, their numbers.
+        LossOutput(loss [], metrics). Metrics are detached scalars. lm_loss, cls_loss and (with norm_weight)
+        norm are means per token in nats, without gamma and norm_weight. accuracy, accuracy_negative,
+        accuracy_positive, f1_negative and f1_positive are over classifier tokens (0 without any). lm_tokens
+        and cls_tokens are the numbers of tokens.
 
     Raises:
-        ValueError: an unknown reduction, "sum_of_means" without [B, T], norm and norm_weight that
-            contradict each other; num_items with "sum_of_means".
+        TypeError, ValueError: reduction is unknown; target is not [B, T] with "sum_of_means"; norm is given
+            without norm_weight or norm_weight without norm; num_items is given with "sum_of_means", or is not
+            as above.
 
-    Source: Arora et al. 2022 (Director); norm and sum_of_means are its public training code's.
+    Source: Arora et al. 2022 (Director); norm and sum_of_means are from its public training code.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")

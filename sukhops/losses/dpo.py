@@ -1,4 +1,4 @@
-"""The DPO family on log-probs: options, sequence sums, and one function around the formulas."""
+"""The DPO family on log-probs: options, sums over sequences, and the loss function."""
 
 import math
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ from sukhops.losses._sequences import (
     sums,
 )
 
-EXPONENT_LIMIT = 80.0  # exp stays finite in float32
+EXPONENT_LIMIT = 80.0  # keeps exp finite in float32
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
 class Options(NamedTuple):
-    """The options of the family, checked; `dpo_loss` says what they mean."""
+    """The options of `dpo_loss`, which documents them."""
 
     beta: float = 0.1
     loss_type: str | Sequence[str] = "sigmoid"
@@ -53,18 +53,21 @@ class Options(NamedTuple):
 
     @property
     def types(self) -> tuple[str, ...]:
+        """The loss types as a tuple."""
         return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
     @property
     def weights(self) -> tuple[float, ...]:
+        """The factors of the loss types."""
         return (1.0,) * len(self.types) if self.loss_weights is None else tuple(self.loss_weights)
 
     @property
     def needs_reference(self) -> bool:
+        """Whether the loss uses log-probs of a reference model."""
         return not self.reference_free and not REFERENCE.isdisjoint(self.types)
 
     def check(self) -> "Options":
-        """Raises ValueError for an option out of range, or one that a listed loss type does not use."""
+        """Returns the options. Raises a ValueError if one is out of range, or unused by a listed type."""
         types = self.types
         for name in types:
             if name not in LOSSES:
@@ -89,13 +92,14 @@ class Options(NamedTuple):
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         if "robust" in types and not self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing: robust needs it below 0.5, got {self.label_smoothing}")
+            raise ValueError(f"label_smoothing: expected < 0.5 with robust, got {self.label_smoothing}")
         if "exo_pair" in types and not 0 < self.label_smoothing < 1:
             raise ValueError(
-                f"label_smoothing: exo_pair needs it in (0, 1), 1e-3 say, got {self.label_smoothing}"
+                f"label_smoothing: expected in (0, 1) with exo_pair, e.g. 1e-3, got {self.label_smoothing}"
             )
         default = Options()
-        for name, users, needed in (  # parameters of single types, and what changes every term of the loss
+        # (option, loss types that use it, whether any or all of the listed types must use it)
+        for name, users, needed in (
             ("label_smoothing", SMOOTHED, any),
             ("margin", {"simpo"}, any),
             ("tau", {"discopop"}, any),
@@ -107,25 +111,34 @@ class Options(NamedTuple):
         ):
             if getattr(self, name) != getattr(default, name) and not needed(t in users for t in types):
                 raise ValueError(
-                    f"{name}: {', '.join(t for t in types if t not in users)} does not use it, expected "
-                    f"{getattr(default, name)!r}, got {getattr(self, name)!r}; "
-                    f"it is for {', '.join(t for t in LOSSES if t in users)}"
+                    f"{name}: expected {getattr(default, name)!r}, because "
+                    f"{', '.join(t for t in types if t not in users)} does not use it, "
+                    f"got {getattr(self, name)!r}; it is used by {', '.join(t for t in LOSSES if t in users)}"
                 )
         if self.f_alpha != default.f_alpha and self.f_divergence != "alpha":
-            raise ValueError(f"f_alpha: used by f_divergence='alpha' only, got {self.f_alpha}")
+            raise ValueError(
+                f"f_alpha: expected {default.f_alpha} unless f_divergence='alpha', got {self.f_alpha}"
+            )
         if self.f_divergence != "reverse_kl" and self.reference_free:
-            raise ValueError(f"f_divergence: {self.f_divergence} needs a reference, got reference_free")
+            raise ValueError(
+                f"f_divergence: expected 'reverse_kl' with reference_free, got {self.f_divergence!r}"
+            )
         if self.nll_weight and not {"orpo", "sft"}.isdisjoint(types):
-            raise ValueError(f"nll_weight: orpo and sft have this term already, got {self.nll_weight}")
+            raise ValueError(
+                f"nll_weight: expected 0, because orpo and sft include this term, got {self.nll_weight}"
+            )
         return self
 
 
 def _finite(x: float) -> bool:
-    return -math.inf < x < math.inf  # math.isfinite is not traced with dynamic numbers
+    return -math.inf < x < math.inf  # torch.compile cannot trace math.isfinite of dynamic numbers
 
 
 def score(ratio: Tensor, o: Options) -> Tensor:
-    """The f-divergence's score of a log-ratio; its derivative at 0 is 1 (js: 1/2)."""
+    """The score of log-ratios under the f-divergence, shaped as `ratio`; derivative 1 at 0 (js: 1/2).
+
+    Source: Wang et al. 2023 (f-divergences).
+    """
     if o.f_divergence == "forward_kl":
         return -torch.exp(at_most(-ratio, EXPONENT_LIMIT))
     if o.f_divergence == "js":
@@ -147,52 +160,54 @@ def dpo_loss(
 ) -> LossOutput:
     """Preference loss of B pairs: the mean over pairs of a formula on log-ratios of policy and reference.
 
-    With a and b the log-ratios of the chosen and the rejected completion (sums over tokens) and
-    u = beta * (a - b), the types are: sigmoid -log sigmoid(u) (with label_smoothing cDPO), robust, hinge,
-    ipo (a and b divided by their lengths) and ipo_sum (not divided), exo_pair, nca_pair, bco_pair, sppo_hard,
-    apo_zero, apo_down, discopop, sigmoid_norm, aot, aot_unpaired; without a reference simpo, cpo, orpo and
-    sft, the chosen completions' token-mean NLL. Several types are summed with loss_weights.
+    a and b are the log-ratios of the chosen and the rejected completion (sums over tokens), n_w and n_l their
+    numbers of tokens, and u = beta * (a - b). The loss types are: sigmoid, -log sigmoid(u) (with
+    label_smoothing: cDPO); robust; hinge; ipo (a and b divided by n_w and n_l) and ipo_sum (not divided);
+    exo_pair; nca_pair; bco_pair; sppo_hard; apo_zero; apo_down; discopop; sigmoid_norm; aot; aot_unpaired.
+    Without a reference: simpo; cpo; orpo; sft (the NLL per token of the chosen completions). Several types
+    are added with loss_weights.
 
     Args:
-        logp: [2B, T], or packed [N] with cu_seqlens: log-probs of the targets under the policy; the first B
+        logp: [2B, T], or packed [N] with cu_seqlens: log-probs of the targets under the policy. The first B
             sequences are the chosen, the last B the rejected completions of the same prompts.
-        target: as logp, integers; -100 where a token does not count (prompt, padding).
-        ref_logp: as logp, or one sum per sequence [2B]: under the reference, never differentiated. Needed
-            unless reference_free is set or no listed type has a reference.
-        cu_seqlens: [2B + 1], integers, 0 first and N last: ends of the packed sequences.
-        log_sum_squares: as logp, log sum_v p_v**2 of each token's distribution; with use_weighting.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the pairs of the whole
-            batch, where this call has a part of it. None: what this call counts.
-            Not with sft, orpo and nll_weight, which divide by tokens too.
-        beta: strength of the tie to the reference, > 0.
-        loss_type: one or several of the names above.
-        loss_weights: one per loss_type; None: 1 each.
-        label_smoothing: probability that a label is wrong. sigmoid, aot, aot_unpaired, simpo and cpo take
-            [0, 1], robust [0, 1/2), exo_pair (0, 1).
-        reference_free: the reference's log-probs count as 0.
-        length_alpha: R-DPO: length_alpha * (n_w - n_l) joins u; for types that are functions of u.
-        ld_alpha: LD-DPO: weight of the tokens beyond the shorter completion's length, in [0, 1]; for types
-            that do not divide by lengths; needs ref_logp per token.
-        nll_weight: factor of the chosen completions' token-mean NLL (RPO; CPO's alpha, 1 in its paper).
-        f_divergence: reverse_kl, forward_kl, js or alpha: the score that takes the place of the log-ratio
-            (exponents are cut at 80).
-        f_alpha: the order of alpha.
-        use_weighting: WPO: a pair's loss times exp of the token means of logp - log_sum_squares, detached.
+        target: shaped as logp, integers; -100 for an ignored token (prompt, padding).
+        ref_logp: log-probs under the reference, shaped as logp or summed per sequence [2B]; detached. Needed
+            if a listed type uses a reference and reference_free is not set.
+        cu_seqlens: [2B + 1], integers, from 0 to N: ends of the packed sequences.
+        log_sum_squares: log sum_v p_v**2 of each token's distribution, shaped as logp; with use_weighting.
+        num_items: a number > 0 or a 0-dim tensor: the number of pairs in the whole batch, if this call has a
+            part of it. None: their number in this call. Not with sft, orpo or nll_weight, whose terms are
+            divided by tokens.
+        beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
+        loss_type: one or several of the types above.
+        loss_weights: one factor per loss_type. None: all 1.
+        label_smoothing: probability that a preference label is wrong: in [0, 1] for sigmoid, aot,
+            aot_unpaired, simpo and cpo, in [0, 1/2) for robust, in (0, 1) for exo_pair.
+        reference_free: whether to use 0 as the log-probs of the reference.
+        length_alpha: R-DPO: length_alpha * (n_w - n_l) is added to u; for types that are functions of u.
+        ld_alpha: LD-DPO: weight of tokens beyond the length of the shorter completion, in [0, 1]; for types
+            that do not divide by lengths. Needs ref_logp per token.
+        nll_weight: factor of the NLL per token of the chosen completions (RPO; alpha in CPO, 1 in its paper).
+        f_divergence: reverse_kl, forward_kl, js or alpha: the function of the log-ratio that replaces it
+            (exponents are limited to 80).
+        f_alpha: order of the alpha divergence.
+        use_weighting: WPO: whether to multiply the loss of a pair by the exponential of the mean over tokens
+            of logp - log_sum_squares, of both completions, detached.
         margin: SimPO's gamma, the target margin.
         tau: DiscoPOP's temperature.
 
     Returns:
-        LossOutput(loss [], metrics). Metrics are detached scalars, means over pairs: rewards_chosen and
-        rewards_rejected (beta * log-ratio; without a reference beta * log-prob, per token if every type
-        divides by lengths), margin (their difference), accuracy (share of pairs with a positive margin),
-        logp_chosen, logp_rejected (sums of the policy, nats). An empty completion has log-prob 0; an empty
-        batch has loss 0.
+        LossOutput(loss [], metrics). Metrics are detached scalars, means over pairs. rewards_chosen and
+        rewards_rejected are beta * log-ratio (without a reference beta * log-prob, per token if every type
+        divides by lengths); margin is their difference; accuracy is the share of pairs with a positive
+        margin; logp_chosen and logp_rejected are sums under the policy in nats. An empty completion has
+        log-prob 0; an empty batch has loss 0.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not match, an odd number of sequences, cu_seqlens that do not cover the
-            tokens (on CUDA the loss is NaN instead), an unknown loss_type, an option out of range or one
-            that a listed type does not use, a reference that is missing or not wanted.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match; the number of sequences is odd; cu_seqlens are invalid (on CUDA the
+            loss is NaN instead); loss_type is unknown; an option is out of range, or a listed type does not
+            use it; a reference is missing, or given to a loss without one.
 
     Source: Rafailov et al. 2023 (sigmoid); Mitchell 2023 (cDPO); Chowdhury et al. 2024 (robust); Zhao et
     al. 2023 (hinge); Azar et al. 2023 (ipo); Ji et al. 2024 (exo); Chen et al. 2024 (nca); Jung et al. 2024
@@ -224,18 +239,19 @@ def dpo_loss(
     reference = torch.zeros_like(policy)
     if not o.needs_reference and ref_logp is not None:
         raise ValueError(
-            f"ref_logp: loss_type {o.types} with reference_free={o.reference_free} has no reference, "
-            "expected None"
+            f"ref_logp: expected None, got a tensor; loss_type {o.types} with "
+            f"reference_free={o.reference_free} does not use a reference"
         )
     if o.needs_reference and ref_logp is None:
         raise ValueError(
-            f"ref_logp: loss_type {o.types} compares with a reference: give its log-probs (or its head, "
-            "ref_hidden and ref_weight, to the module), or set reference_free"
+            f"ref_logp: expected log-probs of the reference with loss_type {o.types}, got None; pass "
+            "ref_logp (or ref_hidden and ref_weight, to the module), or set reference_free"
         )
     if ref_logp is not None:
         if o.ld_alpha != 1 and ref_logp.shape != target.shape:
             raise ValueError(
-                f"ref_logp: ld_alpha needs it per token {list(target.shape)}, got {list(ref_logp.shape)}"
+                f"ref_logp: expected shape {list(target.shape)} (per token) with ld_alpha, "
+                f"got {list(ref_logp.shape)}"
             )
         total_of = partial(total, weight=weight)
         reference = sums("ref_logp", ref_logp.detach(), target, sequences, total_of).to(logp.dtype)
@@ -254,16 +270,16 @@ def dpo_loss(
     losses = sum(others, first)  # [B]
     if o.use_weighting:
         if log_sum_squares is None:
-            raise ValueError("log_sum_squares: use_weighting needs it, got None")
+            raise ValueError("log_sum_squares: expected a tensor with use_weighting, got None")
         (squares,) = as_scores(target, log_sum_squares=log_sum_squares)
         likely_w, likely_l = (total((logp - squares).detach()) / tokens.clamp(min=1)).chunk(2)
         losses = losses * torch.exp(likely_w + likely_l)
     elif log_sum_squares is not None:
-        raise ValueError("log_sum_squares: used with use_weighting only, expected None")
+        raise ValueError("log_sum_squares: expected None without use_weighting, got a tensor")
     if num_items is not None and (o.nll_weight or not {"sft", "orpo"}.isdisjoint(o.types)):
         raise ValueError(
-            f"num_items: loss_type {o.types} with nll_weight={o.nll_weight} divides by pairs and by tokens, "
-            "expected None"
+            f"num_items: expected None, got a value; loss_type {o.types} with nll_weight={o.nll_weight} "
+            "divides some terms by pairs and others by tokens"
         )
     loss = average(losses.sum(), losses.shape[0], num_items)
     if o.nll_weight:

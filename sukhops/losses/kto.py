@@ -1,4 +1,4 @@
-"""KTO and Step-KTO on log-probs: value functions of log-ratios against a detached reference point."""
+"""KTO on whole completions and Step-KTO on reasoning steps, as functions of log-probs."""
 
 import math
 from typing import Any, NamedTuple, overload
@@ -13,13 +13,14 @@ from sukhops.losses._steps import step_sums
 
 
 class KTOOptions(NamedTuple):
-    """The options of `kto_loss`, checked."""
+    """The options of `kto_loss`, which documents them."""
 
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
     def check(self) -> "KTOOptions":
+        """Returns the options. Raises a ValueError if one is out of range."""
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta: expected a finite number > 0, got {self.beta!r}")
         for name in ("desirable_weight", "undesirable_weight"):
@@ -29,17 +30,16 @@ class KTOOptions(NamedTuple):
 
 
 class Mismatched(NamedTuple):
-    """A batch of prompts with other prompts' completions: what estimates the reference point.
+    """A batch of prompts with the completions of other prompts, from which the reference point is estimated.
 
-    target [m, T'], or [N'] with cu_seqlens; logp per token; ref_logp per token, or per sequence [m];
-    step_ids as target, where the steps' own reference point is estimated too.
+    `mismatched` builds such a batch.
     """
 
-    target: Tensor
-    logp: Tensor
-    ref_logp: Tensor
-    cu_seqlens: Tensor | None = None
-    step_ids: Tensor | None = None
+    target: Tensor  # [m, T'], or packed [N'] with cu_seqlens
+    logp: Tensor  # log-probs under the policy, shaped as target
+    ref_logp: Tensor  # log-probs under the reference, shaped as target or per sequence [m]
+    cu_seqlens: Tensor | None = None  # [m + 1]
+    step_ids: Tensor | None = None  # shaped as target, to estimate a reference point for steps too
 
 
 def kto_loss(
@@ -53,35 +53,37 @@ def kto_loss(
     num_items: int | Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
-    """Value of unpaired completions against a reference point z that has no gradient.
+    """KTO loss of unpaired completions, with a reference point z that is detached.
 
         r    = sum over tokens of logp - ref_logp
         loss = mean of  desirable_weight   * (1 - sigmoid(beta * (r - z)))  where desirable
                         undesirable_weight * (1 - sigmoid(beta * (z - r)))  where not
 
-    The mean is over all labelled completions, both classes pooled; without any the loss is 0.
+    The mean is over all labeled completions of both classes; without any the loss is 0.
 
     Args:
         logp: [B, T], or packed [N] with cu_seqlens: log-probs of the targets under the policy.
-        target: as logp, integers; -100 where a token does not count (prompt, padding).
-        desirable: [B], bool, or integers 1, 0 and -1 (not labelled: not counted).
-        ref_logp: as logp, or one sum per sequence [B]: under the reference, never differentiated.
-        kl: z: a number or a scalar tensor, or the `Mismatched` batch whose mean log-ratio is its estimate,
-            averaged over the ranks of torch.distributed where that runs. Cut at 0 below, detached.
-        cu_seqlens: [B + 1], integers, 0 first and N last: ends of the packed sequences.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the labelled completions of the whole
-            batch, where this call has a part of it. None: what this call counts.
-        beta: strength of the tie to the reference, > 0.
+        target: shaped as logp, integers; -100 for an ignored token (prompt, padding).
+        desirable: [B], bool, or integers 1, 0 and -1 (not labeled, ignored).
+        ref_logp: log-probs under the reference, shaped as logp or summed per sequence [B]; detached.
+        kl: the reference point z, detached: a number, a scalar tensor, or a `Mismatched` batch, whose mean
+            log-ratio is the estimate of z (a mean over all ranks, if torch.distributed is initialized).
+            Negative values are replaced by 0.
+        cu_seqlens: [B + 1], integers, from 0 to N: ends of the packed sequences.
+        num_items: a number > 0 or a 0-dim tensor: the number of labeled completions in the whole batch, if
+            this call has a part of it. None: their number in this call.
+        beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
         desirable_weight, undesirable_weight: factors of the two classes, >= 0.
 
     Returns:
-        LossOutput(loss [], metrics), detached scalars: kl (z); per class, rewards_desirable (mean of
-        beta * r), logp_desirable (mean sum, nats), count_desirable, the same for undesirable (0 where the
-        class is empty); margin, the difference of the two rewards. An empty completion has r = 0.
+        LossOutput(loss [], metrics). Metrics are detached scalars. kl is z. rewards_desirable (mean of
+        beta * r), logp_desirable (mean log-prob of a completion, in nats) and count_desirable describe the
+        desirable completions; the same names with undesirable describe the others. They are 0 if the class is
+        empty. margin is the difference of the two rewards. An empty completion has r = 0.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, dtype, shape or device; a label outside
-            {1, 0, -1} or bad cu_seqlens (on CUDA the loss is NaN instead); an option out of range.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a label is outside
+            {1, 0, -1} or cu_seqlens are invalid (on CUDA the loss is NaN instead); an option is out of range.
 
     Source: Ethayarajh et al. 2024 (KTO).
     """
@@ -96,7 +98,19 @@ def kto_loss(
 
 
 def value_loss(ratio: Tensor, label: Tensor, z: Tensor, o: KTOOptions) -> Tensor:
-    """KTO's loss of each log-ratio; NaN where a label is none of 1, 0 and -1."""
+    """KTO's loss of each log-ratio; NaN if its label is not 1, 0 or -1.
+
+    Args:
+        ratio: [...], log-ratios of policy and reference.
+        label: [...], 1 for desirable, 0 and -1 for undesirable (the caller masks -1).
+        z: [], the reference point.
+        o: the options.
+
+    Returns:
+        [...], losses.
+
+    Source: Ethayarajh et al. 2024 (KTO).
+    """
     good = o.desirable_weight * torch.sigmoid(o.beta * (z - ratio))
     bad = o.undesirable_weight * torch.sigmoid(o.beta * (ratio - z))
     losses = torch.where(label == 1, good, bad)
@@ -104,7 +118,11 @@ def value_loss(ratio: Tensor, label: Tensor, z: Tensor, o: KTOOptions) -> Tensor
 
 
 def reference_point(kl: float | Tensor | Mismatched, like: Tensor) -> Tensor:
-    """z [] of `kto_loss`, in the dtype and on the device of `like`."""
+    """The reference point z [] of `kto_loss`, detached, in the dtype and on the device of `like`.
+
+    Raises:
+        TypeError, ValueError: kl is not a number, a scalar tensor or a valid `Mismatched` batch.
+    """
     if isinstance(kl, Mismatched):
         with torch.no_grad():
             ratio, _ = _log_ratio(kl.logp, kl.ref_logp, kl.target, kl.cu_seqlens, "kl_")
@@ -119,7 +137,7 @@ def reference_point(kl: float | Tensor | Mismatched, like: Tensor) -> Tensor:
 
 
 def mean_over_ranks(total: Tensor, count: int | Tensor) -> Tensor:
-    """total / count, both summed over the ranks of torch.distributed where it runs; 0 / 0 is 0."""
+    """total / count [], both first summed over all ranks if torch.distributed is initialized; 0 / 0 is 0."""
     both = torch.stack([total, torch.as_tensor(count).to(total)])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(both)
@@ -127,7 +145,7 @@ def mean_over_ranks(total: Tensor, count: int | Tensor) -> Tensor:
 
 
 class StepKTOOptions(NamedTuple):
-    """The options of `step_kto_loss`, checked."""
+    """The options of `step_kto_loss`, which documents them."""
 
     beta: float = 0.1
     step_beta: float | None = None
@@ -138,13 +156,16 @@ class StepKTOOptions(NamedTuple):
 
     @property
     def outcome(self) -> KTOOptions:
+        """The options for whole completions."""
         return KTOOptions(self.beta, self.desirable_weight, self.undesirable_weight)
 
     @property
     def step(self) -> KTOOptions:
+        """The options for steps."""
         return self.outcome if self.step_beta is None else self.outcome._replace(beta=self.step_beta)
 
     def check(self) -> "StepKTOOptions":
+        """Returns the options. Raises a ValueError if one is out of range."""
         self.outcome.check()
         if self.step_beta is not None and not 0 < self.step_beta < math.inf:
             raise ValueError(f"step_beta: expected None or a finite number > 0, got {self.step_beta!r}")
@@ -169,37 +190,39 @@ def step_kto_loss(
     num_items: int | Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
-    """KTO on whole completions plus step_weight times KTO on their labelled steps.
+    """KTO on whole completions plus step_weight times KTO on their labeled steps.
 
     Args:
         logp, target, kl, cu_seqlens: as in `kto_loss`.
-        num_items: as in `kto_loss`, where step_weight is 0: steps have a count of their own.
-        desirable: [B], as in `kto_loss`; -1 leaves a completion with its step terms alone.
-        step_ids: as target, integers: which step of its sequence a token belongs to, -1 for none.
-        step_labels: [B, S], 1 right, 0 wrong, -1 not judged. Steps without tokens or label do not count.
-        ref_logp: as logp.
-        step_kl: the steps' reference point: a number or a scalar tensor. None: the mean over the non-empty
-            steps of the `Mismatched` batch if that has step_ids, else z of the completions.
-        beta, desirable_weight, undesirable_weight: as in `kto_loss`, of completions and steps.
-        step_beta: beta of the steps, or None for the same.
-        step_weight: factor of the steps' term, >= 0.
-        step_reduction: "batch": mean over all counted steps; "sequence": mean of the sequences' means.
+        num_items: as in `kto_loss`; only if step_weight is 0, because steps are divided by their own number.
+        desirable: [B], as in `kto_loss`. A completion with -1 contributes only the losses of its steps.
+        step_ids: shaped as target, integers: number of the step that a token belongs to, -1 for none.
+        step_labels: [B, S], 1 right, 0 wrong, -1 not judged. Steps that are not judged or have no tokens are
+            ignored.
+        ref_logp: log-probs under the reference, shaped as logp; detached.
+        step_kl: reference point of the steps: a number or a scalar tensor. None: the mean over the non-empty
+            steps of the `Mismatched` batch if it has step_ids, else z of the completions.
+        beta, desirable_weight, undesirable_weight: as in `kto_loss`, for completions and for steps.
+        step_beta: beta of the steps. None: the same as beta.
+        step_weight: factor of the loss of the steps, >= 0.
+        step_reduction: "batch": mean over all steps that are not ignored. "sequence": mean within each
+            sequence, then mean over sequences.
 
     Returns:
-        LossOutput(loss [], metrics): those of `kto_loss`, and outcome_loss, step_loss (without its factor),
-        step_kl, rewards_right_steps, rewards_wrong_steps (means of step_beta * r), right_steps, wrong_steps
-        (their numbers).
+        LossOutput(loss [], metrics). Metrics are those of `kto_loss`, and outcome_loss, step_loss (without
+        step_weight), step_kl, rewards_right_steps and rewards_wrong_steps (means of step_beta * r),
+        right_steps and wrong_steps (numbers of steps).
 
     Raises:
-        TypeError, ValueError: as `kto_loss`; a step id outside [-1, S) (on CUDA NaN), a step_kl beside
-            step_ids of the mismatched batch.
+        TypeError, ValueError: as in `kto_loss`; a step id is outside [-1, S) (on CUDA the loss is NaN
+            instead); step_kl is given although the mismatched batch has step_ids.
 
-    Source: Lin et al. 2025 (Step-KTO). Its code is not public: what the paper leaves open is an option, and
-    the defaults are this library's.
+    Source: Lin et al. 2025 (Step-KTO). Its code is not public. Details that the paper leaves open are
+    options, with defaults chosen by this library.
     """
     o = StepKTOOptions(**options).check()
     if num_items is not None and o.step_weight:
-        raise ValueError("num_items: completions and steps are counted apart, expected None")
+        raise ValueError("num_items: expected None unless step_weight is 0, got a value")
     outcome = kto_loss(
         logp, target, desirable, ref_logp, kl=kl, cu_seqlens=cu_seqlens, num_items=num_items,
         **o.outcome._asdict(),
@@ -217,7 +240,7 @@ def step_kto_loss(
     per_step, tokens = step_sums(ratio, target, step_ids, steps, cu_seqlens)  # [B, S] each
     if isinstance(kl, Mismatched) and kl.step_ids is not None:
         if step_kl is not None:
-            raise ValueError("step_kl: given beside kl_step_ids, which estimate it; expected one of the two")
+            raise ValueError("step_kl: expected None with kl_step_ids, which estimate it, got a value")
         z = _step_reference_point(kl, kl.step_ids).to(per_step)
     else:
         z = outcome.metrics["kl"] if step_kl is None else reference_point(step_kl, per_step.flatten())
@@ -243,14 +266,14 @@ def _step_reference_point(kl: Mismatched, step_ids: Tensor) -> Tensor:
     logp, ref_logp = as_scores(kl.target, kl_logp=kl.logp, kl_ref_logp=kl.ref_logp)
     most = max(1, kl.target.shape[-1])  # a sequence has no more steps than tokens
     per_step, tokens = step_sums(logp - ref_logp, kl.target, step_ids, most, kl.cu_seqlens, "kl_step_ids")
-    said = tokens > 0
-    return mean_over_ranks(per_step.where(said, 0.0).sum(), said.sum()).clamp(min=0)
+    nonempty = tokens > 0
+    return mean_over_ranks(per_step.where(nonempty, 0.0).sum(), nonempty.sum()).clamp(min=0)
 
 
 def _log_ratio(
     logp: Tensor, ref_logp: Tensor, target: Tensor, cu_seqlens: Tensor | None, prefix: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Log-ratio of policy and reference, and log-prob under the policy: [B] each."""
+    """Log-ratio of policy and reference, and log-prob under the policy (detached): [B] each."""
     sequences = check_sequences(target, cu_seqlens)
     counted = target != IGNORE
     (logp,) = as_scores(target, **{f"{prefix}logp": logp})
@@ -286,29 +309,30 @@ def mismatched(target: Tensor, ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor,
 def mismatched(
     target: Tensor, ids: Tensor | None = None, *, pad_id: int = 0
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Pairs every prompt with the next row's completion: the batch that estimates KTO's reference point.
+    """Combines every prompt with the completion of the next sequence, to estimate KTO's reference point.
 
-    Row i keeps its prompt, the positions before its first counted one, and takes the completion of row i + 1
-    (the first row's after the last) from there on; T' is T or as much longer as a completion needs. Rolling
-    is done per batch, so it goes with shuffling.
+    Sequence i keeps its prompt (the positions before its first target) and continues with the completion of
+    sequence i + 1; the last sequence takes the completion of the first. T' is T, or larger if a completion
+    needs it. Completions move within a batch only, so shuffle the data.
 
     Args:
         target: [B, T], integers, B >= 2; -100 before (prompt) and after (padding) the completion.
-        ids: [B, T], the inputs that predict target (target[i, t] follows ids[i, t]), or None.
-        pad_id: fills ids beyond the completion.
+        ids: [B, T], the input tokens that predict target (target[i, t] follows ids[i, t]), or None.
+        pad_id: token for the ids after the completion.
 
     Returns:
-        target [B, T'], or with ids the pair (ids [B, T'], target [B, T']).
+        target [B, T'], or with ids the tuple (ids [B, T'], target [B, T']).
 
     Raises:
-        TypeError, ValueError: wrong types or shapes; a batch of one, which has no other completion.
+        TypeError, ValueError: an argument has the wrong type, shape or device; B = 1, so that there is no
+            other completion.
 
     Source: Ethayarajh et al. 2024 (KTO).
     """
     check_sequences(target, None)
     b, t = target.shape
     if b == 1:
-        raise ValueError("target: expected B >= 2 sequences to mismatch, got 1; give kl a number instead")
+        raise ValueError("target: expected B >= 2 sequences, got 1; pass kl as a number instead")
     if ids is not None:
         _checks.check_integers("ids", ids)
         _checks.check_shape("ids", ids, target.shape, "as target")
@@ -316,14 +340,14 @@ def mismatched(
     if t == 0:
         return target if ids is None else (ids, target)
     counted = target != IGNORE
-    said = counted.any(-1)
-    start = counted.int().argmax(-1).where(said, t)  # [B]
-    end = (t - counted.flip(-1).int().argmax(-1)).where(said, t)
+    nonempty = counted.any(-1)
+    start = counted.int().argmax(-1).where(nonempty, t)  # [B], first position of the completion
+    end = (t - counted.flip(-1).int().argmax(-1)).where(nonempty, t)  # [B], position after the completion
     other = (torch.arange(b, device=target.device) + 1) % b
-    wide = max(t, int((start + end[other] - start[other]).max())) if b else t
-    to = torch.arange(wide, device=target.device)
-    source = to - start.unsqueeze(1) + start[other].unsqueeze(1)  # [B, T'] positions in the other row
-    taken = (to >= start.unsqueeze(1)) & (source < end[other].unsqueeze(1))
+    length = max(t, int((start + end[other] - start[other]).max())) if b else t  # T'
+    position = torch.arange(length, device=target.device)
+    source = position - start.unsqueeze(1) + start[other].unsqueeze(1)  # [B, T'], position in the other one
+    taken = (position >= start.unsqueeze(1)) & (source < end[other].unsqueeze(1))
 
     def rolled(values: Tensor, fill: int) -> Tensor:
         return values[other].gather(1, source.clamp(0, t - 1)).where(taken, fill)
@@ -331,6 +355,6 @@ def mismatched(
     new_target = rolled(target, IGNORE)
     if ids is None:
         return new_target
-    prompt = to <= start.unsqueeze(1)  # the last prompt token predicts the completion's first
-    own = ids[:, to.clamp(max=t - 1)]
-    return torch.where(prompt & (to < t), own, rolled(ids, pad_id)), new_target
+    prompt = position <= start.unsqueeze(1)  # ids[start], the last prompt token, predicts target[start]
+    own = ids[:, position.clamp(max=t - 1)]
+    return torch.where(prompt & (position < t), own, rolled(ids, pad_id)), new_target

@@ -1,4 +1,4 @@
-"""The likelihood of texts under a hybrid language model, summed over all their segmentations into units."""
+"""Likelihood of texts under a hybrid language model, summed over all their segmentations into units."""
 
 import math
 
@@ -12,19 +12,28 @@ from sukhops.ops.segmentation import segmentation_logz
 
 
 def check_flat(flat: bool) -> None:
+    """Raises a TypeError unless flat is a bool."""
     if not isinstance(flat, bool):
         raise TypeError(f"flat: expected a bool, got {type(flat).__name__}")
 
 
 def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
-    """The units [B, T, K] that may be part of a segmentation; -100 where there is none.
+    """Replaces unit ids that cannot be part of a segmentation by -100, for use as targets of `linear_logp`.
 
-    That is `unit_ids` without those that are -1 and those that end after their sequence: unit_ids[b, t, k]
-    covers positions t .. t+k, which must be before lengths[b] (before T without lengths).
+    Args:
+        unit_ids: [B, T, K], integers: the unit that covers positions t .. t+k, or -1 if there is none. Units
+            that end after their sequence are replaced too.
+        lengths: [B], integers in [0, T]. None: all T.
+        vocabulary: size V of the vocabulary, to check ids. None: only check that they are >= -1.
+
+    Returns:
+        [B, T, K], of the dtype of unit_ids.
 
     Raises:
-        TypeError, ValueError: wrong types or shapes; on the CPU in eager mode an id that counts and is below
-            -1, or not below `vocabulary`.
+        TypeError, ValueError: an argument has the wrong type, shape or device; on the CPU in eager mode, an
+            id of a unit that ends in its sequence is outside [-1, V).
+
+    Source: Grave et al. 2019 (hybrid language models).
     """
     _checks.check_integers("unit_ids", unit_ids)
     if unit_ids.dim() != 3:
@@ -44,7 +53,7 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: in
         found = unit_ids[inside & wrong]
         if found.numel():
             raise ValueError(f"unit_ids: expected ids {expected}, or -1 for no unit, got {found[0].item()}")
-    # an id below -1, -100 too, must not pass for "no unit": the head refuses it
+    # invalid ids, -100 included, must not be taken for "no unit": they become -2, for which the head raises
     return unit_ids.clamp(min=-2).where(inside & (unit_ids != -1), IGNORE)
 
 
@@ -56,38 +65,39 @@ def segmentation_loss(
     flat: bool = False,
     num_items: int | Tensor | None = None,
 ) -> LossOutput:
-    """Negative log-likelihood per symbol of sequences, each the sum over all its segmentations into units.
+    """Negative log-likelihood per symbol, where the likelihood of a sequence sums over its segmentations.
 
         p(x) = sum over segmentations of the product of exp(logp[t, k]) over their units
         loss = -(sum of log p(x) over sequences) / (sum of their lengths)
 
-    A sequence that no segmentation covers leaves both sums. With `flat` the loss is instead that of the
-    public code's first epochs, which knows nothing of segmentations:
+    A sequence without a segmentation is left out of both sums. With `flat` the loss is that of the first
+    epochs in the public training code, which does not use segmentations:
 
         loss = -(sum of logp over all units of all sequences) / (K * sum of lengths)
 
-    Its divisor counts the places where there is no unit too.
+    This divides by the number of all entries [t, k] within the lengths, with or without a unit.
 
     Args:
-        logp: [B, T, K], log-prob in nats of the unit that covers positions t .. t+k given the symbols before
-            t; not looked at where there is no unit.
-        unit_ids: [B, T, K], integers: that unit, or -1 where there is none. Units that end after their
-            sequence count as none.
-        lengths: [B], integers in [0, T]; None: T each.
-        flat: the warm-up loss.
-        num_items: a number > 0 or a 0-dim tensor to divide by: the symbols of the whole
-            batch, where this call has a part of it. None: what this call counts.
+        logp: [B, T, K], log-prob in nats of the unit that covers positions t .. t+k, given the symbols before
+            t; ignored if there is no unit.
+        unit_ids: [B, T, K], integers: this unit, or -1 if there is none. Units that end after their sequence
+            are ignored.
+        lengths: [B], integers in [0, T]. None: all T.
+        flat: whether to compute the second loss, for warm-up.
+        num_items: a number > 0 or a 0-dim tensor: the number of symbols in the whole batch, if this call has
+            a part of it. None: their number in this call.
 
     Returns:
-        LossOutput(loss [], metrics), detached scalars under either loss: bits_per_symbol, the likelihood in
-        bits per symbol of the sequences that have a segmentation; unreachable, the number of those that have
-        none. No symbol at all gives 0.
+        LossOutput(loss [], metrics). Metrics are detached scalars, the same with `flat`. bits_per_symbol is
+        the negative log-likelihood per symbol, in bits, of the sequences that have a segmentation;
+        unreachable is the number of sequences without one. Without symbols the loss is 0.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, shapes or devices; on the CPU an id below -1.
-        RuntimeError: a length outside [0, T], on the CPU; on CUDA NaN.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; on the CPU, an id is
+            below -1.
+        RuntimeError: a length is outside [0, T], on the CPU. On CUDA the loss is NaN instead.
 
-    Source: Grave et al. 2019 (hybrid language models); flat is its public training code's.
+    Source: Grave et al. 2019 (hybrid language models); flat is from its public training code.
     """
     check_flat(flat)
     targets = unit_targets(unit_ids, lengths)
@@ -108,8 +118,8 @@ def segmentation_loss(
     total = -logz.where(reached, 0.0).sum()
     nats, loss = total / symbols.clamp(min=1), average(total, symbols, num_items)
     if flat:
-        outside = ((lengths < 0) | (lengths > t)).any()  # not on the CPU: logz has raised
-        width = logp.new_full((), max(k, 1)).masked_fill(outside, torch.nan)  # NaN in the gradient too
+        outside = ((lengths < 0) | (lengths > t)).any()  # only on CUDA: on the CPU segmentation_logz raises
+        width = logp.new_full((), max(k, 1)).masked_fill(outside, torch.nan)  # makes the gradient NaN too
         loss = average(-logp.masked_fill(none, 0.0).sum() / width, lengths.sum(), num_items)
     metrics = {"bits_per_symbol": nats.detach() / math.log(2), "unreachable": (~reached).sum()}
     return LossOutput(loss, metrics)

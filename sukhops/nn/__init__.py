@@ -1,4 +1,4 @@
-"""Modules: options and parameters; forward is one call."""
+"""Modules: losses on a fused head, the Director head, and attention with adaptive spans."""
 
 from sukhops.nn.adaptive_span import AdaptiveSpan, AdaptiveSpanAttention
 from sukhops.nn.cringe import CringeLoss, PairwiseCringeLoss

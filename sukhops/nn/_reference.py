@@ -1,4 +1,4 @@
-"""Log-probs of the reference model: given, or from its head."""
+"""Log-probs of the reference model, given as a tensor or computed with its head."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ def reference_logp(
     ref_bias: Tensor | None,
     group: ProcessGroup | None,
 ) -> Tensor | None:
-    """`ref_logp`, or the log-probs of `target` under the reference's head, without gradient.
+    """`ref_logp`, or the log-probs of `target` under the reference head; detached. None if neither is given.
 
     Raises:
-        ValueError: ref_logp beside a reference head, or half of a reference head.
+        ValueError: both ref_logp and a reference head are given, or only a part of the head.
     """
     head = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     given = [name for name, t in head.items() if t is not None]
@@ -32,6 +32,6 @@ def reference_logp(
         return None
     if ref_hidden is None or ref_weight is None:
         name = "ref_hidden" if ref_hidden is None else "ref_weight"
-        raise ValueError(f"{name}: the reference's head needs ref_hidden and ref_weight, got {given}")
+        raise ValueError(f"{name}: expected both ref_hidden and ref_weight for a reference, got {given}")
     with torch.no_grad():
         return linear_logp(ref_hidden, ref_weight, target, ref_bias, group=group)

@@ -1,4 +1,4 @@
-"""Adaptive spans as modules: the spans that heads learn, and an attention layer with its cache."""
+"""Adaptive spans as modules: the learned spans of the heads, and an attention layer with a cache."""
 
 import itertools
 import math
@@ -14,15 +14,16 @@ from torch.distributed.tensor import DTensor
 from sukhops import _checks
 from sukhops.ops.adaptive_span import adaptive_span_attention
 
-_SLACK = 0.01  # of the range, beyond each bound, where every gradient passes
+_SLACK = 0.01  # how far outside [0, 1] a ratio may be for every gradient to pass
 
 
 class _Clamp(torch.autograd.Function):
-    """clamp(ratio, 0, 1) whose gradient can lead back inside.
+    """clamp(ratio, 0, 1) with a gradient that can move the ratio back inside.
 
-    A step's gradient comes in parts, the data's and the penalty's, and only their sum says where to go: so a
-    part is held back only beyond a little slack, if it leads further out. A head that is pressed against a
-    bound stays there, at most the slack outside, and comes back as soon as the sum changes its sign.
+    The gradient arrives in parts, from the training loss and from the span penalty, and only their sum has
+    the right direction. So a part that points further outside is blocked only if the ratio is outside by more
+    than the slack. The ratio of a head at a bound stays within the slack, and comes back as soon as the sum
+    changes its sign.
     """
 
     @staticmethod
@@ -42,32 +43,32 @@ class _Clamp(torch.autograd.Function):
 
 class SpanReport(NamedTuple):
     tokens: list[float]  # the span of each head
-    keys: list[int]  # that a query of each head reads: span and ramp, at most max_span
-    share: float  # of the query-key pairs that max_span would give: the mean of keys / max_span
+    keys: list[int]  # number of keys that a query of each head reads: span + ramp, at most max_span
+    share: float  # mean of keys / max_span
 
 
 class AdaptiveSpan(nn.Module):
-    """The attention span of each head, as a learned ratio of max_span.
+    """The attention span of each head, stored as a learned ratio of max_span.
 
-    The ratio is clamped to [0, 1] where it is read, and at a bound its gradient passes, so nothing is called
-    after the optimiser's step. Beyond a bound only a gradient that points back inside passes (the first
-    hundredth of the range excepted: the parts of a gradient are only right together). The ratio stays float32
-    when the model is cast to half precision, whose 8 bits cannot count tokens. Weight decay would pull spans
-    to 0 beside the penalty: leave `ratio` [H] out of it, as norms and biases are.
+    The ratio is clamped to [0, 1] when it is read. Its gradient passes at the bounds, so no extra call is
+    needed after `optimizer.step()`. More than 0.01 outside a bound, only a gradient that points back inside
+    passes. The ratio stays float32 if the model is cast to half precision, because the 8 significant bits of
+    bfloat16 cannot represent spans to one token. Exclude `ratio` [H] from weight decay, as is usual for norms
+    and biases: weight decay would shorten the spans in addition to the penalty.
 
-    Add `penalty` of every layer to the training loss. A span for each token in place of each head needs no
-    module: `sukhops.adaptive_span_attention` takes any span [B, H, M], for instance
+    Add the `penalty` of every layer to the training loss. For a span per token instead of per head no module
+    is needed: `sukhops.adaptive_span_attention` accepts any span [B, H, M], for example
     `max_span * torch.sigmoid(linear(x)).mT.float()` with a linear layer from D to H.
 
     Args:
-        num_heads: H.
+        num_heads: number H of heads.
         max_span: the span at ratio 1, in tokens.
         ramp: width of the soft mask's ramp beyond the span, in tokens, > 0.
-        init: ratio to start from, in [0, 1].
-        device, dtype: of the ratio: float64 where dtype is, else float32.
+        init: initial ratio, in [0, 1].
+        device, dtype: of the ratio, which is float64 if dtype is float64, else float32.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option is out of range.
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
@@ -96,13 +97,14 @@ class AdaptiveSpan(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Sets the ratio to `init`."""
         nn.init.constant_(self.ratio, self.init)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, max_span={self.max_span}, ramp={self.ramp:g}, init={self.init:g}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveSpan":
-        """What `.to`, `.half` and the like call: the ratio follows to devices, not to half precision."""
+        """Called by `.to`, `.half` and others: moves the ratio to other devices, not to half precision."""
 
         def keep(t: Tensor) -> Tensor:
             new = fn(t)
@@ -116,62 +118,65 @@ class AdaptiveSpan(nn.Module):
         return self.max_span * _Clamp.apply(ratio)
 
     def penalty(self, coef: float) -> Tensor:
-        """coef * mean of the spans in tokens: a scalar. The paper's models sum it over their layers."""
+        """coef * mean span in tokens, a scalar. The models of the paper sum it over their layers."""
         return coef * _whole(self.span()).mean()
 
     @torch.no_grad()
     def report(self) -> SpanReport:
-        """What the heads have learned, as numbers of Python: waits for the device, so not for every step."""
+        """The learned spans as Python numbers. It waits for the device, so do not call it in every step."""
         span = _whole(self.span())
         keys = (self.ramp + span).ceil().clamp(max=self.max_span).int().tolist()
         return SpanReport(span.tolist(), keys, sum(keys) / len(keys) / self.max_span)
 
 
 def _whole(span: Tensor) -> Tensor:
-    """Of a ratio that FSDP2 has sharded, the spans of all ranks."""
+    """The spans of all ranks, if FSDP2 has sharded the ratio."""
     return span.full_tensor() if isinstance(span, DTensor) else span
 
 
 class SpanCache(NamedTuple):
-    """What a layer hands to itself from block to block; opaque. Heads that keep as many keys are a group."""
+    """Keys and values from earlier calls of a layer (opaque). Heads that keep equally many form a group."""
 
-    keys: tuple[Tensor, ...]  # of each group [B, heads, n, d], detached
-    values: tuple[Tensor, ...]
-    seen: int  # positions since the start
+    keys: tuple[Tensor, ...]  # for each group [B, heads, n, d], detached
+    values: tuple[Tensor, ...]  # as keys
+    seen: int  # number of positions since the start
     key_start: Tensor | None  # [B]
 
 
 class AdaptiveSpanAttention(nn.Module):
-    """Causal self-attention whose cost follows the spans that its heads learn.
+    """Causal self-attention in which every head learns its span; shorter spans cost less.
 
-    Projections have no bias. Positions enter through a table of relative ones, in the scores only. To share
-    it between layers, as the paper's models do, give the first layer's to the others:
-    `AdaptiveSpanAttention(..., rel_pos=first.rel_pos)`. `adaptive_span` holds the spans: add its `penalty` to
-    the loss, look at its `report()`.
+    Projections have no bias. Positions are used in the scores only, as embeddings of relative positions. To
+    share the table of embeddings between layers, as the models of the paper do, pass the one of the first
+    layer: `AdaptiveSpanAttention(..., rel_pos=first.rel_pos)`. The attribute `adaptive_span` holds the spans:
+    add its `penalty` to the loss, and read the spans with its `report()`.
 
-    `freeze_spans()` makes a trained layer one of fixed windows: the same outputs, from a cache that keeps for
-    each head just the keys that its window can still see.
+    `freeze_spans()` fixes the windows of a trained layer. Outputs stay the same, and the cache then keeps for
+    each head only the keys that its window can still see.
 
     Args:
-        d_model: D, a multiple of num_heads.
-        num_heads: H.
-        max_span: no key further back is seen, whatever the span.
+        d_model: width D, a multiple of num_heads.
+        num_heads: number H of heads.
+        max_span: keys max_span or more tokens back are never seen, whatever the span.
         ramp, init: see `AdaptiveSpan`.
-        rel_pos: True: a table of its own, [max_span, d], normal as published; a parameter [S, d] or
-            [H, S, d], S >= max_span: that one; False: no positions.
-        include_self: whether a token sees itself; False as in the 2019 code, where a span starts before it.
-        num_kv_heads: Hkv, of which H is a multiple; None: H. A key is kept for the longest head of its group.
+        rel_pos: True: the layer creates a table [max_span, d] with normally distributed entries, as in the
+            paper. A parameter [S, d] or [H, S, d] with S >= max_span: the layer uses this table. False: no
+            position embeddings.
+        include_self: whether a token sees itself. False: a span starts at the token before, as in the 2019
+            code.
+        num_kv_heads: number Hkv of key and value heads, a divisor of H. None: H. A key is kept as long as the
+            query head with the largest window needs it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: an option out of its range, or a table of the wrong type or shape.
+        ValueError, TypeError: an option is out of range, or rel_pos has the wrong type or shape.
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
 
     rel_pos: nn.Parameter | None
-    _order: Tensor  # of the heads of keys, group by group; None until spans are frozen
-    _place: Tensor  # of each in that order
+    _order: Tensor  # indices of the key heads, sorted by group; None until spans are frozen
+    _inverse_order: Tensor  # position of each key head in _order
 
     def __init__(
         self,
@@ -209,17 +214,17 @@ class AdaptiveSpanAttention(nn.Module):
             self.register_parameter("rel_pos", None)
         else:
             self.rel_pos = self._checked_table(rel_pos, d)
-        self.windows: tuple[int, ...] | None = None  # keys that each head sees, once frozen
-        self._groups = [(kv_heads, max_span)]  # heads of keys, and the window they are kept for
+        self.windows: tuple[int, ...] | None = None  # number of keys that each head sees, once frozen
+        self._groups = [(kv_heads, max_span)]  # for each group: number of key heads, largest window
         self.register_buffer("_order", None, persistent=False)
-        self.register_buffer("_place", None, persistent=False)
+        self.register_buffer("_inverse_order", None, persistent=False)
         self.register_load_state_dict_post_hook(_freeze_again)
 
     def _checked_table(self, rel_pos: nn.Parameter, d: int) -> nn.Parameter:
         if not isinstance(rel_pos, nn.Parameter):
             raise TypeError(
                 f"rel_pos: expected True, False or an nn.Parameter, got {type(rel_pos).__name__}; "
-                "another layer's table is its attribute rel_pos"
+                "to share the table of another layer, pass its attribute rel_pos"
             )
         *heads, length, width = rel_pos.shape if rel_pos.dim() in (2, 3) else (0, 0)
         if heads not in ([], [self.num_heads]) or length < self.max_span or width != d:
@@ -230,7 +235,7 @@ class AdaptiveSpanAttention(nn.Module):
         return rel_pos
 
     def reset_parameters(self) -> None:
-        """The table, shared or not; the projections and the spans have a method of their own."""
+        """Initializes the position table, shared or not; projections and spans have their own methods."""
         if self.rel_pos is not None:
             nn.init.normal_(self.rel_pos)
 
@@ -249,30 +254,32 @@ class AdaptiveSpanAttention(nn.Module):
         key_start: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> tuple[Tensor, SpanCache | None]:
-        """
+        """Attention over the tokens of x and of the cache.
+
         Args:
-            x: [B, T, D], the tokens that follow those of the cache; T may be 1 and may change.
-            cache: what the call before returned; None at the start of the sequences. Not changed by the call;
-                no gradient flows into it.
+            x: [B, T, D], the tokens that follow those of the cache. T may be 1 and may differ between calls.
+            cache: the cache that the previous call returned; None at the start of the sequences. The call
+                does not change it, and no gradient flows into it.
             key_start: [B] or [B, T], int64 or int32: the first position that a token may see, counted from
-                the start of the sequences, so also those that the cache has let go: the number of padding
-                tokens on the left, or where its document starts. The cache remembers it (of the last token):
-                it is given once, and again only where it changes.
-            group: x is this rank's part of every sequence, see `sukhops.adaptive_span_attention`; without
-                cache.
+                the start of the sequence (including tokens that the cache has dropped). For left padding, the
+                number of padding tokens; in a packed sequence, the start of the token's document. The cache
+                stores the value of the last token, so pass it again only if it changes.
+            group: process group for sequence parallelism: x is this rank's part of every sequence, see
+                `sukhops.adaptive_span_attention`. Not with cache.
 
         Returns:
-            out [B, T, D], and the cache for the next call, None with group.
+            out [B, T, D], and the cache for the next call (None with group).
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype or shape; a cache of other windows.
+            TypeError, ValueError: an argument has the wrong type, dtype or shape; the cache comes from a
+                layer with other windows.
         """
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"x: expected shape [B, T, D = {self.d_model}], got {list(x.shape)}")
         seen = x.shape[1]
         if cache is not None:
             if group is not None:
-                raise ValueError("cache: parts of sequences (group) are computed without one, expected None")
+                raise ValueError("cache: expected None with group (sequence parallelism), got a cache")
             self._check_cache(cache, x.shape[0])
             seen += cache.seen
             if key_start is None:
@@ -281,7 +288,7 @@ class AdaptiveSpanAttention(nn.Module):
             _checks.check_integers("key_start", key_start)
         start = key_start
         if start is None and cache is not None and self.windows is not None:
-            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # hides a cache's empty room
+            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # hides zeros of a new cache
         outs, keys, values = [], [], []
         for i, (q, k, v, span, rel_pos, window) in enumerate(self._by_group(x)):
             if cache is not None:
@@ -294,19 +301,19 @@ class AdaptiveSpanAttention(nn.Module):
             ))  # fmt: skip
             if group is not None:
                 continue
-            kept = window - int(self.include_self)  # the next token sees itself beside them
+            kept = window - int(self.include_self)  # if the next token sees itself, its key is in the window
             keys.append(_last(k, kept, self.windows is not None))
             values.append(_last(v, kept, self.windows is not None))
         out = outs[0]  # [B, H, T, d]
         if len(outs) > 1:
-            out = self._select(torch.cat(outs, 1), 1, self._place)
+            out = self._select(torch.cat(outs, 1), 1, self._inverse_order)
         if key_start is not None and key_start.dim() == 2:
             key_start = key_start[:, -1]
         cache = SpanCache(tuple(keys), tuple(values), seen, key_start) if group is None else None
         return self.out_proj(out.transpose(1, 2).flatten(2)), cache
 
     def _by_group(self, x: Tensor) -> Iterable[tuple]:
-        """(q, k, v, span, rel_pos, window) of each group of heads, the heads in the order of the groups."""
+        """(q, k, v, span, rel_pos, window) of each group of heads; heads are in the order of `_order`."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # [B, Hkv, T, d]
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
@@ -324,34 +331,34 @@ class AdaptiveSpanAttention(nn.Module):
         return zip(*parts, strict=True)
 
     def _select(self, t: Tensor, dim: int, index: Tensor) -> Tensor:
-        """Heads [..., H, ...] taken in the order of their heads of keys."""
+        """Query heads [..., H, ...] on axis `dim`, reordered with the key heads that they share."""
         shape = (self.num_kv_heads, -1)
         return t.unflatten(dim, shape).index_select(dim, index).flatten(dim, dim + 1)
 
     def _check_cache(self, cache: SpanCache, b: int) -> None:
         if not isinstance(cache, SpanCache):
-            raise TypeError(f"cache: expected what the layer returned, got {type(cache).__name__}")
+            raise TypeError(f"cache: expected a SpanCache from this layer, got {type(cache).__name__}")
         kept = [(k.shape[1], k.shape[2]) for k in cache.keys]
         most = [(n, window - int(self.include_self)) for n, window in self._groups]
         if self.windows is None:
             most = [(n, min(cache.seen, keys)) for n, keys in most]
         if kept != most:
             raise ValueError(
-                f"cache: expected (heads, keys) {most} of this layer's windows, got {kept}; "
-                "a layer that was frozen starts with a new cache"
+                f"cache: expected (heads, keys) {most} as in this layer, got {kept}; "
+                "start with a new cache after freeze_spans()"
             )
         if cache.keys[0].shape[0] != b:
             raise ValueError(f"cache: expected B = {b} sequences as x, got {cache.keys[0].shape[0]}")
 
     def freeze_spans(self) -> "AdaptiveSpanAttention":
-        """Fixes each head's span and window, for deployment; returns the layer itself.
+        """Fixes the span and the window of each head, for inference. Returns the layer itself.
 
-        The outputs stay what they were. The cache then keeps, head by head, exactly the keys that the window
-        (span and ramp, `windows`) can still see: a head of keys and values that several heads share, those
-        of the longest. Its shapes are the same from the first call on, so a cache that fills up never makes
-        `torch.compile` compile again: decoding token by token takes two graphs, one for the first position,
-        a constant to it, and one for all others. The ratio gets no gradient any more. `state_dict` is that of
-        a layer that is not frozen; a frozen one that loads takes its windows from the spans that it got.
+        Outputs do not change. From then on the cache keeps, for each head, only the keys that its window
+        (span + ramp, see `windows`) can still see; a key head that several query heads share keeps those of
+        the largest window. The shapes of the cache are the same from the first call on, so a cache that
+        fills up does not make `torch.compile` compile again: decoding token by token takes two graphs, one
+        for the first position and one for all others. The ratio gets no more gradient. `state_dict` is the
+        same as before freezing; a frozen layer that loads one takes its windows from the loaded spans.
         """
         self.adaptive_span.ratio.requires_grad_(False)
         self.windows = tuple(self.adaptive_span.report().keys)
@@ -360,7 +367,7 @@ class AdaptiveSpanAttention(nn.Module):
         order = sorted(range(self.num_kv_heads), key=lambda head: -kept[head])
         self._groups = [(len(list(g)), w) for w, g in itertools.groupby(kept[head] for head in order)]
         self._order = torch.tensor(order, device=self.adaptive_span.ratio.device)
-        self._place = self._order.argsort()
+        self._inverse_order = self._order.argsort()
         return self
 
 
@@ -370,9 +377,9 @@ def _freeze_again(layer: AdaptiveSpanAttention, _: object) -> None:
 
 
 def _last(t: Tensor, n: int, fill: bool) -> Tensor:
-    """The last n keys of [B, heads, N, d], detached; where there are fewer, `fill` puts zeros before them.
+    """The last n keys of [B, heads, N, d], detached. If there are fewer, `fill` puts zeros before them.
 
-    Many others do not stay in memory: a view of a few more keys saves a copy in decoding.
+    The result is a view, which saves a copy when decoding, unless the view would keep many other keys alive.
     """
     length = t.shape[2]
     kept = t.detach().narrow(2, max(0, length - n), min(n, length))

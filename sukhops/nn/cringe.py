@@ -19,18 +19,19 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class CringeLoss(nn.Module):
-    """CRINGE straight from hidden states: the logits are never kept.
+    """The CRINGE loss, computed from hidden states; logits are never stored.
 
-    A negative token costs one product: its gradient touches two rows of the weight. k is cut to V - 1, and
-    the token itself is never sampled against.
+    A negative token is contrasted with a rival, a likely token that is sampled. The contrast takes one matrix
+    product, because its gradient touches only two rows of the weight. If k >= V, k = V - 1 is used. The
+    negative token itself is never its own rival.
 
     Args:
-        alpha: factor of the contrast, >= 0.
-        k: a negative token's rival is sampled from the k likeliest other tokens; 1: the likeliest.
-        detach_positive: whether the rival's logit is a constant to the gradient.
+        alpha: factor of the contrastive term, >= 0.
+        k: the rival is sampled from the k most likely other tokens; 1: it is the most likely one.
+        detach_positive: whether to detach the rival's logit.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
 
     Source: Adolphs et al. 2023 (CRINGE); `sukhops.losses.cringe_loss` has the formula.
     """
@@ -57,25 +58,28 @@ class CringeLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
-            hidden: [..., D]; row i predicts target i. float32, bfloat16, float16 or float64.
+            hidden: [..., D], float32, bfloat16, float16 or float64; row i predicts target i.
             weight: [V, D], of the same dtype.
-            target: [...], integers in [0, V), or -100 for a token that does not count.
-            label: [B], or as target: 1 positive, 0 negative, -1 unlabelled (trained as positive).
+            target: [...], integers in [0, V), or -100 for an ignored token.
+            label: [B], or shaped as target: 1 positive, 0 negative, -1 unlabeled (trained like positive).
             bias: [V], or None.
-            generator: source of the samples, on hidden's device; None: torch's own. The same state gives the
-                same rivals. Not used for k = 1. With group it is needed, in the same state on every rank.
-            num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
+            generator: random generator that samples the rivals, on hidden's device. None: torch's default
+                generator. The same state gives the same rivals. Not used if k = 1. With group and k > 1 it is
+                required, in the same state on every rank.
+            num_items: number of tokens (not ignored) in the whole batch, if this call has a part of it. None:
+                their number in this call.
             group: as in `sukhops.linear_logp`.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.cringe_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a label outside
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a label is outside
                 {1, 0, -1}.
-            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+            RuntimeError: a target is outside [0, V), on the CPU. On CUDA the loss is NaN instead.
         """
         label = label_per_token(label, target)
         logp, gap = _logp_and_gap(
@@ -85,20 +89,20 @@ class CringeLoss(nn.Module):
 
 
 class PairwiseCringeLoss(nn.Module):
-    """Pairwise CRINGE of B pairs straight from hidden states: the logits are never kept.
+    """The pairwise CRINGE loss of B pairs, computed from hidden states; logits are never stored.
 
     Args:
-        alpha: factor of the contrast, >= 0.
+        alpha: factor of the contrastive term, >= 0.
         k: as in `CringeLoss`.
-        margin: by how many nats the chosen completion should be likelier.
-        temperature: of the gate, > 0.
-        detach_gate: whether the gate is a constant to the gradient; rejected tokens then cost one product.
+        margin: by how many nats the chosen completion should be more likely than the rejected one.
+        temperature: temperature of the gate, > 0.
+        detach_gate: whether to detach the gate; rejected tokens then take one matrix product.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
 
-    Source: Xu et al. 2023 (pairwise CRINGE); `sukhops.losses.pairwise_cringe_loss` has the formula and says
-    what of it is this library's reading.
+    Source: Xu et al. 2023 (pairwise CRINGE). `sukhops.losses.pairwise_cringe_loss` has the formula, and says
+    which parts of it are this library's interpretation.
     """
 
     def __init__(
@@ -134,29 +138,31 @@ class PairwiseCringeLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
-            hidden: [2B, T, D], or packed [N, D] with cu_seqlens; B chosen, then B rejected sequences; row i
-                predicts target i. float32, bfloat16, float16 or float64.
+            hidden: [2B, T, D], or packed [N, D] with cu_seqlens, float32, bfloat16, float16 or float64: B
+                chosen, then B rejected sequences; row i predicts target i.
             weight: [V, D], of the same dtype.
-            target: [2B, T] or [N], integers in [0, V), or -100 for a token that does not count.
+            target: [2B, T] or [N], integers in [0, V), or -100 for an ignored token.
             bias: [V], or None.
             generator: as in `CringeLoss`.
-            cu_seqlens: [2B + 1], integers, 0 first and N last.
-            num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
+            cu_seqlens: [2B + 1], integers, from 0 to N: ends of the packed sequences.
+            num_items: number of pairs in the whole batch, if this call has a part of it. None: their number
+                in this call.
             group: as in `sukhops.linear_logp`.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.pairwise_cringe_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an odd number of
-                sequences.
-            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the number of
+                sequences is odd.
+            RuntimeError: a target is outside [0, V), on the CPU. On CUDA the loss is NaN instead.
         """
         sequences = _sequences.check_sequences(target, cu_seqlens)
         logp, gap = _logp_and_gap(hidden, weight, target, bias, self.k, generator, group)
-        if self.detach_gate:  # rejected tokens then have no gradient in the log-sum-exp
+        if self.detach_gate:  # then the log-sum-exp of rejected tokens needs no gradient
             first = torch.arange(sequences, device=target.device) < sequences // 2
             logp = torch.where(_sequences.per_token(first, target, cu_seqlens), logp, logp.detach())
         return pairwise_cringe_loss(
@@ -176,19 +182,20 @@ def _logp_and_gap(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, k: int,
     generator: torch.Generator | None, group: ProcessGroup | None, *, detach_rival: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Each target's log-prob, and its logit less that of its sampled rival; 0 where ignored.
+    """Log-prob of each target, and its logit minus that of its sampled rival: both as target, 0 if ignored.
 
-    One pass for both kinds of token: what the gradient of a row costs follows from what the loss used of it.
+    Positive and negative tokens share one forward pass. The backward pass computes for each row only the
+    gradients of those outputs that the loss has used.
     """
     if group is not None and k > 1 and generator is None:
-        raise ValueError("generator: k > 1 with group needs one, in the same state on every rank, got None")
+        raise ValueError("generator: expected one in the same state on every rank (group, k > 1), got None")
     head = target_and_topk(hidden, weight, target, k + 1, bias, group)
     logp = head.logp(head.target_logit).reshape(target.shape)
     if head.topk_value.shape[-1] < 2:
         return logp, torch.full_like(logp, -torch.inf)
     value, index = (t.reshape(*target.shape, t.shape[-1]) for t in (head.topk_value, head.topk_index))
-    place = sample_rival(value, index, target, generator=generator).unsqueeze(-1)
-    rival = value.gather(-1, place).squeeze(-1)
+    position = sample_rival(value, index, target, generator=generator).unsqueeze(-1)
+    rival = value.gather(-1, position).squeeze(-1)
     logit = head.target_logit.reshape(target.shape)
     return logp, logit - (rival.detach() if detach_rival else rival)
 

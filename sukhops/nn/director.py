@@ -1,4 +1,4 @@
-"""Director as modules: the training loss, and a head that takes the place of a model's `lm_head`."""
+"""Director as modules: the training loss, and a head that replaces a model's `lm_head`."""
 
 import math
 from typing import Any
@@ -21,22 +21,24 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class DirectorLoss(nn.Module):
-    """Trains a language-model head and a classifier head on a batch that mixes plain and labelled examples.
+    """Trains a language-model head and a classifier head on a batch that mixes plain and labeled examples.
 
-    See `sukhops.losses.director_loss` for the formula. The language model's product is taken on its own
-    rows only; the classifier needs no product at all unless norm_weight is set, as only the emitted token
-    has a label, and its gradient touches only the rows of the emitted tokens.
+    See `sukhops.losses.director_loss` for the formula. The logits of the language model are computed only for
+    rows that train it. The classifier needs no matrix product unless norm_weight is set, because only the
+    emitted token has a label; its gradient touches only the weight rows of emitted tokens.
 
     Args:
-        gamma: weight of the classifier's loss, >= 0.
-        norm_weight: factor of the mean of (sigmoid(cls) - 1/2)**2 over the other tokens; 0 leaves it out.
+        gamma: weight of the classifier loss, >= 0.
+        norm_weight: factor of the mean of (sigmoid(cls) - 1/2)**2 over the tokens that were not emitted; 0:
+            this term is not computed.
         class_weight: (negative, positive) factors of the binary cross entropy, >= 0.
-        reduction: "mean" over all counted tokens, or "sum_of_means", the published per-example form.
+        reduction: "mean" over all tokens that train a head, or "sum_of_means", the sum of per-example means
+            as in the published code.
         train_lm_on_positive: whether positive examples train the language model too.
-        detach_hidden: a frozen decoder: no gradient reaches hidden.
+        detach_hidden: whether to detach hidden, so that only the heads are trained.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option is out of range.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -88,31 +90,34 @@ class DirectorLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
             hidden: [..., D], float32, bfloat16, float16 or float64; row i predicts target i.
             lm_weight: [V, D].
             cls_weight: [V, D], or None with `cls_affine`.
-            target: [B, T] or [N], integers in [0, V), or -100 for a position that does not count.
-            label: [B], or as target: 1 or 0 for a classifier example, -1 for a plain one.
+            target: [B, T] or [N], integers in [0, V), or -100 for an ignored token.
+            label: [B], or shaped as target: 1 or 0 for a classifier example, -1 for a plain one.
             lm_bias, cls_bias: [V], or None.
             cls_affine: (a, b) of a shared head, whose classifier logit is a * lm + b, or None.
-            num_items: the counted tokens of the whole batch, where this call has a part of it; None: its own.
-            group: as in `sukhops.linear_logp`, of both heads.
+            num_items: number of tokens that train a head in the whole batch, if this call has a part of it;
+                a token that trains both heads counts twice. None: their number in this call.
+            group: as in `sukhops.linear_logp`, for both heads.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.director_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of
-                cls_weight and cls_affine; cls_bias with cls_affine.
-            RuntimeError: a target outside [0, V) or a label outside {1, 0, -1}, on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; cls_weight and
+                cls_affine are both given or both None; cls_bias is given with cls_affine.
+            RuntimeError: a target is outside [0, V) or a label outside {1, 0, -1}, on the CPU. On CUDA the
+                loss is NaN instead.
         """
         if (cls_weight is None) == (cls_affine is None):
             got = "both" if cls_affine is not None else "neither"
             raise ValueError(f"cls_affine: expected exactly one of cls_weight and cls_affine, got {got}")
         if cls_affine is not None and cls_bias is not None:
-            raise ValueError("cls_bias: a shared head (cls_affine) has its shift as b, expected None")
+            raise ValueError("cls_bias: expected None with cls_affine, whose b is the bias, got a bias")
         if cls_weight is not None and cls_weight.shape != lm_weight.shape:
             raise ValueError(
                 f"cls_weight: expected shape {list(lm_weight.shape)} as lm_weight, "
@@ -121,7 +126,8 @@ class DirectorLoss(nn.Module):
         if label.shape != target.shape:
             if label.shape != target.shape[:1] or target.dim() != 2:
                 raise ValueError(
-                    f"label: expected shape {list(target.shape)} or one per sequence, got {list(label.shape)}"
+                    f"label: expected shape {list(target.shape)} or [B] (one per sequence of target [B, T]), "
+                    f"got {list(label.shape)}"
                 )
             label = label.unsqueeze(1).expand(target.shape)
         if self.detach_hidden:
@@ -164,32 +170,34 @@ def _check_gamma(gamma: object) -> None:
 class DirectorHead(nn.Module):
     """A drop-in `lm_head` that returns the gated log-probabilities of `director_logp`.
 
-    `model.lm_head = DirectorHead.from_linear(model.lm_head)` keeps the model's own weight, tied or not, and
-    `generate` then decodes from the gated distribution: its logits are log-probabilities, float32. For models
-    of transformers, `sukhops.integrations.transformers.add_director_head` also saves, loads and resizes it.
+    `model.lm_head = DirectorHead.from_linear(model.lm_head)` keeps the model's own weight, tied or not.
+    `generate` then decodes from the gated distribution, because the head returns log-probabilities (float32)
+    as logits. For models of transformers, use `sukhops.integrations.transformers.add_director_head`, which
+    also saves, loads and resizes the head.
 
-    The parameters of the language model are `weight` and `bias`, as those of nn.Linear; the classifier's are
-    `cls_weight` and `cls_bias`, or `scale` and `shift` of a shared head. `HeadLoss(head, DirectorLoss())`
-    trains all of them. A call of `DirectorLoss` with a head's parameters needs `lm_bias=head.bias`,
-    `cls_bias=head.cls_bias` and `cls_affine=head.cls_affine` beside the two weights.
+    The language model has the parameters `weight` and `bias`, as in nn.Linear. The classifier has
+    `cls_weight` and `cls_bias`, or `scale` and `shift` in a shared head. `HeadLoss(head, DirectorLoss())`
+    trains all of them. If you call `DirectorLoss` yourself, pass `lm_bias=head.bias`,
+    `cls_bias=head.cls_bias` and `cls_affine=head.cls_affine` in addition to the two weights.
 
-    `gamma` may be set between calls; a wrong one raises when it is set. A number is an attribute; a tensor is
-    a buffer, which `.to` moves and `state_dict` holds.
+    `gamma` may be set between calls; setting an invalid value raises. A number is stored as an attribute, a
+    tensor as a buffer, which `.to` moves and `state_dict` includes.
 
-    A model class of transformers that builds this module in its `__init__` calls `module.reset_parameters()`
-    in its `_init_weights`: `from_pretrained` then initializes what the checkpoint lacks, and nothing else. (A
-    tensor gamma that the checkpoint lacks is set after loading.)
+    If a model class of transformers creates this module in its `__init__`, call `module.reset_parameters()`
+    in the `_init_weights` of that class. `from_pretrained` then initializes only parameters that the
+    checkpoint lacks. (If the checkpoint lacks a tensor gamma, set gamma after loading.)
 
     Args:
-        d_model: D, width of hidden.
-        vocab_size: V.
+        d_model: width D of hidden.
+        vocab_size: size V of the vocabulary.
         gamma: strength of the gate: a number >= 0, or a tensor that broadcasts over the rows of hidden.
-        shared: no second matrix: the classifier's logit is scale * lm + shift.
-        bias: whether the language-model head has one.
+        shared: whether the classifier shares the weight of the language model: its logit is then
+            scale * lm + shift, without a classifier matrix.
+        bias: whether the language-model head has a bias.
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: a gamma that is neither a finite number >= 0 nor a tensor of a floating dtype.
+        TypeError, ValueError: gamma is neither a finite number >= 0 nor a floating-point tensor.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -228,7 +236,7 @@ class DirectorHead(nn.Module):
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gamma":  # a number after a tensor, or a tensor after a number
+        if name == "gamma":  # a tensor is a buffer, a number an attribute: remove the old one of either kind
             _check_gamma(value)
             for kept in (self.__dict__, self._buffers, self._parameters):
                 kept.pop(name, None)
@@ -240,7 +248,7 @@ class DirectorHead(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, *, gamma: float | Tensor = 1.0, shared: bool = False
     ) -> "DirectorHead":
-        """A head around the weight and bias of an nn.Linear, which stay the same parameters."""
+        """Creates a head that uses the weight [V, D] and the bias of an nn.Linear as its own parameters."""
         weight = linear.weight
         head = cls(
             weight.shape[1], weight.shape[0], gamma=gamma, shared=shared, device="meta", dtype=weight.dtype
@@ -253,7 +261,7 @@ class DirectorHead(nn.Module):
         return head
 
     def reset_parameters(self) -> None:
-        """Weights uniform in +-D**-0.5 as nn.Linear's, biases 0; a shared head starts as cls = lm."""
+        """Sets weights uniformly at random in +-D**-0.5, biases to 0, and a shared head to cls = lm."""
         bound = max(1, self.in_features) ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -261,7 +269,7 @@ class DirectorHead(nn.Module):
         self.reset_classifier()
 
     def reset_classifier(self) -> None:
-        """The same of the classifier alone: the language model keeps its weight."""
+        """Initializes the classifier like `reset_parameters`; the language model keeps its weight."""
         if self.cls_weight is None or self.cls_bias is None:  # a shared head
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)
@@ -275,18 +283,21 @@ class DirectorHead(nn.Module):
 
     @property
     def cls_affine(self) -> tuple[Tensor, Tensor] | None:
-        """(scale, shift) of a shared head, else None."""
+        """(scale, shift) of a shared head; None for a head with a classifier matrix."""
         return (self.scale, self.shift) if self.shared else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> log-probabilities [..., V], nats, float32 (float64 for float64 inputs)."""
+        """hidden [..., D] -> log-probabilities [..., V] in nats, float32 (float64 for float64 inputs)."""
         return director_logp(
             hidden, self.weight, self.cls_weight, gamma=self.gamma, lm_bias=self.bias,
             cls_bias=self.cls_bias, cls_affine=self.cls_affine,
         )  # fmt: skip
 
     def topk(self, hidden: Tensor, k: int) -> DirectorTopK:
-        """hidden [..., D] -> the k most probable tokens, see `sukhops.director_topk`."""
+        """hidden [..., D] -> values and indices [..., k] of the k most probable tokens.
+
+        See `sukhops.director_topk`.
+        """
         return director_topk(
             hidden, self.weight, self.cls_weight, k, gamma=self.gamma, lm_bias=self.bias,
             cls_bias=self.cls_bias, cls_affine=self.cls_affine,

@@ -11,29 +11,30 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class DPOLoss(nn.Module):
-    """Preference loss of B pairs straight from hidden states: the logits are never kept.
+    """Preference loss of B pairs, computed from hidden states; logits are never stored.
 
-    `sukhops.losses.dpo_loss` has the formulas and says what each option means and which loss types use it;
-    an option that a listed type does not use raises.
+    `sukhops.losses.dpo_loss` has the formulas, the meaning of each option, and the loss types that use it. An
+    option that a listed loss type does not use raises an error.
 
     Args:
-        beta: strength of the tie to the reference, > 0.
+        beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
         loss_type: one or several of sigmoid, robust, hinge, ipo, ipo_sum, exo_pair, nca_pair, bco_pair,
             sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm, aot, aot_unpaired, simpo, cpo, orpo, sft.
-        loss_weights: one per loss_type; None: 1 each.
-        label_smoothing: probability that a label is wrong.
-        reference_free: the reference's log-probs count as 0.
-        length_alpha: R-DPO's length term.
-        ld_alpha: LD-DPO's weight of the tokens beyond the shorter completion; needs ref_logp per token.
-        nll_weight: factor of the chosen completions' token-mean NLL.
+        loss_weights: one factor per loss_type. None: all 1.
+        label_smoothing: probability that a preference label is wrong.
+        reference_free: whether to use 0 as the log-probs of the reference model.
+        length_alpha: R-DPO's factor of the difference in length.
+        ld_alpha: LD-DPO's weight of tokens beyond the length of the shorter completion; needs ref_logp per
+            token.
+        nll_weight: factor of the negative log-likelihood per token of the chosen completions.
         f_divergence: reverse_kl, forward_kl, js or alpha.
-        use_weighting: WPO: pairs weighted by how likely the policy finds them.
+        use_weighting: WPO: whether to weight each pair by its probability under the policy.
         margin: SimPO's gamma.
         tau: DiscoPOP's temperature.
-        f_alpha: the order of the alpha divergence.
+        f_alpha: order of the alpha divergence.
 
     Raises:
-        ValueError: an unknown loss_type, an option out of range, or one that a listed type does not use.
+        ValueError: loss_type is unknown; an option is out of range, or a listed loss type does not use it.
 
     Source: Rafailov et al. 2023 (DPO); the others as in `sukhops.losses.dpo_loss`.
     """
@@ -96,38 +97,41 @@ class DPOLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
-            hidden: [2B, T, D], or packed [N, D] with cu_seqlens; B chosen, then B rejected sequences; row i
-                predicts target i. float32, bfloat16, float16 or float64.
+            hidden: [2B, T, D], or packed [N, D] with cu_seqlens, float32, bfloat16, float16 or float64: B
+                chosen, then B rejected sequences; row i predicts target i.
             weight: [V, D], of the same dtype.
-            target: [2B, T] or [N], integers in [0, V), or -100 for a token that does not count.
+            target: [2B, T] or [N], integers in [0, V), or -100 for an ignored token.
             bias: [V], or None.
-            ref_logp: log-probs of the reference, per token (as target) or per sequence [2B]; or
-            ref_hidden, ref_weight, ref_bias: as hidden, weight and bias, of the reference, whose width may
-                differ. Exactly one of the two forms where the loss has a reference; never differentiated.
-            cu_seqlens: [2B + 1], integers, 0 first and N last.
-            num_items: the pairs of the whole batch, where this call has a part of it; None: its own.
+            ref_logp: log-probs under the reference model, per token (shaped as target) or per sequence [2B].
+                If the loss has a reference, give either ref_logp or the reference head; both are detached.
+            ref_hidden, ref_weight, ref_bias: like hidden, weight and bias, for the reference model, which may
+                have another width.
+            cu_seqlens: [2B + 1], integers, from 0 to N: ends of the packed sequences.
+            num_items: number of pairs in the whole batch, if this call has a part of it. None: their number
+                in this call.
             group: as in `sukhops.linear_logp`; ref_weight and ref_bias are slices too.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.dpo_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a reference that is
-                missing, given twice or not wanted; an odd number of sequences.
-            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a reference is
+                missing, given twice, or given to a loss without one; the number of sequences is odd.
+            RuntimeError: a target is outside [0, V), on the CPU. On CUDA the loss is NaN instead.
         """
         o = self.options
         if not o.needs_reference and any(t is not None for t in (ref_logp, ref_hidden, ref_weight, ref_bias)):
             raise ValueError(
-                f"ref_logp, ref_hidden, ref_weight, ref_bias: loss_type {o.types} with "
-                f"reference_free={o.reference_free} has no reference, expected None"
+                "ref_logp, ref_hidden, ref_weight, ref_bias: expected None, got a reference; loss_type "
+                f"{o.types} with reference_free={o.reference_free} does not use one"
             )
         outputs = ("logp", "log_sum_sq") if o.use_weighting else ("logp",)
         stats = linear_token_stats(hidden, weight, target, bias, outputs=outputs, group=group)
         return dpo_loss(
-            stats.logp,  # type: ignore[arg-type]  # one of outputs
+            stats.logp,  # type: ignore[arg-type]  # not None: it is in outputs
             target,
             reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group),
             cu_seqlens=cu_seqlens,

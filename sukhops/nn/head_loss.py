@@ -1,4 +1,4 @@
-"""A loss and the head that it trains, in one module: what FSDP2, DDP, ZeRO-3 and PEFT need."""
+"""A loss and the head that it trains in one module, for use with FSDP2, DDP, ZeRO-3 and PEFT."""
 
 from typing import Any
 
@@ -10,27 +10,27 @@ from sukhops.ops.vocab_head import linear_logp
 
 
 class HeadLoss(nn.Module):
-    """Calls a loss of `sukhops.nn` with the weight of a head that this module owns.
+    """Calls a loss of `sukhops.nn` with the weight of a head that is part of this module.
 
-    A loss that is called with `lm_head.weight` reads a parameter outside the forward of its module: FSDP2 and
-    ZeRO-3 have not gathered it there, and what PEFT adds to it is missed. `HeadLoss` is a module around both.
-    Its forward gathers, reduces and frees the head's parameters like that of any other module, whether it or
-    the head is sharded, if it runs inside the forward of the wrapped model. Tests cover
-    DDP, FSDP2, DeepSpeed's ZeRO-3 and PEFT.
+    A call such as `loss(hidden, lm_head.weight, target)` reads the weight outside the forward of `lm_head`.
+    At that moment FSDP2 and ZeRO-3 have not gathered the weight, and the adapters of PEFT are left out.
+    `HeadLoss` contains both the head and the loss. Its forward gathers, reduces and frees the parameters of
+    the head like the forward of any other module, whether `HeadLoss` or the head is sharded. It must run
+    inside the forward of the wrapped model. Tests cover DDP, FSDP2, DeepSpeed's ZeRO-3 and PEFT.
 
     Args:
-        head: nn.Linear, its weight tied or not; `DirectorHead`, for `DirectorLoss`; or one of these in a
-            layer of PEFT: LoRA, differentiable in A and B, or modules_to_save; adapters may be disabled or
-            merged. LoRA's weight + scaling * B @ A is built in every call: V x D more numbers, and the
-            products of a head that learns.
-        loss: a loss of `sukhops.nn`, or None for log-probs.
+        head: an nn.Linear, its weight tied or not; a `DirectorHead`, for `DirectorLoss`; or one of these in a
+            PEFT layer: LoRA, differentiable in A and B, or modules_to_save. Adapters may be disabled or
+            merged. With LoRA, weight + scaling * B @ A is computed in every call. This needs memory for
+            another [V, D], and as many matrix products as a trainable head.
+        loss: a loss of `sukhops.nn`. None: forward returns log-probs.
 
     Raises:
-        TypeError: a head of another kind, or one that does not go with the loss.
-        ValueError, in forward: LoRA with dropout while training, or a variant of it (DoRA); a head of which
-            FSDP2 has sharded a part alone.
+        TypeError: head has another type, or does not match the loss.
+        ValueError: in forward: LoRA has dropout in training mode, or is a variant such as DoRA; FSDP2 has
+            sharded only a part of the head.
 
-    Source: the library's; LoRA is Hu et al. 2021.
+    Source: this library; LoRA is from Hu et al. 2021.
     """
 
     def __init__(self, head: nn.Module, loss: nn.Module | None):
@@ -38,19 +38,20 @@ class HeadLoss(nn.Module):
         gated = isinstance(_plain(head), DirectorHead)
         if gated != isinstance(loss, DirectorLoss):
             raise TypeError(
-                "head: DirectorHead and DirectorLoss go with each other alone, got "
+                "head: expected a DirectorHead with a DirectorLoss, or an nn.Linear with another loss, got "
                 f"{type(_plain(head)).__name__} and {type(loss).__name__}"
             )
         self.head, self.loss = head, loss
 
     def forward(self, hidden: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossOutput | Tensor:
-        """
+        """The loss of a batch with the weight and the bias of the head.
+
         Args:
-            hidden, target: as in the loss, or in `sukhops.linear_logp`.
-            args, kwargs: what the loss takes beside weight and bias of the head.
+            hidden, target: as in the loss, or in `sukhops.linear_logp` without a loss.
+            args, kwargs: the other arguments of the loss, except weight and bias.
 
         Returns:
-            What the loss returns; log-probs without one.
+            LossOutput(loss, metrics) of the loss; without a loss, log-probs shaped as target.
         """
 
         def call(hidden: Tensor) -> LossOutput | Tensor:
@@ -68,7 +69,7 @@ class HeadLoss(nn.Module):
         if not _gathers_itself(self.head):
             return call(hidden)
         before = vars(self.head).get("forward")
-        self.head.forward = call  # what hooks into the head's forward sees this one
+        self.head.forward = call  # so that the head's forward hooks, which gather the weight, run around it
         try:
             return self.head(hidden)
         finally:
@@ -81,13 +82,13 @@ def _gathers_itself(head: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 gathers the head's parameters in its own forward."""
     if any(hasattr(m, "unshard") for m in head.modules() if m is not head):
         raise ValueError(
-            "head: FSDP2 has sharded a part of it; shard the head, or its layer of PEFT, as a whole"
+            "head: expected a head (or PEFT layer) that FSDP2 has sharded as a whole, got a sharded part"
         )
     return hasattr(head, "unshard") or any(hasattr(p, "ds_id") for p in head.parameters())
 
 
 def in_use(head: Any) -> nn.Module | None:  # Any: layers of PEFT have attributes of their own
-    """What a layer of PEFT wraps, as far as it is in use; None for a layer of its own."""
+    """The module that a PEFT layer wraps and currently uses; None if `head` is not a PEFT layer."""
     if hasattr(head, "modules_to_save"):
         if head.disable_adapters or not head.active_adapters:
             return head.original_module
@@ -96,7 +97,7 @@ def in_use(head: Any) -> nn.Module | None:  # Any: layers of PEFT have attribute
 
 
 def _plain(head: nn.Module) -> nn.Module:
-    """The head under PEFT's layers; raises where it is no head."""
+    """The head inside its PEFT layers. Raises a TypeError if it is not a supported head."""
     inner = in_use(head)
     if inner is not None:
         return _plain(inner)
@@ -109,7 +110,7 @@ def _plain(head: nn.Module) -> nn.Module:
 
 
 def _effective(head: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias that the head's own forward would use."""
+    """The weight [V, D] and the bias [V] that the head's own forward would use."""
     inner = in_use(head)
     if inner is None:
         return head.weight, head.bias
@@ -124,9 +125,9 @@ def _effective(head: Any) -> tuple[Tensor, Tensor | None]:
         if name not in head.lora_A:
             continue
         if head.lora_variant.get(name) is not None:
-            raise ValueError(f"head: adapter {name!r} is a variant of LoRA; plain LoRA has a weight to build")
+            raise ValueError(f"head: expected plain LoRA, got a variant of LoRA (DoRA or other) in {name!r}")
         if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
-            raise ValueError(f"head: adapter {name!r} has dropout, which no weight can express; set it to 0")
+            raise ValueError(f"head: expected LoRA without dropout in training mode, got dropout in {name!r}")
         a, b, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
         weight = weight + (scaling * (b.weight @ a.weight)).to(weight.dtype)
         if b.bias is not None:

@@ -1,4 +1,4 @@
-"""KTO and Step-KTO on a fused head."""
+"""KTO on whole completions and Step-KTO on reasoning steps, on a fused head."""
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class KTOLoss(nn.Module):
-    """KTO of unpaired completions straight from hidden states: the logits are never kept.
+    """The KTO loss of unpaired completions, computed from hidden states; logits are never stored.
 
     Args:
-        beta: strength of the tie to the reference, > 0.
-        desirable_weight, undesirable_weight: factors of the two classes, >= 0.
+        beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
+        desirable_weight, undesirable_weight: factors of the losses of the two classes, >= 0.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
 
     Source: Ethayarajh et al. 2024 (KTO); `sukhops.losses.kto_loss` has the formula.
     """
@@ -54,33 +54,37 @@ class KTOLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
-            hidden: [B, T, D], or packed [N, D] with cu_seqlens; row i predicts target i. float32, bfloat16,
-                float16 or float64.
+            hidden: [B, T, D], or packed [N, D] with cu_seqlens, float32, bfloat16, float16 or float64; row i
+                predicts target i.
             weight: [V, D], of the same dtype.
-            target: [B, T] or [N], integers in [0, V), or -100 for a token that does not count.
-            desirable: [B], bool, or integers 1, 0 and -1 (not labelled).
+            target: [B, T] or [N], integers in [0, V), or -100 for an ignored token.
+            desirable: [B], bool, or integers 1, 0 and -1 (not labeled).
             bias: [V], or None.
-            ref_logp: log-probs of the reference, per token (as target) or per sequence [B]; or
-            ref_hidden, ref_weight, ref_bias: as hidden, weight and bias, of the reference. Exactly one of
-                the two forms; never differentiated.
-            kl: the reference point, a number or a scalar tensor; or
-            kl_hidden, kl_target: as hidden and target, of the mismatched batch (`sukhops.losses.mismatched`
-                builds it), with kl_ref_logp, or kl_ref_hidden for the same reference head. Exactly one of
-                the two forms; never differentiated.
-            cu_seqlens: [B + 1], integers, 0 first and N last; kl_cu_seqlens the mismatched batch's.
-            num_items: the labelled completions of the whole batch, where this call has a part of it; None:
-                its own.
+            ref_logp: log-probs under the reference model, per token (shaped as target) or per sequence [B].
+                Give either ref_logp or the reference head; both are detached.
+            ref_hidden, ref_weight, ref_bias: like hidden, weight and bias, for the reference model.
+            kl: the reference point, a number or a scalar tensor. Give either kl or the mismatched batch from
+                which it is estimated; both are detached.
+            kl_hidden, kl_target: like hidden and target, for the mismatched batch, which
+                `sukhops.losses.mismatched` builds.
+            kl_ref_hidden, kl_ref_logp: like ref_hidden and ref_logp, for the mismatched batch. Give one of
+                the two; kl_ref_hidden uses ref_weight and ref_bias.
+            cu_seqlens: [B + 1], integers, from 0 to N: ends of the packed sequences.
+            kl_cu_seqlens: like cu_seqlens, for the mismatched batch.
+            num_items: number of labeled completions in the whole batch, if this call has a part of it. None:
+                their number in this call.
             group: as in `sukhops.linear_logp`; ref_weight and ref_bias are slices too.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.kto_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a reference or a
-                reference point that is missing or given twice; a label outside {1, 0, -1}.
-            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the reference or
+                the reference point is missing or given twice; a label is outside {1, 0, -1}.
+            RuntimeError: a target is outside [0, V), on the CPU. On CUDA the loss is NaN instead.
         """
         return kto_loss(
             linear_logp(hidden, weight, target, bias, group=group),
@@ -98,19 +102,21 @@ class KTOLoss(nn.Module):
 
 
 class StepKTOLoss(nn.Module):
-    """KTO of whole completions plus KTO of their labelled steps, straight from hidden states.
+    """KTO on whole completions plus KTO on their labeled steps, computed from hidden states.
 
     Args:
-        beta: strength of the tie to the reference, > 0.
-        step_beta: the steps' beta, or None for the same.
-        step_weight: factor of the steps' term, >= 0.
-        step_reduction: "batch", mean over all labelled steps, or "sequence", mean per sequence first.
-        desirable_weight, undesirable_weight: factors of the two classes, of completions and steps.
+        beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
+        step_beta: beta of the steps. None: the same as beta.
+        step_weight: factor of the loss of the steps, >= 0.
+        step_reduction: "batch": mean over all labeled steps. "sequence": mean within each sequence, then mean
+            over sequences.
+        desirable_weight, undesirable_weight: factors of the two classes, for completions and for steps.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
 
-    Source: Lin et al. 2025 (Step-KTO); `sukhops.losses.step_kto_loss` has the formula and says what is open.
+    Source: Lin et al. 2025 (Step-KTO). `sukhops.losses.step_kto_loss` has the formula, and says which details
+    the paper leaves open.
     """
 
     def __init__(
@@ -158,24 +164,28 @@ class StepKTOLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
-            hidden, weight, target, desirable, bias, ref_..., kl, kl_..., cu_seqlens: as in `KTOLoss`;
-                log-probs of the reference per token.
-            num_items: as in `KTOLoss`, where step_weight is 0.
-            group: as in `KTOLoss`.
-            step_ids: as target: which step a token belongs to, -1 for none (`sukhops.losses.step_ids`
-                builds them from spans).
+            hidden, weight, target, desirable, bias: as in `KTOLoss`.
+            step_ids: shaped as target: number of the step that a token belongs to, -1 for none
+                (`sukhops.losses.step_ids` builds it from spans).
             step_labels: [B, S], 1 right, 0 wrong, -1 not judged.
-            step_kl: the steps' reference point. None: from the mismatched batch's steps if kl_step_ids (as
-                kl_target) is given, else the completions'.
+            ref_logp, ref_hidden, ref_weight, ref_bias: as in `KTOLoss`; ref_logp must be per token.
+            kl, kl_hidden, kl_target, kl_ref_hidden, kl_ref_logp: as in `KTOLoss`; with kl_step_ids,
+                kl_ref_logp must be per token.
+            step_kl: reference point of the steps. None: estimated from the steps of the mismatched batch if
+                kl_step_ids is given, else the reference point of the completions.
+            kl_step_ids: like step_ids, for the mismatched batch, or None.
+            cu_seqlens, kl_cu_seqlens, group: as in `KTOLoss`.
+            num_items: as in `KTOLoss`; only if step_weight is 0.
 
         Returns:
             LossOutput(loss, metrics), see `sukhops.losses.step_kto_loss`.
 
         Raises:
-            TypeError, ValueError: as `KTOLoss`; a step id without a label.
-            RuntimeError: a target outside [0, V), on the CPU; on CUDA NaN.
+            TypeError, ValueError: as in `KTOLoss`; a step id has no label.
+            RuntimeError: a target is outside [0, V), on the CPU. On CUDA the loss is NaN instead.
         """
         return step_kto_loss(
             linear_logp(hidden, weight, target, bias, group=group),
@@ -202,7 +212,7 @@ def _reference(
     found = reference_logp(target, ref_logp, ref_hidden, ref_weight, ref_bias, group)
     if found is None:
         raise ValueError(
-            "ref_logp: the loss compares with a reference: give ref_logp, or ref_hidden and ref_weight"
+            "ref_logp: expected ref_logp, or ref_hidden and ref_weight (the loss needs a reference), got None"
         )
     return found
 
@@ -213,7 +223,7 @@ def _reference_point(
     kl_step_ids: Tensor | None, weight: Tensor, bias: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, group: ProcessGroup | None,
 ) -> float | Tensor | Mismatched:  # fmt: skip
-    """kl as given, or the mismatched batch's log-probs."""
+    """kl as given, or the mismatched batch with its log-probs."""
     batch = {
         "kl_hidden": kl_hidden, "kl_target": kl_target, "kl_ref_hidden": kl_ref_hidden,
         "kl_ref_logp": kl_ref_logp, "kl_cu_seqlens": kl_cu_seqlens, "kl_step_ids": kl_step_ids,
@@ -230,7 +240,7 @@ def _reference_point(
     with torch.no_grad():
         if kl_ref_logp is None:
             if kl_ref_hidden is None or ref_weight is None:
-                raise ValueError("kl_ref_hidden: needs the reference's head, ref_weight beside ref_hidden")
+                raise ValueError("kl_ref_hidden: expected ref_weight (the reference head) too, got None")
             kl_ref_logp = linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias, group=group)
         logp = linear_logp(kl_hidden, weight, kl_target, bias, group=group)
     return Mismatched(kl_target, logp, kl_ref_logp, kl_cu_seqlens, kl_step_ids)

@@ -1,4 +1,4 @@
-"""Training a hybrid language model over segmentations on a fused head."""
+"""The loss of a hybrid language model, summed over segmentations, on a fused head."""
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -11,15 +11,15 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class SegmentationLoss(nn.Module):
-    """Likelihood of texts, summed over their segmentations into units, straight from hidden states.
+    """Negative log-likelihood of texts, summed over their segmentations into units, from hidden states.
 
-    One softmax over all V units per position: the B x T x V log-probs are never kept, K per position are.
-    `sukhops.losses.segmentation_loss` has the formula; `sukhops.Lexicon` makes the units and their ids. With
-    K = 1 this is the cross entropy of a character model.
+    Each position has one softmax over all V units. The B x T x V log-probs are never stored, only K per
+    position. `sukhops.losses.segmentation_loss` has the formula; `sukhops.Lexicon` creates the units and
+    their ids. With K = 1 this is the cross entropy of a character model.
 
     Args:
-        flat: the warm-up loss of the public training code, the mean log-prob of all units wherever they
-            could start, instead of the likelihood.
+        flat: whether to use the warm-up loss of the public training code instead of the likelihood: the mean
+            negative log-prob of all units at all positions where they occur.
 
     Source: Grave et al. 2019 (hybrid language models).
     """
@@ -44,32 +44,35 @@ class SegmentationLoss(nn.Module):
         num_items: int | Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> LossOutput:
-        """
+        """The loss of a batch.
+
         Args:
             hidden: [B, T, D], float32, bfloat16, float16 or float64. Row t predicts the unit that starts at
-                position t, whatever its length, so it may know positions before t only: it is the state
-                after the model has read symbol t-1, and row 0 the state after a start symbol or after the
-                symbol before the text. A causal model that reads x gives it for units of x[1:], as for
-                x[1:] in any language model: `loss(model(x[:, :-1]), weight, ids_of_x[:, 1:])`.
+                position t, whatever its length, so it may depend only on positions before t: it is the state
+                of the model after reading symbol t-1. Row 0 is the state after a start symbol, or after the
+                symbol before the text. With a causal model, shift as in any language model:
+                `loss(model(x[:, :-1]), weight, ids_of_x[:, 1:])`.
             weight: [V, D], of the same dtype.
-            unit_ids: [B, T, K], integers in [0, V): the unit that covers positions t .. t+k, or -1 where
-                there is none. Units that end after their sequence count as none.
+            unit_ids: [B, T, K], integers in [0, V): the unit that covers positions t .. t+k, or -1 if there
+                is none. Units that end after their sequence are ignored.
             bias: [V], or None.
-            lengths: [B], integers in [0, T]; None: T each. Rows of hidden from there on do not count.
-            num_items: the symbols of the whole batch, where this call has a part of it; None: its own.
+            lengths: [B], integers in [0, T]. None: all T. Rows of hidden at and after the length are ignored.
+            num_items: number of symbols in the whole batch, if this call has a part of it. None: their number
+                in this call.
             group: as in `sukhops.linear_logp`.
 
         Returns:
-            LossOutput(loss, metrics): nats per symbol; bits_per_symbol and unreachable, see
-            `sukhops.losses.segmentation_loss`.
+            LossOutput(loss, metrics). The loss is in nats per symbol, the metrics are bits_per_symbol and
+            unreachable; see `sukhops.losses.segmentation_loss`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU in eager
-                mode an id outside [-1, V).
-            RuntimeError: a length outside [0, T], or under torch.compile such an id, on the CPU; on CUDA NaN.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; on the CPU in eager
+                mode, an id is outside [-1, V).
+            RuntimeError: on the CPU, a length is outside [0, T], or under torch.compile an id outside
+                [-1, V). On CUDA the loss is NaN instead.
         """
         _checks.check_floats(hidden=hidden, weight=weight)
-        # what is no [V, D] linear_logp refuses, and ids outside a vocabulary in slices
+        # linear_logp raises for a weight that is not [V, D], and with a group for ids outside the vocabulary
         v = weight.shape[0] if weight.dim() == 2 and group is None else None
         targets = unit_targets(unit_ids, lengths, v)
         _checks.check_device("hidden", hidden, "unit_ids", unit_ids)

@@ -1,1 +1,1 @@
-"""The public operators, one file each: checks, the fake, autograd, and the CUDA launchers' names."""
+"""The public operators, one file each: argument checks, fake implementations, autograd, CUDA launchers."""

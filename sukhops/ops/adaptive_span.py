@@ -26,46 +26,51 @@ def adaptive_span_attention(
     query_start: Tensor | int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Causal attention under a soft mask that ends `span` tokens back, differentiable in the span.
+    """Causal attention with a soft mask that ends `span` tokens before the query; differentiable in the span.
 
     A key x tokens before a query has the weight
 
         clamp((ramp + span - x) / ramp, 0, 1) * exp(scale * (q . k + q . rel_pos[x]))
 
-    and the weights of a row are normalised. Time and memory follow the spans, head by head: keys beyond
-    span + ramp are never read, and no mask is built. The span's gradient counts the closed interval, both
-    ends of the ramp. Differentiable once. Repeats are bitwise the same; on the CPU another number of threads
-    changes the rounding of rel_pos's gradient, which each thread sums for itself, and of nothing else.
+    and the weights of each query are normalized to sum 1. Time and memory of a head grow with its span: keys
+    beyond span + ramp are never read, and no mask tensor is built. The clamp has gradient 1 on the whole
+    ramp, including both ends. Only first derivatives are supported. Repeated calls give bitwise equal
+    results. On the CPU, the number of threads changes the rounding of the gradient of rel_pos, because each
+    thread adds up its own part; it changes no other result.
 
     Args:
-        q: [B, H, M, d], float32, bfloat16, float16 or float64: M of the N positions, the last ones unless
-            query_start says otherwise.
-        k, v: [B, Hkv, N, d], N >= M, H a multiple of Hkv, of the same dtype.
-        span: in tokens, [H] or [B, H, M], float32 (float64 with float64 q). A negative one acts as the
-            formula says.
+        q: [B, H, M, d], float32, bfloat16, float16 or float64. The queries are the last M of the N positions,
+            unless query_start is given.
+        k, v: [B, Hkv, N, d], of the same dtype, with N >= M and H a multiple of Hkv.
+        span: [H] or [B, H, M], in tokens, float32 (float64 if q is float64). It may be negative: the formula
+            above applies unchanged.
         ramp: width of the ramp in tokens, > 0.
-        rel_pos: [S, d], or [H, S, d] of each head, or None.
-        scale: of the scores; None: d**-0.5.
-        include_self: whether x = 0 is the token itself; False: the token before it, as in the 2019 code.
-        max_span: only keys with x < max_span are seen, whatever the span; None: with rel_pos, S.
-        key_start: [B] or [B, M], int64 or int32: the first key that a query may see, of N. Left padding, or
-            the start of its document where sequences are packed.
-        query_start: [B], int64 or int32, or an int: the position of the first query, at most N - M, so that a
-            preallocated cache can be passed whole; None: N - M. Later keys are never seen.
-        group: sequence parallel: ranks that hold consecutive parts of equal length of every sequence each, in
-            rank order, as many queries as keys; key_start counts from the start of the whole sequence. Keys
-            travel as far as a window reaches, min(max_span, S, largest span + ramp). Gradients of k and v
-            return to their owners; those of span and rel_pos are this rank's share, to be summed.
+        rel_pos: [S, d], or [H, S, d] with a table per head: relative position embeddings, or None.
+        scale: factor of the scores. None: d**-0.5.
+        include_self: True: x = 0 is the token of the query. False: x = 0 is the token before it, as in the
+            2019 code.
+        max_span: keys with x >= max_span are never seen, whatever the span. None: no limit other than S.
+        key_start: [B] or [B, M], int64 or int32: index (in 0 to N) of the first key that a query may see. Use
+            it for left padding, or for the start of the query's document in a packed sequence.
+        query_start: [B], int64 or int32, or an int: position of the first query, in 0 to N - M. None: N - M.
+            Keys after a query are never seen, so a preallocated cache can be passed as a whole.
+        group: process group for sequence parallelism. Each rank holds one part of every sequence: the parts
+            are consecutive in rank order, of equal length, with as many queries as keys. key_start counts
+            from the start of the whole sequence. Ranks receive the keys that their queries can see, up to
+            min(max_span, S, largest span + ramp) tokens back. Gradients of k and v are sent back to the ranks
+            that own them; gradients of span and rel_pos are this rank's part, to be summed over the ranks.
 
     Returns:
-        [B, H, M, d], of q's dtype. A row that sees no key, or only keys of weight 0, is 0 without gradient.
-        NaN or infinity in a value that a row does not see may make that row NaN: its weight 0 is multiplied.
+        [B, H, M, d], of q's dtype. A query that sees no key, or only keys of weight 0, has output 0 and no
+        gradient. NaN or infinity in a value outside a query's span may still give NaN, because the value is
+        multiplied by the weight 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; N < M; ramp <= 0;
-            max_span < 1; rel_pos shorter than max_span; an int query_start outside 0 to N - M, or
-            a query_start with group.
-        RuntimeError: a query_start outside 0 to N - M in a tensor, on the CPU; on CUDA its sequence is NaN.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; N < M; ramp <= 0;
+            max_span < 1; rel_pos is shorter than max_span; an int query_start is outside 0 to N - M;
+            query_start is given with group.
+        RuntimeError: a value of a tensor query_start is outside 0 to N - M, on the CPU. On CUDA the output of
+            that sequence is NaN instead.
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
@@ -82,9 +87,9 @@ def adaptive_span_attention(
     _checks.check_shape("v", v, tuple(k.shape), "as k")
     n = k.shape[2]
     if n < m:
-        raise ValueError(f"k: expected at least M = {m} positions, of which q has the last M, got N = {n}")
+        raise ValueError(f"k: expected at least as many positions as q, M = {m}, got N = {n}")
     if query_start is not None and group is not None:
-        raise ValueError("query_start: with group, parts have as many queries as keys, expected None")
+        raise ValueError(f"query_start: expected None with group, got {type(query_start).__name__}")
     if isinstance(query_start, int) and not isinstance(query_start, bool):
         if not 0 <= query_start <= n - m:
             raise ValueError(f"query_start: expected 0 to N - M = {n - m}, got {query_start}")
@@ -102,7 +107,7 @@ def adaptive_span_attention(
     if not isinstance(ramp, (int, float)) or not 0 < ramp < float("inf"):
         raise ValueError(
             f"ramp: expected a finite number of tokens > 0, got {ramp!r}; "
-            "for a hard window take a small one and a span half a token short"
+            "for a hard window of n keys use a small ramp and span = n - 0.5"
         )
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")

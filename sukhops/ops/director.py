@@ -1,4 +1,4 @@
-"""Director: a language-model head gated by a classifier of every next token, and what trains it."""
+"""Director: a language-model head gated by a classifier of the next token, and operators to train it."""
 
 import math
 from functools import partial
@@ -15,13 +15,13 @@ from sukhops.parallel._dtensor import takes_dtensors
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
 IGNORE = -100
-# hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine of the operator
+# the operator's arguments: hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
 Arguments = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor | None], Tensor | None]
 
 
 class DirectorTopK(NamedTuple):
-    values: Tensor
-    indices: Tensor
+    values: Tensor  # [..., k], log-probabilities
+    indices: Tensor  # [..., k]
 
 
 @takes_dtensors
@@ -40,34 +40,35 @@ def director_logp(
 
         logp = log_softmax(lm + gamma * logsigmoid(cls))
 
-    with lm = hidden @ lm_weight.T + lm_bias and cls = hidden @ cls_weight.T + cls_bias: the classifier's
-    logit of a token says how desirable it would be to emit it next. Several classifiers (attributes) come
-    as lists, and their gates add up. A shared head has no second matrix: cls = a * lm + b.
+    with lm = hidden @ lm_weight.T + lm_bias and cls = hidden @ cls_weight.T + cls_bias. The classifier's
+    logit of a token says how desirable the token is as the next one. Several classifiers (attributes) are
+    given as lists, and their gates are added. A shared head has no classifier matrix: cls = a * lm + b.
 
-    Both heads are read once, in one pass with one normalisation. Differentiable once in every floating
-    argument, gamma and cls_affine too.
+    Both heads are computed in one pass with one normalization. All floating-point arguments, including gamma
+    and cls_affine, are differentiable. Only first derivatives are supported.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
         lm_weight: [V, D], of the same dtype.
-        cls_weight: [V, D], or a list of such; None if and only if `cls_affine` is given.
+        cls_weight: [V, D], or a list of these for several classifiers. None if `cls_affine` is given.
         gamma: strength of the gate, finite and >= 0: a number, a tensor that broadcasts to [...], or a
-            list of these, one per classifier. 0 switches a gate off, also where its logit is infinite.
+            list of these, one per classifier. 0 switches the gate off, even if its logit is infinite.
         lm_bias: [V], or None.
-        cls_bias: [V] or None, or with several classifiers a list of these.
-        cls_affine: (a, b), numbers or scalar tensors, or None.
-        group: ranks that hold a slice of the vocabulary each, in rank order: weights and biases are this
-            rank's slice, which may be empty; everything else is the same on every rank. Each rank's loss is
-            that of its own columns, and every rank runs its backward.
+        cls_bias: [V] or None, or a list of these for several classifiers.
+        cls_affine: (a, b) of a shared head, numbers or scalar tensors, or None.
+        group: process group whose ranks each hold a slice of the vocabulary, in rank order. Weights and
+            biases are this rank's slice, which may be empty; all other arguments are equal on every rank.
+            Each rank computes a loss from its own columns, and every rank must run its backward pass.
 
     Returns:
-        [..., V], nats, float32 (float64 for float64 inputs). With group this rank's columns of the
-        distribution over the whole vocabulary.
+        [..., V], in nats, float32 (float64 for float64 inputs). With group, the columns of this rank's slice,
+        normalized over the whole vocabulary.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of
-            cls_weight and cls_affine; a number gamma that is negative or not finite.
-        RuntimeError: a gamma in a tensor that is negative or not finite, on the CPU; on CUDA its row is NaN.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; cls_weight and
+            cls_affine are both given or both None; a number gamma is negative or not finite.
+        RuntimeError: a value of a tensor gamma is negative or not finite, on the CPU. On CUDA its row is NaN
+            instead.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -89,19 +90,20 @@ def director_topk(
     cls_affine: tuple | None = None,
     group: ProcessGroup | None = None,
 ) -> DirectorTopK:
-    """The k most probable tokens of `director_logp`, without the other log-probabilities.
+    """The k most probable tokens of `director_logp`, without storing the other log-probabilities.
 
     Args:
-        k: how many, 1 <= k <= V.
+        k: number of tokens per row, 1 <= k <= V.
         hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group: as in `director_logp`.
 
     Returns:
-        The named tuple (values [..., k], indices [..., k]): log-probabilities in nats, descending, the
-        lower index first among equals, float32 (float64 for float64 inputs), and int64. For decoding: a
-        gradient of the values raises, `director_logp` has them.
+        Named tuple (values [..., k], indices [..., k]). values are log-probabilities in nats in descending
+        order, float32 (float64 for float64 inputs); indices are int64, the lower one first among equal
+        values. This is for decoding; `director_logp` has gradients.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `director_logp`, and k out of range.
+        TypeError, ValueError, RuntimeError: as `director_logp`; k is out of range.
+        NotImplementedError: a gradient of the values is computed.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -120,15 +122,15 @@ def classifier_logit(
     hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
-    """The classifier's logit of one token per row: an indexed dot, no product over the vocabulary.
+    """The classifier's logit of one token per row: a dot product with one row of `weight`, not with all.
 
-    Its gradients touch only the rows of `weight` that are targets.
+    Its gradient touches only the rows of `weight` that belong to targets.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
         weight: [V, D], of the same dtype.
         target: [...], int64 or int32, in [0, V) or -100.
-        label: [...], int64 or int32: 1 or 0 for a row of a classifier example, -1 for any other.
+        label: [...], int64 or int32: 1 or 0 for a row of a classifier example, -1 for any other row.
         bias: [V], or None.
         group: as in `director_logp`.
 
@@ -136,9 +138,9 @@ def classifier_logit(
         [...], float32 (float64 for float64 inputs); 0 where target is -100 or label is -1.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a target outside [0, V) or a label outside {1, 0, -1}, on the CPU; on CUDA that row
-            is NaN. Where the target is -100 the label is not looked at.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: a target is outside [0, V), or a label outside {1, 0, -1} (not checked if the target is
+            -100), on the CPU. On CUDA that row is NaN instead.
 
     Source: Arora et al. 2022 (Director): only the emitted token has a label.
     """
@@ -156,15 +158,15 @@ def classifier_norm(
     affine: tuple | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """How far the classifier is from undecided on the tokens that were not emitted.
+    """Regularizer that keeps the classifier undecided about the tokens that were not emitted.
 
-    The mean over v != target of (sigmoid(cls_v) - 1/2)**2, from tiles of logits that are never kept;
-    with `affine` = (a, b) of a shared head, cls = a * (hidden @ weight.T + bias) + b.
+    The mean over v != target of (sigmoid(cls_v) - 1/2)**2. The logits are computed in tiles and never stored.
+    With `affine` = (a, b) of a shared head, cls = a * (hidden @ weight.T + bias) + b.
 
-    Args, Raises: as `classifier_logit`, and affine as cls_affine of `director_logp`.
+    Arguments and errors are those of `classifier_logit`; affine is cls_affine of `director_logp`.
 
     Returns:
-        [...], float32 (float64 for float64 inputs), in [0, 1/4]; 0 where the row is not a classifier's.
+        [...], float32 (float64 for float64 inputs), in [0, 1/4]; 0 where target is -100 or label is -1.
 
     Source: the explicit classifier norm of Director's public training code (Arora et al. 2022).
     """
@@ -175,6 +177,7 @@ def classifier_norm(
 
 
 def as_list(value: object) -> list:
+    """A list or tuple as a list; any other value as a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -183,7 +186,7 @@ def _prepare(
     lm_bias: Tensor | None, cls_bias: Tensor | list | None, cls_affine: tuple | None,
     group: ProcessGroup | None,
 ) -> tuple[Arguments, torch.Size]:  # fmt: skip
-    """The operator's checked arguments, and the leading axes of hidden."""
+    """Checks the arguments; returns those of the operator, and the leading axes of hidden."""
     if (cls_weight is None) == (cls_affine is None):
         got = "both" if cls_affine is not None else "neither"
         raise ValueError(f"cls_affine: expected exactly one of cls_weight and cls_affine, got {got}")
@@ -191,7 +194,7 @@ def _prepare(
     if cls_weight is not None and not weights:
         raise ValueError("cls_weight: expected at least one classifier, got an empty list")
     if cls_affine is not None and cls_bias is not None:
-        raise ValueError("cls_bias: a shared head (cls_affine) has its shift as b, expected None")
+        raise ValueError("cls_bias: expected None with cls_affine, whose b is the bias, got a bias")
     biases = [None] * len(weights) if cls_bias is None else as_list(cls_bias)
     if len(biases) != len(weights):
         raise ValueError(f"cls_bias: expected {len(weights)}, one per cls_weight, got {len(biases)}")
@@ -212,7 +215,7 @@ def _prepare(
     strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
     affine = None if cls_affine is None else _affine(cls_affine, hidden)
     flat = hidden.reshape(math.prod(rows), hidden.shape[-1])
-    if group is None:  # the operator takes a list of tensors, of which an empty one is no bias
+    if group is None:  # the operator takes a list without None: an empty tensor stands for "no bias"
         biases = [hidden.new_empty(0) if b is None else b for b in biases]
     return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
 
@@ -234,11 +237,11 @@ def _check_weight(
 
 
 def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tensor:
-    """[count, N] in the accumulation dtype."""
+    """gamma as a tensor [count, N] in the accumulation dtype."""
     given = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * count
     if len(given) != count:
         raise ValueError(
-            f"gamma: expected a number, a tensor, or {count}, one per classifier, got {len(given)}"
+            f"gamma: expected a number, a tensor, or a list of {count}, one per classifier, got {len(given)}"
         )
     dtype = _checks.accumulation_dtype(hidden.dtype)
     n, out = math.prod(rows), []
@@ -256,12 +259,12 @@ def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tenso
         elif isinstance(g, (int, float)) and 0 <= g < float("inf"):
             out.append(torch.full((), g, dtype=dtype, device=hidden.device).expand(n))
         else:
-            raise ValueError(f"gamma: expected a finite number >= 0 or a tensor of such, got {g!r}")
+            raise ValueError(f"gamma: expected a finite number >= 0 or a tensor of these, got {g!r}")
     return out[0].unsqueeze(0) if count == 1 else torch.stack(out)
 
 
 def _affine(affine: object, hidden: Tensor) -> Tensor:
-    """[2] in the accumulation dtype."""
+    """(a, b) as a tensor [2] in the accumulation dtype."""
     if isinstance(affine, Tensor):
         affine = affine.unbind() if affine.shape == (2,) else ()
     if not isinstance(affine, (tuple, list)) or len(affine) != 2:

@@ -1,8 +1,8 @@
-"""Exact sums over all segmentations of a sequence: log-partition, posterior, entropy, the best one, samples.
+"""Exact sums over all segmentations of a sequence: log-partition, posterior, entropy, best one, samples.
 
-scores[b, t, k] is the log-score of the segment that covers positions t .. t+k of sequence b, -inf where
-there is no such segment. A segmentation covers [0, length) with segments end to end; its log-score is
-their sum. Segments that run past the end do not count.
+scores[b, t, k] is the log-score of the segment that covers positions t .. t+k of sequence b; it is -inf if
+there is no such segment. A segmentation covers [0, length) with consecutive segments; its log-score is the
+sum of their log-scores. Segments that extend beyond the length are ignored.
 """
 
 from typing import NamedTuple
@@ -21,30 +21,29 @@ class Viterbi(NamedTuple):
 
 
 def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Log of the sum, over all segmentations, of the exponential of their score.
+    """Log-partition function: log of the sum, over all segmentations, of exp(log-score).
 
-    Exact for sequences of any length and for positions that no segment reaches: numbers are kept as a
-    mantissa and an exponent, and the logarithm is taken at the end. Sums of scores may reach 3e15 nats (2^52
-    binary exponents); beyond that every result of the sequence is NaN, never a wrong number. The CPU computes
-    a sequence with float32 scores above 5e6 / max(16, K) in float64, which takes several times longer; on
-    CUDA it may be NaN. The gradient is the posterior of each segment, exactly 0 for an impossible one; it is
-    differentiable once more. Time and memory are linear in T; beside the gradient, whose memory the CPU takes
-    in the forward, B * T numbers are kept.
+    Exact for sequences of any length, also if some positions cannot be reached: sums are stored as a mantissa
+    and an exponent, and the logarithm is taken at the end. Sums of scores may be as large as 3e15 nats (2^52
+    binary exponents). Beyond that every result of the sequence is NaN, never a wrong number. A sequence with
+    float32 scores above 5e6 / max(16, K) is computed in float64 on the CPU, which takes several times longer;
+    on CUDA its results may be NaN. The gradient is the posterior of each segment, exactly 0 for an impossible
+    segment, and can be differentiated once more. Time and memory are linear in T. B * T numbers are kept for
+    the backward pass; on the CPU the memory of the gradient [B, T, K] is also allocated in the forward pass.
 
     Args:
-        scores: [B, T, K], float32, float64, or bfloat16 and float16 (computed in float32). Under autocast
-            they stay what they are. K is the length of the longest segment.
-        lengths: [B], int64 or int32, each in [0, T], or None where every sequence has T positions.
+        scores: [B, T, K], float32, float64, bfloat16 or float16 (half precision is computed in float32).
+            Autocast does not change their dtype. K is the length of the longest segment.
+        lengths: [B], int64 or int32, each in [0, T]. None: every sequence has T positions.
 
     Returns:
-        [B], in nats, float32 (float64 for float64 inputs): -inf, with a gradient of zero, where no
-        segmentation exists; 0 for length 0; NaN where a score that counts is NaN or +inf, or sums are too
-        large.
+        [B], in nats, float32 (float64 for float64 inputs). -inf with gradient 0 if no segmentation exists; 0
+        for length 0; NaN if a score within the length is NaN or +inf, or if sums are too large.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a length outside [0, T], on the CPU (on CUDA its sequence is NaN instead); K above 128
-            (64 in float64), on CUDA.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: a length is outside [0, T], on the CPU (on CUDA the result of that sequence is NaN
+            instead); K is above 128 (64 in float64), on CUDA.
 
     Source: the marginal likelihood of Grave et al. 2019 (hybrid language models).
     """
@@ -56,14 +55,14 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The posterior probability of every segment: in how many segmentations, by weight, it occurs.
+    """The posterior probability of every segment: the total probability of the segmentations that contain it.
 
-    Args, Raises: as `segmentation_logz`.
+    Arguments and errors are those of `segmentation_logz`.
 
     Returns:
-        [B, T, K], float32 (float64 for float64 inputs), differentiable once; 0 for impossible segments, rows
-        behind the length and sequences without a segmentation. Its sum over K is the probability of a
-        boundary at t; the sum of (k + 1) * posterior is the length.
+        [B, T, K], float32 (float64 for float64 inputs). 0 for impossible segments, positions from the length
+        on and sequences without a segmentation. The sum over k is the probability that a segment starts at t;
+        the sum of (k + 1) * posterior is the length. Only first derivatives of the posterior are supported.
 
     Source: the gradient of the marginal likelihood of Grave et al. 2019.
     """
@@ -81,28 +80,29 @@ def segmentation_marginals(scores: Tensor, lengths: Tensor | None = None) -> Ten
 def segmentation_entropy(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Entropy of the distribution over segmentations.
 
-    Args, Raises: as `segmentation_logz`.
+    Arguments and errors are those of `segmentation_logz`.
 
     Returns:
-        [B], in nats, float32 (float64 for float64 inputs), computed in float64; differentiable once; 0 where
-        no segmentation exists.
+        [B], in nats, float32 (float64 for float64 inputs), computed in float64; 0 if no segmentation exists.
+        Only first derivatives are supported.
 
-    Source: the distribution of Grave et al. 2019; the entropy by the chain rule over boundaries.
+    Source: the distribution of Grave et al. 2019; the entropy follows from the chain rule over boundaries.
     """
     return _ops.segmentation_entropy(*_prepare(scores, lengths))
 
 
 def segmentation_viterbi(scores: Tensor, lengths: Tensor | None = None) -> Viterbi:
-    """The segmentation with the largest score.
+    """The segmentation with the largest log-score.
 
-    Args, Raises: as `segmentation_logz`.
+    Arguments and errors are those of `segmentation_logz`.
 
     Returns:
-        The named tuple (score [B], segments [B, T]): the score in nats, float32 (float64 for float64 inputs),
-        added in float64; segments, int64, holds the length of the segment that starts at t, 0 elsewhere. Of
-        equal ones the last segment is the shortest, then the one before it. Where none exists the score is
-        -inf, where a score is NaN or +inf it is NaN, and the segments are all 0. No gradient: that of the
-        score is the segmentation itself.
+        Named tuple (score [B], segments [B, T]). score is the log-score in nats, float32 (float64 for float64
+        inputs), summed in float64. segments, int64, holds the length of the segment that starts at t, and 0
+        if none starts there. Among equal segmentations the one with the shortest last segment is taken, then
+        the shortest segment before it, and so on. If no segmentation exists, score is -inf; if a score is NaN
+        or +inf, score is NaN; in both cases segments are all 0. There is no gradient (that of score would be
+        the segmentation itself).
 
     Source: Viterbi 1967, over the lattice of Grave et al. 2019.
     """
@@ -116,21 +116,21 @@ def segmentation_sample(
     lengths: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Segmentations drawn from their distribution, exactly and independently.
+    """Draws exact, independent samples from the distribution over segmentations.
 
     Args:
         scores, lengths: as in `segmentation_logz`.
-        num_samples: how many of each sequence, >= 0; drawn together they share one forward recursion.
-        generator: where the seed is drawn from, on the device of `scores`; None is torch's default one.
+        num_samples: number of samples per sequence, >= 0. All samples of a call share one forward recursion.
+        generator: random generator for the seed, on the device of `scores`. None: torch's default generator.
 
     Returns:
-        [num_samples, B, T], int64, as segments of `segmentation_viterbi`; all 0 where no segmentation exists.
+        [num_samples, B, T], int64, like segments of `segmentation_viterbi`; all 0 if no segmentation exists.
         The same seed gives the same samples for any number of threads.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; num_samples < 0.
-        RuntimeError: a length outside [0, T], a score that is NaN or +inf, or sums that are too large, on the
-            CPU; on CUDA the segments of that sequence are -1.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; num_samples < 0.
+        RuntimeError: a length is outside [0, T], a score is NaN or +inf, or sums are too large, on the CPU.
+            On CUDA the segments of that sequence are -1 instead.
 
     Source: forward filtering, backward sampling (Frühwirth-Schnatter 1994) over the lattice of Grave et al.
     2019.
@@ -151,17 +151,17 @@ def segmentation_sample(
 
 
 def _prepare(scores: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The operators' checked arguments; half precision becomes float32 here, and its gradient half again.
+    """Checks the arguments and casts half-precision scores to float32; autograd casts their gradient back.
 
-    Autocast, which would round sums of log-probs to three digits, is not asked.
+    Autocast is ignored, because it would round sums of log-probs to three digits.
     """
     _checks.check_floats(scores=scores)
     if scores.dim() != 3:
         raise ValueError(f"scores: expected shape [B, T, K], got {list(scores.shape)}")
     if not _library.has_cuda_library and scores.device.type == "cuda":
         raise NotImplementedError(
-            "scores: the CUDA kernels of segmentation are not built; with nvcc and a CUDA torch: "
-            f"{_library.BUILD}"
+            f"scores: expected a cpu tensor, got {scores.device}: the CUDA kernels of segmentation are not "
+            f"built. Build them, with nvcc and a CUDA version of torch: {_library.BUILD}"
         )
     if lengths is not None:
         _checks.check_integers("lengths", lengths)
@@ -182,7 +182,7 @@ def _needs_gradient(scores: Tensor) -> bool:
 @torch.library.register_fake("sukhops::segmentation_logz")
 def _(scores, lengths, need_gradient):
     b, t, _ = scores.shape
-    cuda = scores.device.type == "cuda"  # mantissas of both sweeps in double
+    cuda = scores.device.type == "cuda"  # there mantissas are float64; the gradient needs both recursions
     shape = (2 if need_gradient and cuda else 1, b, t + 1)
     alpha = scores.new_empty(shape, dtype=torch.float64 if cuda else scores.dtype)
     return scores.new_empty(b), alpha, scores.new_empty(shape, dtype=torch.float64)
@@ -245,7 +245,7 @@ def _save_logz(ctx, inputs, output):
     scores, lengths, _ = inputs
     _, alpha, exponent = output
     ctx.mark_non_differentiable(alpha, exponent)
-    ctx.set_materialize_grads(False)  # zeros for alpha and exponent would be filled
+    ctx.set_materialize_grads(False)  # else torch allocates zeros as gradients of alpha and exponent
     ctx.save_for_backward(scores, lengths, alpha, exponent)
 
 
@@ -256,15 +256,16 @@ def _gradient_logz(ctx, grad, *_):
 
 
 class _Logz(torch.autograd.Function):
-    """The registered formula, past the registered layer, whose Python takes as long as kernels.
+    """The same gradient as the registered formula, with less Python: registration costs as much as a kernel.
 
-    On the CPU the forward leaves the exponentials of the scores in a buffer that becomes the gradient, once:
-    where somebody else may see that buffer or ask again, the gradient is made of the scores.
+    On the CPU the forward pass stores exp(scores) in a buffer, and the backward pass overwrites the buffer
+    with the gradient. That works only once. If other code may see the buffer (saved-tensor hooks) or the
+    backward pass may run again, the gradient is computed from the scores instead.
     """
 
     @staticmethod
     def forward(ctx, scores, lengths):
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of checkpoints, say
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # e.g. activation checkpointing
         with torch._C._AutoDispatchBelowAutograd():
             if scores.is_cpu and hooks is None:
                 logz, alpha, exponent, kept = _ops.segmentation_logz_kept(scores, lengths)
@@ -276,17 +277,17 @@ class _Logz(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         *saved, kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the gradient may be differentiated
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the gradient needs a gradient itself
             return _ops.segmentation_marginals(*saved, grad), None
         with torch._C._AutoDispatchBelowAutograd():
-            if kept is None or _asked_again(grad):
+            if kept is None or _may_run_again(grad):
                 return _ops.segmentation_marginals(*saved, grad), None
             _ops.segmentation_marginals_kept(*saved, grad, kept)
         return kept, None
 
 
-def _asked_again(grad):
-    """Whether the graph of this backward is retained, or each of a batch of gradients will run it."""
+def _may_run_again(grad):
+    """Whether the graph of this backward pass is retained, or a batch of upstream gradients shares it."""
     retained = torch._C._autograd._get_current_graph_task_keep_graph()
     return retained or torch._C._functorch.is_legacy_batchedtensor(grad)
 
@@ -297,7 +298,7 @@ def _save_marginals(ctx, inputs, output):
 
 
 def _gradient_marginals(ctx, upstream):
-    """The way through alpha and exponent is counted in the gradient of the scores."""
+    """alpha and exponent get no gradient: the gradient of the scores includes their part."""
     need = ctx.needs_input_grad
     grad_grad, grad_scores = _ops.segmentation_marginals_backward(*ctx.saved_tensors, upstream, need[0])
     return grad_scores if need[0] else None, None, None, None, grad_grad if need[4] else None

@@ -1,4 +1,4 @@
-"""A few numbers per row of the vocabulary's logits, with exact gradients and without the logits."""
+"""Log-probs, statistics and largest logits of a linear head, with exact gradients, without storing logits."""
 
 import math
 import sys
@@ -20,17 +20,17 @@ _LAUNCHERS = "sukhops.triton_kernels.vocab_head"
 
 
 class LogpAndLse(NamedTuple):
-    logp: Tensor
-    lse: Tensor
+    logp: Tensor  # shaped as target
+    lse: Tensor  # [...]
 
 
 class TopK(NamedTuple):
-    values: Tensor
-    indices: Tensor
-    lse: Tensor
+    values: Tensor  # [..., k]
+    indices: Tensor  # [..., k]
+    lse: Tensor  # [...]
 
 
-class TokenStats(NamedTuple):
+class TokenStats(NamedTuple):  # each [...], or None if not requested
     logp: Tensor | None
     lse: Tensor | None
     entropy: Tensor | None
@@ -39,14 +39,14 @@ class TokenStats(NamedTuple):
     top1: Tensor | None
 
 
-STATISTICS = ("entropy", "log_sum_sq", "mean_logit")  # outputs that need more sums
+STATISTICS = ("entropy", "log_sum_sq", "mean_logit")  # outputs that need additional sums over the vocabulary
 
 
 class Head(NamedTuple):
-    """What one pass over the vocabulary returns. Rows whose targets are all ignored are 0.
+    """Results of one pass over the vocabulary. Rows whose targets are all ignored are 0.
 
-    The largest logit and the log of the sum are returned separately: an offset that all logits of a row share
-    would round log-probs that are formed from their sum. `maximum` carries no gradient.
+    The largest logit and the log of the sum are returned separately: if all logits of a row share a large
+    offset, log-probs computed from maximum + log_sum would lose digits. `maximum` has no gradient.
     """
 
     maximum: Tensor  # [N]
@@ -54,15 +54,15 @@ class Head(NamedTuple):
     target_logit: Tensor  # [N, K]
     topk_value: Tensor  # [N, k], descending
     topk_index: Tensor  # [N, k]
-    entropy: Tensor  # [N], like the next two; [0] without statistics
-    log_sum_sq: Tensor
-    mean_logit: Tensor
+    entropy: Tensor  # [N], or [0] if no statistics are requested
+    log_sum_sq: Tensor  # as entropy
+    mean_logit: Tensor  # as entropy
 
-    def lse(self) -> Tensor:
+    def lse(self) -> Tensor:  # [N]
         return self.maximum + self.log_sum
 
     def logp(self, logit: Tensor) -> Tensor:
-        """Log-probs of logits [N, K]."""
+        """Log-probs [N, K] of logits [N, K]."""
         return (logit - self.maximum.unsqueeze(-1)) - self.log_sum.unsqueeze(-1)
 
 
@@ -92,44 +92,43 @@ def linear_logp(
     return_lse: bool = False,
     group: ProcessGroup | None = None,
 ) -> Tensor | LogpAndLse:
-    """Log-probabilities of chosen vocabulary entries under a linear head, without its logits.
+    """Log-probabilities of target tokens under a linear head, without storing its logits.
 
         logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature
         logp   = logits[target] - logsumexp(logits)
 
-    Without softcap logits = scale * (hidden @ weight.T + bias) / temperature. A log-prob is right to a few
-    roundings of max(1, |logp|), whatever offset the logits of a row share.
+    Without softcap, logits = scale * (hidden @ weight.T + bias) / temperature. The error of a log-prob is a
+    few roundings of max(1, |logp|), even if the logits of a row share a large offset.
 
-    Rows whose targets are all ignored are dropped before any product. The gradient is exact for any upstream
-    gradient; what needs none is not computed, and a weight that needs none takes two products in all instead
-    of four, or three where `set_logits_budget` holds the logits. First derivatives only.
+    Rows whose targets are all ignored are dropped before the matrix product. Gradients are exact for any
+    upstream gradient, and only those that are needed are computed: with a frozen head, forward and backward
+    pass take two matrix products instead of four (three for rows whose logits `set_logits_budget` allows to
+    keep). Only first derivatives are supported.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
         weight: [V, D], of the same dtype.
-        target: [...] (one per row) or [..., K] (K per row), int64 or int32, each in [0, V) or
-            `ignore_index`.
+        target: [...] (one per row) or [..., K] (K per row), int64 or int32, in [0, V) or `ignore_index`.
         bias: [V], or None.
-        softcap: bound of the logits, > 0, or None for no bound.
+        softcap: bound of the logits, > 0. None: no bound.
         scale: factor of the logits before the bound.
-        temperature: what they are divided by after it, > 0.
-        ignore_index: a target that does not count: its log-prob is exactly 0, without gradient.
+        temperature: divisor of the logits after the bound, > 0.
+        ignore_index: target of an ignored token: its log-prob is exactly 0, without gradient.
         return_lse: whether to return the log-sum-exp of each row too.
-        group: ranks that hold a slice of the vocabulary each, in rank order: weight and bias are this rank's
-            slice, which may be empty; targets are of the whole vocabulary; everything else, all results and
-            the gradient of hidden are the same on every rank.
+        group: process group whose ranks each hold a slice of the vocabulary, in rank order. weight and bias
+            are this rank's slice, which may be empty; target holds indices into the whole vocabulary. All
+            other arguments must be equal on every rank, and so are the results and the gradient of hidden.
 
     Returns:
-        Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs); with `return_lse` the
-        named tuple (logp, lse [...]), both differentiable. A row whose targets are all ignored has lse 0;
-        with K = 0 there are none, and every row has its own.
+        Log-probs in nats, shaped as `target`, float32 (float64 for float64 inputs). With `return_lse`, the
+        named tuple (logp, lse [...]), both differentiable; lse is 0 if all K > 0 targets are ignored.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a target outside [0, V), on the CPU; on CUDA its row is NaN instead.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: a target is outside [0, V), on the CPU. On CUDA its row is NaN instead.
 
-    Source: the log-probabilities under every loss here; one target per row as in Rafailov et al. 2023
-    (DPO), several as in Grave et al. 2019 (hybrid language models).
+    Source: all losses of this package use it; one target per row as in Rafailov et al. 2023 (DPO), several as
+    in Grave et al. 2019 (hybrid language models).
     """
     hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
     _checks.check_integers("target", target)
@@ -164,7 +163,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """Numbers per token of a linear head's distribution, all from one pass over the vocabulary.
+    """Statistics of a linear head's distribution for each token, all from one pass over the vocabulary.
 
         logits     = as in `linear_logp`,  p = softmax(logits)
         logp       = log p[target]
@@ -174,25 +173,25 @@ def linear_token_stats(
         mean_logit = sum_v logits[v] / V
         top1       = target is the lowest index among the largest logits
 
-    logp, lse and entropy are differentiable, d entropy / d logits[v] = -p[v] (log p[v] + entropy); the others
-    are constants to a gradient. The sums of entropy, log_sum_sq and mean_logit are taken where one of them is
-    asked for. With a frozen weight the backward of the entropy takes two products, that of logp and lse none.
+    logp, lse and entropy are differentiable, with d entropy / d logits[v] = -p[v] (log p[v] + entropy); the
+    others have no gradient. Requesting entropy, log_sum_sq or mean_logit computes the sums of all three. With
+    a frozen head, the backward pass of the entropy takes two matrix products, that of logp and lse none.
 
     Args:
         hidden, weight, bias, softcap, scale, temperature, ignore_index, group: as in `linear_logp`.
         target: [...], one per row, int64 or int32, in [0, V) or `ignore_index`.
-        outputs: names of the outputs wanted, at least one.
+        outputs: names of the outputs to compute, at least one.
 
     Returns:
-        The named tuple (logp, lse, entropy, log_sum_sq, mean_logit, top1), each [...] or None where it is not
-        asked for; in nats and float32 (float64 for float64 inputs), top1 bool. An ignored row is 0 and False.
+        Named tuple (logp, lse, entropy, log_sum_sq, mean_logit, top1), each [...], or None if not requested.
+        In nats, float32 (float64 for float64 inputs); top1 is bool. Ignored rows are 0 and False.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown output; none.
-        RuntimeError: a target outside [0, V), on the CPU; on CUDA its row is NaN, and top1 False.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; outputs is invalid.
+        RuntimeError: a target is outside [0, V), on the CPU. On CUDA its row is NaN and top1 False instead.
 
-    Source: what trainers log and regularise per token; log_sum_sq is the weight's denominator in Zhou et al.
-    2024 (WPO).
+    Source: numbers that trainers log per token or use as regularizers; log_sum_sq is the denominator of the
+    weight in Zhou et al. 2024 (WPO).
     """
     check_outputs(outputs)
     hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
@@ -219,6 +218,7 @@ def linear_token_stats(
 
 
 def check_outputs(outputs: Collection[str]) -> None:
+    """Raises a ValueError unless `outputs` is a list (or set) of fields of `TokenStats`, at least one."""
     names = TokenStats._fields
     is_list = isinstance(outputs, Collection) and not isinstance(outputs, str)
     if not is_list or not outputs or any(name not in names for name in outputs):
@@ -237,23 +237,23 @@ def linear_topk(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
 ) -> TopK:
-    """The k largest logits of a linear head and its log-sum-exp, without the other logits.
+    """The k largest logits of a linear head and its log-sum-exp, without storing the other logits.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
         weight: [V, D], of the same dtype.
-        k: how many, 1 <= k <= V.
+        k: number of logits per row, 1 <= k <= V.
         bias, softcap, scale, temperature, group: as in `linear_logp`.
 
     Returns:
-        The named tuple (values [..., k], indices [..., k], lse [...]): logits in descending order (their
-        log-probs are `values - lse[..., None]`, to the rounding of lse), the lower index first among equals;
-        float32 (float64 for float64 inputs). Differentiable in values and lse.
+        Named tuple (values [..., k], indices [..., k], lse [...]). values are logits in descending order, the
+        lower index first among equal ones; their log-probs are `values - lse[..., None]`, up to the rounding
+        of lse. float32 (float64 for float64 inputs), indices int64. values and lse are differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; k out of range.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; k is out of range.
 
-    Source: what CRINGE (Adolphs et al. 2023) and decoding ask of a head.
+    Source: CRINGE (Adolphs et al. 2023) and decoding need the largest logits.
     """
     hidden, weight, bias = _checked_head(hidden, weight, bias, softcap, scale, temperature, group)
     if not isinstance(k, int) or k < 1 or (group is None and k > weight.shape[0]):
@@ -263,7 +263,7 @@ def linear_topk(
     head = vocab_head(
         hidden, weight, none, bias, k=k, softcap=softcap, scale=scale, temperature=temperature, group=group
     )
-    if head.topk_value.shape[-1] < k:  # slices of a vocabulary know its size only now
+    if head.topk_value.shape[-1] < k:  # with group, the size of the vocabulary is known only now
         raise ValueError(f"k: expected an int in [1, V = {head.topk_value.shape[-1]}], got {k!r}")
     shape = (*rows, k)
     return TopK(head.topk_value.reshape(shape), head.topk_index.reshape(shape), head.lse().reshape(rows))
@@ -273,11 +273,11 @@ def target_and_topk(
     hidden: Tensor, weight: Tensor, target: Tensor, k: int, bias: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Head:  # fmt: skip
-    """The logit of one target per row, the k largest and the log-sum-exp, in one pass; for CRINGE.
+    """The logit of one target per row, the k (at most V) largest logits and the log-sum-exp, in one pass.
 
-    Rows are those of hidden flattened. Errors are those of `linear_logp` and `linear_topk`; rows whose target
-    is -100 are dropped before the product and are 0. A loss that uses neither log-sum-exp nor log-probs has a
-    gradient of k + 1 rows of the weight. k may exceed V: then there are V.
+    hidden [..., D] is flattened to N rows. Errors are those of `linear_logp` and `linear_topk`. Rows whose
+    target is -100 are dropped before the matrix product and are 0. If a loss uses neither log-sum-exp nor
+    log-probs, the gradient touches only k + 1 rows of the weight per token.
     """
     hidden, weight, bias = _checked_head(hidden, weight, bias, group=group)
     _checks.check_integers("target", target)
@@ -302,9 +302,9 @@ def vocab_head(
     ignore_index: int = -100,
     group: ProcessGroup | None = None,
 ) -> Head:
-    """The operator itself, on checked arguments: hidden [..., D] flattened to N rows, targets [N, K].
+    """Calls the operator on checked arguments: hidden [..., D] is flattened to N rows, targets are [N, K].
 
-    statistics: those of STATISTICS that are needed, in its order; with group the others are [0].
+    statistics: the requested ones of STATISTICS, in its order; with group the others have shape [0].
     """
     if group is not None:
         return parallel.head(
@@ -351,7 +351,7 @@ def _(hidden, weight, target, bias, k, statistics, softcap, scale, temperature, 
     acc = _checks.accumulation_dtype(hidden.dtype)
     (n, d), v = hidden.shape, weight.shape[0]
     keep_mean = need_hidden and not need_weight and not need_bias
-    held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
+    kept = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     return (
         hidden.new_empty(n, dtype=acc),
         hidden.new_empty(n, dtype=acc),
@@ -360,7 +360,7 @@ def _(hidden, weight, target, bias, k, statistics, softcap, scale, temperature, 
         target.new_empty(n, k),
         *(hidden.new_empty(n if statistics else 0, dtype=acc) for _ in STATISTICS),
         hidden.new_empty((n, d) if keep_mean else (0,), dtype=acc),
-        hidden.new_empty(held, v, dtype=acc),
+        hidden.new_empty(kept, v, dtype=acc),
     )
 
 
@@ -383,7 +383,7 @@ def _setup_context(ctx, inputs, output):
     )
     constants = (maximum, topk_index, log_sum_sq, mean_logit, mean_weight, logits)
     ctx.mark_non_differentiable(*constants, *(() if statistics else (entropy,)))
-    ctx.set_materialize_grads(False)  # an output nobody used costs nothing
+    ctx.set_materialize_grads(False)  # None instead of zeros for unused outputs, which saves work
 
 
 def _gradient(ctx, _maximum, grad_log_sum, grad_target, grad_topk, _index, grad_entropy, *_):

@@ -1,4 +1,4 @@
-"""Which pairs a preference loss trains on, and why: Meta-Rewarding's and LIFT's, in plain PyTorch."""
+"""Choice of the pairs that a preference loss trains on (Meta-Rewarding, LIFT), in plain PyTorch."""
 
 from sukhops.pairs._pairs import Pairs, Reason
 from sukhops.pairs.bradley_terry import bradley_terry

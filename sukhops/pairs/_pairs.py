@@ -1,4 +1,4 @@
-"""What the functions that choose pairs return, and their checks."""
+"""Return type of the functions that choose pairs, and their argument checks."""
 
 import enum
 import math
@@ -11,26 +11,26 @@ from sukhops import _checks
 
 
 class Reason(enum.IntEnum):
-    """Which rule chose a pair, or dropped it."""
+    """The rule by which a pair was kept or dropped."""
 
-    SCORE = 0  # kept: nothing else has the best score, nor the worst
-    LENGTH = 1  # kept: length decided among several that are good or bad enough
-    ORDER = 2  # kept: two equal in score and length; the first of them was taken
-    UNSCORED = 3  # dropped: fewer than two have a score
-    EQUAL = 4  # dropped: all have the same score
-    TOO_LONG = 5  # dropped: the chosen one is longer than max_length
+    SCORE = 0  # kept: only one candidate was good enough, and only one bad enough
+    LENGTH = 1  # kept: several candidates were good (or bad) enough, and length decided between them
+    ORDER = 2  # kept: candidates were equal in score and length, and the first was taken
+    UNSCORED = 3  # dropped: fewer than two candidates have a score
+    EQUAL = 4  # dropped: all candidates have the same score
+    TOO_LONG = 5  # dropped: the chosen candidate is longer than max_length
 
 
 class Pairs(NamedTuple):
-    """One pair per prompt, each [P]. All indices are in range; where keep is False they are no pair."""
+    """One pair per prompt, each field [P]. If keep is False, the indices are in range but have no meaning."""
 
-    chosen: Tensor  # int64: index of the chosen one
-    rejected: Tensor  # int64
-    keep: Tensor  # bool
-    reason: Tensor  # int64: a Reason
+    chosen: Tensor  # int64, index of the chosen candidate
+    rejected: Tensor  # int64, index of the rejected candidate
+    keep: Tensor  # bool, whether to train on the pair
+    reason: Tensor  # int64, a Reason
 
     def columns(self) -> dict[str, list]:
-        """Plain lists, a row per prompt, for `datasets.Dataset.from_dict` or `pandas.DataFrame`."""
+        """The fields as lists with one entry per prompt, for `datasets.Dataset.from_dict` or pandas."""
         return {
             "chosen": self.chosen.tolist(),
             "rejected": self.rejected.tolist(),
@@ -40,14 +40,14 @@ class Pairs(NamedTuple):
 
 
 def check_numbers(name: str, t: Tensor, *, nan: bool = False, negative: bool = False) -> None:
-    """A real tensor whose entries are finite (or NaN, where allowed) and not negative (unless allowed)."""
+    """Checks that a tensor is real, finite (NaN only if `nan`) and not negative (unless `negative`)."""
     _checks.check_tensor(name, t)
     if t.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
     if t.numel():
         low, high = torch.stack(t.aminmax()).tolist()
         if math.isfinite(low) and math.isfinite(high) and (negative or low >= 0):
-            return  # by far the most, in one pass
+            return  # valid tensors need only this one pass
     bad = t.isinf() if nan else ~t.isfinite()
     if not negative:
         bad = bad | (t < 0)

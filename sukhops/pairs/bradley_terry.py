@@ -1,4 +1,4 @@
-"""Bradley-Terry scores of many small sets of battles at once."""
+"""Bradley-Terry scores for many small sets of battles at once."""
 
 import math
 from typing import Literal, overload
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sukhops.pairs._pairs import check_numbers
 
-NUMBERS = 1 << 17  # of the battles solved together: enough to fill a device, few enough to stay in cache
-STEPS = 200  # where one only wins, scores part by about 1 a step, as far as log(battles / ridge)
-CONVERGED = 1e-7  # largest Newton step; the error after it is its square
+NUMBERS = 1 << 17  # entries of battles in one batch: enough to fill a device, few enough to stay in cache
+STEPS = 200  # limit; if a player always wins, scores move apart by about 1 per step to log(battles / ridge)
+CONVERGED = 1e-7  # size of the last Newton step; the error after it is about its square
 
 
 @overload
@@ -24,33 +24,35 @@ def bradley_terry(
 def bradley_terry(
     battles: Tensor, *, ridge: float = 1e-2, return_errors: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scores e that maximise sum_mn battles_mn log sigmoid(e_m - e_n) - ridge / 2 |e|^2, one set per problem.
+    """Scores e that maximize sum_mn battles_mn log sigmoid(e_m - e_n) - ridge / 2 |e|^2, for each problem.
 
-    Sets that never met each have mean 0. The result does not depend on the order of players beyond rounding.
-    Newton's method in float64, every step one that raises the likelihood; no gradient flows through it.
+    Players that are connected by battles, directly or through others, have mean score 0. The order of the
+    players changes only the rounding. The method is Newton's in float64 with steps that always increase the
+    likelihood. No gradient flows through it.
 
     Args:
-        battles: [..., J, J], finite and >= 0, the diagonal 0: how often, or with what weight, the row's
-            player beat the column's. Half a win each is a tie.
-        ridge: >= 0, the precision of a prior around 0. Without it (0) a player who only wins has no finite
-            score, and the call raises.
-        return_errors: also return standard errors, each that of a score against the mean of the players it
-            is connected to: roots of the diagonal of the inverse Hessian without that mean.
+        battles: [..., J, J], finite and >= 0, with diagonal 0: number (or weight) of the wins of the row's
+            player over the column's player. A tie is half a win for each.
+        ridge: precision of a Gaussian prior around 0, >= 0. With ridge=0 a player who never loses has no
+            finite score, and the call raises.
+        return_errors: whether to also return standard errors of the scores, relative to the mean of connected
+            players: square roots of the diagonal of the inverse Hessian, without the direction of this mean.
 
     Returns:
-        scores [..., J] in nats (a difference of 1 is odds of e), and the errors in the same shape if asked
-        for. Their dtype is that of battles, the default one for integers.
+        scores [..., J] in nats (a difference of 1 means odds of e); with return_errors the tuple (scores,
+        errors [..., J]). The dtype is that of battles, or the default dtype if battles are integers.
 
     Raises:
-        TypeError, ValueError: battles or ridge are not as above; ridge is 0 and a maximum does not exist.
+        TypeError, ValueError: battles or ridge are not as above; ridge is 0 and there is no finite maximum.
 
-    Source: Wu et al., Meta-Rewarding Language Models, 2025; Bradley and Terry, 1952. The ridge is ours.
+    Source: Wu et al., Meta-Rewarding Language Models, 2025; Bradley and Terry, 1952. The ridge is this
+    library's addition.
     """
     check_numbers("battles", battles)
     if battles.dim() < 2 or battles.shape[-1] != battles.shape[-2] or battles.shape[-1] == 0:
         raise ValueError(f"battles: expected [..., J, J] with J > 0, got {list(battles.shape)}")
     if battles.diagonal(dim1=-2, dim2=-1).any():
-        raise ValueError("battles: expected a zero diagonal, got a player that met itself")
+        raise ValueError("battles: expected a diagonal of zeros, got a player with a battle against itself")
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge: expected a finite number >= 0, got {ridge}")
     dtype = battles.dtype if battles.is_floating_point() else torch.get_default_dtype()
@@ -64,31 +66,31 @@ def bradley_terry(
 
 
 def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Tensor]:
-    """Scores [P, J] of battles [P, J, J], and their standard errors (zeros unless wanted)."""
+    """Scores [P, J] of battles [P, J, J], and their standard errors [P, J] (zeros unless want_errors)."""
     size = battles.shape[-1]
     if size == 1:
         return battles[:, 0] * 0, battles[:, 0] * 0
     prior = ridge * torch.eye(size, dtype=battles.dtype, device=battles.device)
     if want_errors or ridge == 0:
         connected = _reaches(battles + battles.mT > 0)
-        means = connected / connected.sum(-1, keepdim=True)  # projects on the mean of each connected set
+        means = connected / connected.sum(-1, keepdim=True)  # [P, J, J], projection onto means of components
     if ridge == 0:
         one_sided = (_reaches(battles > 0) != connected).flatten(1).any(1).sum().item()
         if one_sided:
             raise ValueError(
-                "ridge: 0 needs that of any two players who are connected each beat the other, directly or "
-                f"through others; {one_sided} problems are not so. Use a ridge > 0"
+                f"ridge: expected > 0, got 0: {one_sided} of the problems have no finite solution, because a "
+                "group of players never lost to the others"
             )
-        prior = prior + means  # the step has no component along the means
+        prior = prior + means  # makes the Hessian invertible; the gradient has no component along the means
     first, second = _players(size, battles.device)
-    # from here on problems are last, where memory is contiguous, and each pair of players is there once
+    # from here on problems are the last axis, which is contiguous, and each pair of players appears once
     won, lost = (battles[:, i, j].T.contiguous() for i, j in ((first, second), (second, first)))
-    # a player's odds against all others together, spread out: near enough to save a third of the steps
+    # initial scores: log odds of each player against all others, scaled up; this saves a third of the steps
     wins, losses = battles.sum(2).T, battles.sum(1).T
     some = 0.02 * (wins + losses)
-    start = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: never met anyone
+    start = 1.3 * ((wins + some) / (losses + some)).log().nan_to_num(0)  # 0 / 0: a player without battles
     maximum = _newton(won, lost, prior, ridge, start)
-    # a common shift costs no more than the ridge, so rounding over the ridge is in the mean
+    # only the ridge determines the mean, so a small ridge amplifies its rounding error: remove the mean
     if ridge == 0:
         scores = maximum.T - (means @ maximum.T.unsqueeze(2)).squeeze(2)
     else:
@@ -102,13 +104,17 @@ def _solve(battles: Tensor, ridge: float, want_errors: bool) -> tuple[Tensor, Te
 
 
 def _newton(won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor) -> Tensor:
-    """The maximum for battles [pairs, P], from scores [J, P] on. Problems that take long go on alone."""
+    """The scores [J, P] at the maximum, for battles [pairs, P], starting from `scores`.
+
+    When few problems are left, only these are continued.
+    """
     first, second = _players(len(scores), scores.device)
     for _ in range(STEPS):
         gradient, hessian, gap = _derivatives(won, lost, prior, ridge, scores)
-        step = torch.linalg.solve_ex(hessian, gradient.T).result.T  # not finite where singular
-        # A term is flatter further out, so a full step can only overshoot where a pair moves towards 0. Its
-        # curvature grows there by e^|change| at most: log1p(r) / r of a step that changes it by r is safe.
+        step = torch.linalg.solve_ex(hessian, gradient.T).result.T  # not finite if the Hessian is singular
+        # The curvature of a term falls with |gap|, so a full step can overshoot only if it moves a gap toward
+        # 0. There the curvature grows at most by e^|change|. So it is safe to scale a step that moves gaps by
+        # at most r toward 0 by log1p(r) / r.
         change = step[first] - step[second]
         inward = (change * gap.sign()).amin(0).neg().clamp(min=0)
         scores = scores + torch.where(inward > 0, inward.log1p() / inward, 1) * step
@@ -126,10 +132,10 @@ def _newton(won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tens
 def _derivatives(
     won: Tensor, lost: Tensor, prior: Tensor, ridge: float, scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient [J, P] and minus the Hessian [P, J, J] of the penalised likelihood; the gap of each pair."""
+    """Gradient [J, P], negative Hessian [P, J, J] of the penalized log-likelihood, score gaps [pairs, P]."""
     size = len(scores)
     first, second = _players(size, scores.device)
-    square = scores.new_zeros(size, size, scores.shape[1])  # of all ordered pairs; the diagonal stays 0
+    square = scores.new_zeros(size, size, scores.shape[1])  # for all ordered pairs; the diagonal stays 0
 
     def spread(upper: Tensor, lower: Tensor) -> Tensor:
         for i, j, values in ((first, second, upper), (second, first, lower)):
@@ -147,12 +153,12 @@ def _derivatives(
 
 
 def _players(size: int, device: torch.device) -> Tensor:
-    """The first and the second player of each pair, [2, pairs]."""
+    """Indices of the first and the second player of each pair: [2, pairs]."""
     return torch.triu_indices(size, size, 1, device=device)
 
 
 def _reaches(edges: Tensor) -> Tensor:
-    """Which nodes a path leads to, each to itself too: bool edges [P, J, J] -> float 0 or 1."""
+    """Whether a path leads from node i to node j (or i = j): bool edges [P, J, J] -> float64 0 or 1."""
     size = edges.shape[-1]
     paths = edges.double() + torch.eye(size, dtype=torch.float64, device=edges.device)
     for _ in range((size - 1).bit_length()):

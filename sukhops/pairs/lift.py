@@ -1,4 +1,4 @@
-"""LIFT's pairs: an instruction with a limit of words, and which answer wins under it."""
+"""LIFT's pairs: instructions with a word limit, and the answer that wins under the limit."""
 
 import re
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 from sukhops import _checks
 from sukhops.pairs._pairs import check_numbers
 
-# Words as treebanks part them: contractions are words of their own (do|n't, she|'ll, can|not); hyphens,
-# slashes and full stops inside, and the commas of numbers, part nothing. The model is NLTK's tokenizer,
-# which finds the ends of sentences with data that it downloads; without them "character's."
-# inside a text is one word to it.
+# Words as in treebanks: contractions are split (do|n't, she|'ll, can|not); hyphens, slashes and periods
+# inside a word, and commas inside a number, do not split it. This follows NLTK's tokenizer. NLTK needs
+# downloaded data to find the ends of sentences; without the data it takes "character's." inside a text as
+# one word.
 _CLITIC = r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))(?![\w'’])"
 _TOKEN = re.compile(
     rf"""{_CLITIC}
@@ -25,10 +25,13 @@ _WORD = re.compile(r"[^\W_]")  # a token without a letter or a digit is punctuat
 
 
 def count_words(text: str) -> int:
-    """Words of a text: treebank-style tokens that hold a letter or a digit ("the character's." counts 3).
+    """Number of words in a text: treebank tokens with a letter or a digit ("the character's." has 3).
 
-    Source: Yuan et al., Following Length Constraints in Instructions, 2025, count words; that they are
-    treebank tokens without punctuation is inferred from the example they publish.
+    Raises:
+        TypeError: text is not a str.
+
+    Source: Yuan et al., Following Length Constraints in Instructions, 2025. They count words; that these are
+    treebank tokens without punctuation is inferred from an example in the paper.
     """
     if not isinstance(text, str):
         raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -36,7 +39,10 @@ def count_words(text: str) -> int:
 
 
 def lift_prompt(instruction: str, limit: int) -> str:
-    """The instruction behind a sentence that limits the words of its answer (limit > 0).
+    """Puts a sentence with the word limit of the answer (an int > 0) before the instruction.
+
+    Raises:
+        TypeError, ValueError: instruction is not a str; limit is not an int > 0.
 
     Source: the prompts of AlpacaEval-LI and MT-Bench-LI (Yuan et al., 2025).
     """
@@ -50,19 +56,22 @@ def lift_prompt(instruction: str, limit: int) -> str:
 
 
 def lift_relabel(len_chosen: Tensor | float, len_rejected: Tensor | float, limit: Tensor | float) -> Tensor:
-    """What becomes of a preference pair under a limit of length.
+    """Keeps, swaps or drops a preference pair under a length limit.
 
-    The pair stays (1) if the chosen answer keeps the limit, is swapped (-1) if only the rejected one does,
-    and is dropped (0) if neither does.
+    The pair is kept (1) if the chosen answer is within the limit, swapped (-1) if only the rejected answer
+    is, and dropped (0) if neither is.
 
     Args:
-        len_chosen, len_rejected, limit: >= 0 in the same unit (words), tensors or numbers that broadcast;
-            an answer as long as the limit keeps it, and the limit may be infinite.
+        len_chosen, len_rejected, limit: >= 0 in the same unit (words), tensors or numbers that broadcast. An
+            answer as long as the limit is within it. The limit may be infinite.
 
     Returns:
-        1, -1 or 0, int64.
+        1, -1 or 0 for each pair, int64, in the broadcast shape.
 
-    Source: Yuan et al., Following Length Constraints in Instructions, 2025; the table is derived.
+    Raises:
+        TypeError, ValueError: a length or a limit is negative or NaN; shapes do not broadcast.
+
+    Source: derived from Yuan et al., Following Length Constraints in Instructions, 2025.
     """
     len_chosen, len_rejected, limit = _lengths(len_chosen, len_rejected, limit, "len_chosen", "len_rejected")
     swapped = torch.where(len_rejected <= limit, -1, 0)
@@ -72,20 +81,25 @@ def lift_relabel(len_chosen: Tensor | float, len_rejected: Tensor | float, limit
 def lift_pairs(
     instructions: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], limits: Sequence[int]
 ) -> dict[str, list]:
-    """Length-instructed pairs from preference pairs, as plain columns for a `datasets` or pandas table.
+    """Turns preference pairs into length-instructed pairs, as columns for a `datasets` or pandas table.
 
     Args:
-        instructions, chosen, rejected: the pairs, as texts.
-        limits: words, one for each; one between the lengths of the two answers teaches most.
+        instructions, chosen, rejected: the preference pairs, lists of texts.
+        limits: word limit of each pair. Limits between the lengths of the two answers are the most useful.
 
     Returns:
-        columns prompt, chosen, rejected, limit, chosen_words, rejected_words and rule ("keep", "swap" or
-        "drop": neither answer keeps the limit), one row for each pair in its order; train on all but "drop".
+        Columns prompt, chosen, rejected, limit, chosen_words, rejected_words and rule ("keep", "swap", or
+        "drop" if neither answer is within the limit), one row per pair in the same order. Train on the rows
+        whose rule is not "drop".
+
+    Raises:
+        TypeError, ValueError: the lists differ in length; a text is not a str; a limit is not an int > 0.
     """
     columns = {"instructions": instructions, "chosen": chosen, "rejected": rejected, "limits": limits}
     for name, values in columns.items():
         if isinstance(values, str) or len(values) != len(instructions):
-            raise ValueError(f"{name}: expected a list of {len(instructions)}, as instructions")
+            got = f"{type(values).__name__} of length {len(values)}"
+            raise ValueError(f"{name}: expected a list of {len(instructions)}, like instructions, got {got}")
     rows = []
     for instruction, better, worse, limit in zip(*columns.values(), strict=True):
         words = count_words(better), count_words(worse)
@@ -101,18 +115,30 @@ _RULES = {1: "keep", -1: "swap", 0: "drop"}
 
 
 def violation_rate(lengths: Tensor, limit: Tensor | float) -> Tensor:
-    """Share of answers longer than their limit, a scalar; lengths and limit broadcast, at least one entry."""
+    """Share of answers that are longer than their limit: a float64 scalar.
+
+    Args:
+        lengths: [...], >= 0, at least one, in the same unit as limit (words).
+        limit: >= 0, a number or a tensor that broadcasts.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
     lengths, _, limit = _lengths(lengths, 0, limit, "lengths", "")
     return _mean("lengths", lengths > limit)
 
 
 def length_instructed_win_rate(wins: Tensor, lengths: Tensor, limit: Tensor | float) -> Tensor:
-    """Share of comparisons won against the baseline, where an answer over its limit loses, a scalar.
+    """Share of comparisons won against a baseline, if an answer over its limit loses: a float64 scalar.
 
     Args:
-        wins: in [0, 1], what the judge says of each answer against the baseline's: 1 won, 0.5 tied, 0 lost.
-        lengths: as wins, >= 0, in words.
+        wins: [...], in [0, 1], the judge's verdict on each answer against the baseline's: 1 won, 0.5 tied, 0
+            lost.
+        lengths: shaped as wins, >= 0, in words.
         limit: >= 0, a number or a tensor that broadcasts.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
 
     Source: Yuan et al., Following Length Constraints in Instructions, 2025.
     """
@@ -133,7 +159,7 @@ def _mean(name: str, values: Tensor) -> Tensor:
 def _lengths(
     first: Tensor | float, second: Tensor | float, limit: Tensor | float, *names: str
 ) -> tuple[Tensor, ...]:
-    """Two lengths and a limit as tensors on one device, checked."""
+    """Checks two lengths and a limit, and returns them as tensors on one device."""
     given = first, second, limit
     device = next((t.device for t in given if isinstance(t, Tensor)), None)
     found = [torch.as_tensor(t, device=None if isinstance(t, Tensor) else device) for t in given]
@@ -145,5 +171,5 @@ def _lengths(
         torch.broadcast_shapes(*(t.shape for t in found))
     except RuntimeError:
         shapes = ", ".join(str(list(t.shape)) for t in found)
-        raise ValueError(f"limit: lengths and limits do not broadcast: {shapes}") from None
+        raise ValueError(f"limit: expected lengths and limits that broadcast, got shapes {shapes}") from None
     return tuple(found)

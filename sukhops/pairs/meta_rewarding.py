@@ -1,4 +1,4 @@
-"""Meta-Rewarding's pairs: responses under length control, and judgments by their battles."""
+"""Meta-Rewarding's pairs: responses chosen under length control, and judgments chosen by their battles."""
 
 import torch
 from torch import Tensor
@@ -7,31 +7,31 @@ from sukhops import _checks
 from sukhops.pairs._pairs import Pairs, Reason, check_numbers
 from sukhops.pairs.bradley_terry import bradley_terry
 
-PROMPTS = 1 << 15  # chosen together: temporaries stay in cache
+PROMPTS = 1 << 15  # number of prompts in one batch, so that temporaries stay in cache
 
 
 def length_controlled_pairs(
     scores: Tensor, lengths: Tensor, rho: float, *, max_length: float | None = None
 ) -> Pairs:
-    """The shortest of the best responses against the longest of the worst, for each prompt.
+    """Pairs the shortest of the best responses with the longest of the worst responses, for each prompt.
 
-    Best is who scores at least (1 - rho) * highest + rho * lowest, worst who scores at most
-    (1 - rho) * lowest + rho * highest. Of several with that length the one with the more extreme score is
+    The best responses score at least (1 - rho) * highest + rho * lowest; the worst score at most
+    (1 - rho) * lowest + rho * highest. Among responses of equal length the one with the more extreme score is
     taken, then the first.
 
     Args:
-        scores: [P, R], mean judgments of R responses to each of P prompts; NaN for one without a score.
+        scores: [P, R], mean judgments of R responses to each of P prompts; NaN for a response without score.
         lengths: [P, R], >= 0, in any unit (the published filter counts characters).
-        rho: in [0, 0.5); 0 leaves length to break ties.
-        max_length: pairs whose chosen response is longer are dropped.
+        rho: width of the ranges of best and worst scores, in [0, 0.5). With 0, length only breaks ties.
+        max_length: pairs whose chosen response is longer are dropped. None: no limit.
 
     Returns:
-        `Pairs`: chosen, rejected, keep, reason [P]; reason is a `Reason`.
+        `Pairs` (chosen, rejected, keep, reason), each [P]; reason is a `Reason`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Source: Wu et al., Meta-Rewarding Language Models, 2025. The order of ties is ours.
+    Source: Wu et al., Meta-Rewarding Language Models, 2025. The rules that break ties are this library's.
     """
     check_numbers("scores", scores, nan=True, negative=True)
     check_numbers("lengths", lengths)
@@ -52,7 +52,7 @@ def length_controlled_pairs(
 
 
 def _responses_first(part: Tensor) -> Tensor:
-    """[P, R] as float64 [R, P], where numbers of many prompts are next to each other."""
+    """[P, R] as contiguous float64 [R, P], so that reductions over R run along many prompts at once."""
     return part.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -76,7 +76,7 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _shortest(tier: Tensor, lengths: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The least length of a tier [R, P], then the largest score, then the first; and what decided."""
+    """Index [P] of the shortest response in tier [R, P] (then best score, then first), and its Reason [P]."""
     length = torch.where(tier, lengths, torch.inf)
     score = torch.where(length == length.amin(0), scores, -torch.inf)
     best, index = score.max(0)
@@ -85,14 +85,17 @@ def _shortest(tier: Tensor, lengths: Tensor, scores: Tensor) -> tuple[Tensor, Te
 
 
 def select_judged_response(judgment_scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """The response of each prompt whose judgments vary most: the one to learn judging on.
+    """The response of each prompt whose judgments vary most, which is the one to train the judge on.
 
     Args:
-        judgment_scores: [P, R, J], J judgments of each response; NaN for one that could not be parsed.
-        generator: draws among equal variances; without it the first is taken.
+        judgment_scores: [P, R, J], J judgments of each response; NaN for a judgment that could not be parsed.
+        generator: random generator that chooses among equal variances. None: the first is taken.
 
     Returns:
-        index [P], int64; -1 where no response has two judgments.
+        Indices [P], int64; -1 if no response has two judgments.
+
+    Raises:
+        TypeError, ValueError: judgment_scores is not as above.
 
     Source: Wu et al., Meta-Rewarding Language Models, 2025.
     """
@@ -105,7 +108,7 @@ def select_judged_response(judgment_scores: Tensor, *, generator: torch.Generato
     variance = (scores - scores.nanmean(-1, keepdim=True)).square().nanmean(-1)
     variance[scores.isnan().logical_not_().sum(-1) < 2] = -torch.inf
     widest = variance.amax(1, keepdim=True)
-    best = variance >= widest * (1 - 1e-12)  # the same judgments in another order differ by rounding
+    best = variance >= widest * (1 - 1e-12)  # equal judgments in another order may differ by rounding
     order = best.double()
     if generator is not None:
         order = order * (
@@ -117,31 +120,35 @@ def select_judged_response(judgment_scores: Tensor, *, generator: torch.Generato
 def battle_matrix(
     results: Tensor, *, smoothing: float = 1.0, per_prompt: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Weighted wins between judgments, a win in the position that the meta-judge favours counting less.
+    """Weighted wins between judgments; wins in the position that the meta-judge favors weigh less.
 
-    A win of the judgment shown first weighs (wins of the second + smoothing) / (all wins + 2 smoothing), and
-    the other way round; both weigh 1/2 where there is nothing to count.
+    A win of the judgment shown first has the weight (wins of second + smoothing) / (all wins + 2 smoothing).
+    A win of the judgment shown second has the same weight with the wins of the first. Both weights are 1/2 if
+    there are no wins and smoothing is 0.
 
     Args:
-        results: [P, J, J] in {1, 0, -1}: of the battle with the row's judgment shown first and the column's
-            second, 1 if the first won, -1 if the second did, 0 for a tie or one not parsed. The diagonal is
-            not read.
-        smoothing: >= 0, added to the wins of each position.
-        per_prompt: weigh each prompt by its own wins instead of by all of them.
+        results: [P, J, J] in {1, 0, -1}: results of the battles in which the row's judgment is shown first
+            and the column's second: 1 if the first won, -1 if the second won, 0 for a tie or a result that
+            could not be parsed. The diagonal is ignored.
+        smoothing: number added to the wins of each position, >= 0.
+        per_prompt: whether to compute the weights from the wins of each prompt instead of all wins.
 
     Returns:
-        battles [P, J, J], the weight of wins of the row's judgment over the column's, for `bradley_terry`;
-        weights (first, second) [2], with per_prompt [2, P]. Floating results keep their dtype, integers give
-        the default one.
+        The tuple (battles, weights). battles [P, J, J] holds the weighted wins of the row's judgment over the
+        column's, for `bradley_terry`; weights is (first, second) [2], or [2, P] with per_prompt. The dtype is
+        that of results, or the default dtype if results are integers.
 
-    Source: Wu et al., Meta-Rewarding Language Models, 2025. Whether the paper counts wins per prompt or over
-    all is not known, and the smoothing is ours.
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Source: Wu et al., Meta-Rewarding Language Models, 2025. The paper does not say whether it counts wins per
+    prompt or over all prompts. The smoothing is this library's addition.
     """
     _checks.check_tensor("results", results)
     if results.dim() != 3 or results.shape[1] != results.shape[2] or results.shape[1] == 0:
         raise ValueError(f"results: expected [P, J, J] with J > 0, got {list(results.shape)}")
     if not torch.isin(results, torch.tensor([-1, 0, 1], dtype=results.dtype, device=results.device)).all():
-        raise ValueError("results: expected 1, 0 and -1 only")
+        raise ValueError("results: expected only 1, 0 and -1, got other values")
     if not 0 <= smoothing < float("inf"):
         raise ValueError(f"smoothing: expected a finite number >= 0, got {smoothing}")
     dtype = results.dtype if results.is_floating_point() else torch.get_default_dtype()
@@ -159,24 +166,24 @@ def battle_matrix(
 def judge_pairs(
     battles: Tensor, lengths: Tensor | None = None, *, max_length: float | None = None, ridge: float = 1e-2
 ) -> Pairs:
-    """The judgment with the highest Bradley-Terry score against the one with the lowest, for each prompt.
+    """Pairs the judgment with the highest Bradley-Terry score with the one with the lowest, for each prompt.
 
-    Scores closer than 1e-8 are equal; of those the shortest is chosen and the longest rejected.
+    Scores are rounded to 1e-8. Among equal scores the shortest judgment is chosen and the longest rejected.
 
     Args:
-        battles: [P, J, J] as `battle_matrix` gives them.
-        lengths: [P, J], >= 0, of the judgments; without them the first of equals is taken.
-        max_length: needs lengths; pairs whose chosen judgment is longer are dropped (the meta-judge likes
-            long ones).
+        battles: [P, J, J], from `battle_matrix`.
+        lengths: [P, J], >= 0, lengths of the judgments. None: the first of equal judgments is taken.
+        max_length: pairs whose chosen judgment is longer are dropped, because the meta-judge favors long
+            ones; needs lengths. None: no limit.
         ridge: as in `bradley_terry`.
 
     Returns:
-        `Pairs`: chosen, rejected, keep, reason [P]; reason is a `Reason`.
+        `Pairs` (chosen, rejected, keep, reason), each [P]; reason is a `Reason`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Source: Wu et al., Meta-Rewarding Language Models, 2025. The order of ties is ours.
+    Source: Wu et al., Meta-Rewarding Language Models, 2025. The rules that break ties are this library's.
     """
     _checks.check_tensor("battles", battles)
     if battles.dim() != 3:

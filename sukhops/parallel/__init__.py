@@ -1,6 +1,6 @@
-"""Several processes: the only room that communicates.
+"""Several processes: all communication of the package is in this folder.
 
-Slices of a vocabulary: every rank holds some rows of a head's weight, slices follow each other in the
-group's rank order. A rank computes its slice with the operators as they are. A few numbers per row
-travel, and every rank combines them in rank order: results are the same on all ranks to the bit.
+Every rank holds one slice of the vocabulary (some rows of a head's weight), in the rank order of the group. A
+rank computes its slice with the operators for one process. Ranks exchange a few numbers per token row, and
+every rank combines them in rank order, so results are bitwise equal on all ranks.
 """

@@ -1,4 +1,4 @@
-"""DTensors in and out: unwrapped here, and nowhere else, for every function that takes a head's weight."""
+"""Unwraps DTensor arguments and wraps results, for every function that takes a head's weight."""
 
 import functools
 import inspect
@@ -15,10 +15,11 @@ ROWS = {"hidden", "ref_hidden", "kl_hidden", "kl_ref_hidden"}
 
 
 def takes_dtensors(call: Callable[P, R]) -> Callable[P, R]:
-    """`call`, a function with the argument group, for DTensors too.
+    """Decorator that makes a function with the argument `group` accept DTensors too.
 
-    Weights are Shard(0) or Replicate() on a mesh of one dimension, hidden is Replicate() or Shard(i) of a
-    leading axis on the same. Results are Replicate(), a slice's columns of a distribution Shard of them.
+    Weights must be Shard(0) or Replicate() on a mesh of one dimension; hidden must be Replicate(), or Shard
+    of a leading axis, on the same mesh. Results are Replicate(), except the log-probs of `director_logp` if
+    the weights are Shard(0): these are Shard of the vocabulary axis.
     """
     signature = inspect.signature(call)
 
@@ -46,12 +47,12 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments) -> Any:
 
     given = bound.arguments
     if given.get("group") is not None:
-        raise ValueError("group: DTensors have a mesh of their own, expected None")
+        raise ValueError("group: expected None with DTensors, whose mesh has a group, got a group")
     heads = {n: t for n, v in given.items() if n in WEIGHTS for t in _tensors((v,))}
     mesh = next((t.device_mesh for t in heads.values() if isinstance(t, DTensor)), None)
     if mesh is None:
         named = next(n for n, v in given.items() if any(map(_is_dtensor, _tensors((v,)))))
-        raise ValueError(f"{named}: a DTensor needs a weight that is one, on the same mesh")
+        raise ValueError(f"{named}: expected a plain tensor with a plain weight, got a DTensor")
     first = next(n for n, t in heads.items() if isinstance(t, DTensor))
     placed = heads[first].placements
     if mesh.ndim != 1 or placed not in ((Shard(0),), (Replicate(),)):
@@ -61,14 +62,14 @@ def _unwrapped(call: Callable, bound: inspect.BoundArguments) -> Any:
         )
     if not isinstance(given.get("hidden"), DTensor):
         raise ValueError(
-            f"{first}: a DTensor with a plain hidden. Where FSDP2 has sharded the parameters, call the loss "
-            "in nn.HeadLoss, which they are gathered for. For tensor parallel pass this rank's slice with "
-            "group=, or a hidden that is a DTensor on the same mesh"
+            f"{first}: expected a plain tensor with a plain hidden, got a DTensor. If FSDP2 has sharded the "
+            "parameters, call the loss through nn.HeadLoss, which gathers them. For tensor parallelism pass "
+            "this rank's slice with group=, or hidden as a DTensor on the same mesh"
         )
 
     if "generator" in given and given["generator"] is None and getattr(given["self"], "k", 1) > 1:
         raise ValueError(
-            "generator: k > 1 with DTensors needs one, in the same state on every rank, got None"
+            "generator: expected one in the same state on every rank (DTensors, k > 1), got None"
         )
 
     def local(name: str, t: object) -> object:

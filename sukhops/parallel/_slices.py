@@ -1,4 +1,4 @@
-"""What operators on slices share: where each rank's slice is, what travels, gradients over the group."""
+"""Shared parts of the operators on slices: ranges of the slices, communication, gradients over the group."""
 
 import weakref
 import zlib
@@ -17,9 +17,11 @@ Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 class Slices(NamedTuple):
+    """The slices of the vocabulary: rank r holds sizes[r] rows of the weight."""
+
     group: dist.ProcessGroup
     rank: int
-    sizes: tuple[int, ...]  # rows of the weight on each rank
+    sizes: tuple[int, ...]
 
     @property
     def start(self) -> int:
@@ -35,12 +37,12 @@ class Slices(NamedTuple):
 
     @property
     def held(self) -> list[int]:
-        """Ranks whose slice is not empty."""
+        """The ranks whose slices are not empty."""
         return [r for r, size in enumerate(self.sizes) if size]
 
 
 def slices(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, **equal: int | Tensor) -> Slices:
-    """Where each rank's slice is; raises on every rank if what must be the same on all ranks is not."""
+    """The slices of all ranks. Raises a ValueError on every rank if shapes or `equal` differ by rank."""
     numbers = {n: x for n, x in equal.items() if not isinstance(x, Tensor)}
     if testing.ranks_are_compared():
         tensors = {"hidden": hidden} | {n: x for n, x in equal.items() if isinstance(x, Tensor)}
@@ -50,15 +52,15 @@ def slices(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, **equal: in
         **{"rows of hidden": hidden.shape[:-1].numel()}, **numbers,
     )  # fmt: skip
     if not sum(sizes):
-        raise ValueError("weight: expected at least one row on some rank, every slice is empty")
+        raise ValueError("weight: expected at least one row on some rank, got only empty slices")
     return Slices(group, dist.get_rank(group), sizes)
 
 
 def agreed(group: dist.ProcessGroup, like: Tensor, own: int, **equal: int) -> tuple[int, ...]:
-    """`own` of every rank; raises on every rank if the numbers in `equal` are not the same on all of them."""
+    """The number `own` of every rank. Raises a ValueError on every rank if `equal` differs between ranks."""
     if not isinstance(group, dist.ProcessGroup):
         outside = group is dist.GroupMember.NON_GROUP_MEMBER
-        got = "one that this process is not in" if outside else type(group).__name__
+        got = "a group that this process is not in" if outside else type(group).__name__
         raise ValueError(f"group: expected a torch.distributed.ProcessGroup, got {got}")
     found = gather(torch.tensor([own, *equal.values()], device=like.device), group).T.tolist()
     for name, values in zip(equal, found[1:], strict=True):
@@ -68,20 +70,26 @@ def agreed(group: dist.ProcessGroup, like: Tensor, own: int, **equal: int) -> tu
 
 
 def one_row(t: Given, where: Slices) -> Given:
-    """t, or for an empty slice one row whose results are dropped, so that every rank's graph holds hidden."""
+    """t, or one row of zeros if the slice is empty: then hidden is in the autograd graph of every rank.
+
+    The caller drops the results of this row.
+    """
     return t if t is None or where.size else torch.cat([t, t.new_zeros(1, *t.shape[1:])])
 
 
 def living(group: weakref.ref) -> dist.ProcessGroup:
-    """The group of a graph. A graph does not own it: gloo aborts where a group outlives its destruction."""
+    """The group that an autograd graph refers to.
+
+    The reference is weak, because gloo aborts if a group is still referenced after its destruction.
+    """
     found = group()
     if found is None:
-        raise RuntimeError("group: it was destroyed before the backward of a call that it took part in")
+        raise RuntimeError("group: it was destroyed before the backward pass of a call that used it")
     return found
 
 
 def whole_gradient(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """t itself, whose gradient is then summed over the group."""
+    """Returns t unchanged; its gradient is summed over the group."""
     return SummedGradient.apply(t, group) if t.requires_grad and torch.is_grad_enabled() else t
 
 
@@ -100,7 +108,7 @@ class SummedGradient(Function):
 
 
 class Sum(Function):
-    """The sum over the ranks. Its gradient is passed on to each rank's summand."""
+    """The sum over the ranks. The gradient goes to each rank's summand unchanged."""
 
     @staticmethod
     def forward(ctx, t, group):
@@ -115,7 +123,10 @@ class Sum(Function):
 
 
 def shares(maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of slices [ranks, N]: the maximum [N], each slice's log of its share, and the log of the sum [N]."""
+    """Combines slices [ranks, N]: maximum [N], log-probability of each slice [ranks, N], log of the sum [N].
+
+    The log of the sum is relative to the maximum, like log_sum.
+    """
     top = maximum.amax(0)
     sums = (maximum - top.masked_fill(top == -torch.inf, 0.0)) + log_sum
     whole = sums.logsumexp(0)
@@ -123,7 +134,10 @@ def shares(maximum: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def best(values: list[Tensor], bits: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of the ranks' values, the lower index first among equals; indices; places in the row."""
+    """The k largest of all ranks' values [N, k], their indices, and their positions in the joined values.
+
+    Among equal values the lower index comes first. bits are indices from `index_bits`.
+    """
     joined = torch.cat(values, 1)
     joined, order = joined.sort(dim=1, descending=True, stable=True)
     indices = torch.cat(bits, 1).view(torch.int64 if joined.dtype == torch.float64 else torch.int32)
@@ -131,52 +145,55 @@ def best(values: list[Tensor], bits: list[Tensor], k: int) -> tuple[Tensor, Tens
 
 
 def index_bits(index: Tensor, where: Slices, like: Tensor, k: int) -> Tensor:
-    """Indices [N, at most k], then of the whole vocabulary, as bits of like's dtype to travel with it."""
+    """Indices [N, at most k] in the slice, as bits of indices [N, k] in the vocabulary, in like's dtype.
+
+    So values and indices can be sent in one tensor.
+    """
     wide = torch.int64 if like.dtype == torch.float64 else torch.int32
     return widened((index + where.start).to(wide).view(like.dtype), k)
 
 
 def widened(t: Tensor, k: int) -> Tensor:
-    """t [N, at most k] with columns to k."""
+    """t [N, at most k], padded with zeros to [N, k]."""
     return torch.nn.functional.pad(t, (0, k - t.shape[1]))
 
 
 def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...] in rank order."""
+    """t [...] of every rank, in rank order: [ranks, ...]."""
     count = dist.get_world_size(group)
     out = t.new_empty(count * t.numel())
-    newer = hasattr(dist, "all_gather_single")  # its name from torch 2.13 on
+    newer = hasattr(dist, "all_gather_single")  # the new name, from torch 2.13 on
     with together():
         (dist.all_gather_single if newer else dist.all_gather_into_tensor)(out, t.flatten(), group=group)
     return out.view(count, *t.shape)
 
 
 def gradients(*inputs: Tensor | None) -> int:
-    """1 where the backward of a call on these will communicate."""
+    """1 if the backward pass of a call on these inputs communicates, else 0."""
     return int(torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
 
 
 def digest(*options: object) -> int:
-    """A number that tells options apart."""
+    """A checksum of options, to compare them between ranks."""
     return zlib.crc32(repr(options).encode())
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Names the cause where a collective fails because a rank is missing."""
+    """Names the likely cause if a collective operation fails: a rank that does not take part."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            "group: not every rank took part in this call: see what another raised before, or whether all "
-            f"make the same calls ({error})"
+            "group: not every rank took part in this call; check whether another rank raised an error "
+            f"before, and whether all ranks make the same calls ({error})"
         ) from error
 
 
 def _digest_of_values(t: Tensor) -> int:
-    """A number that tells tensors apart, the same for the same bits."""
+    """A checksum of the bits of a tensor, to compare it between ranks."""
     numbers = t.detach().contiguous().view(torch.uint8).flatten().long()
-    places = torch.arange(1, numbers.numel() + 1, device=t.device)
-    return int((numbers * (places * 0x9E3779B1 % 0x7FFFFFFF)).sum())
+    positions = torch.arange(1, numbers.numel() + 1, device=t.device)
+    return int((numbers * (positions * 0x9E3779B1 % 0x7FFFFFFF)).sum())

@@ -1,4 +1,4 @@
-"""Director in slices of the vocabulary: log-probs, their k largest, and what trains the classifier."""
+"""Director on slices of the vocabulary: log-probs, the k largest, and the classifier's training terms."""
 
 import weakref
 from typing import Any
@@ -33,7 +33,7 @@ def director_logp(
     group: dist.ProcessGroup, hidden: Tensor, lm_weight: Tensor, cls_weight: list[Tensor], gamma: Tensor,
     lm_bias: Tensor | None, cls_bias: list[Tensor | None], affine: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """This rank's columns of Director's log-probs over the whole vocabulary."""
+    """The columns [N, slice size] of this rank's slice of Director's log-probs [N, V]."""
     where, hidden, lm_weight, cls_weight, gamma, lm_bias, shifts, affine = _director(
         group, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
     )
@@ -60,7 +60,7 @@ def director_topk(
     found = gather(torch.cat(numbers, 1), group)
     held = where.held
     _, log_w, whole = shares(found[held, :, 0], found[held, :, 1])
-    shift = log_w.unsqueeze(2)  # a slice without a finite score has no log-probs of its own
+    shift = log_w.unsqueeze(2)  # -inf if a slice has no finite score: its own log-probs are then NaN
     values, indices, _ = best(
         [
             (found[r, :, 2 : 2 + few_of[r]] + shift[i]).masked_fill(shift[i] == -torch.inf, -torch.inf)
@@ -76,7 +76,7 @@ def classifier_logit(
     group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The classifier's logit of each target [N], from the rank that holds it."""
+    """The classifier's logit of each target [N], computed on the rank whose slice contains the target."""
     where, inside, own, wrong = _classifier(group, hidden, weight, target, label)
     weight, bias = one_row(weight, where), one_row(bias, where)
     dot = _ops.director_dot(whole_gradient(hidden, group), weight, own, label.where(inside, -1), bias)
@@ -87,13 +87,14 @@ def classifier_norm(
     group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
     bias: Tensor | None, affine: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The mean over the other entries of the whole vocabulary of (sigmoid(c) - 1/2)^2, [N]."""
+    """The mean of (sigmoid(cls) - 1/2)^2 over all tokens of the vocabulary except the target: [N]."""
     where, inside, own, wrong = _classifier(group, hidden, weight, target, label, affine)
     weight, bias = one_row(weight, where), one_row(bias, where)
     x = whole_gradient(hidden, group)
     pair = None if affine is None else whole_gradient(affine, group)
     norm = _ops.director_norm(x, weight, own, label, bias, pair) * max(1, len(weight) - 1)
-    # the operator leaves the target out; where another rank has it, entry 0 is left out in its place
+    # The operator leaves out one entry: the target, or entry 0 if the target is in the slice of another rank.
+    # In that case the term of entry 0 is added again.
     left_out = _ops.director_dot(x, weight, own, label.where(~inside, -1), bias)
     if pair is not None:
         left_out = pair[0] * left_out + pair[1]
@@ -111,7 +112,7 @@ def _director(
 ) -> tuple[
     Slices, Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor], Tensor | None
 ]:  # fmt: skip
-    """The slices, and the operator's arguments with gradients that are summed over the group."""
+    """The slices, and the operator's arguments; gradients of shared arguments are summed over the group."""
     given = tuple(t is None for t in (lm_bias, *cls_bias, affine))
     where = slices(
         group, hidden, lm_weight, classifiers=len(cls_weight), gamma=gamma, options=digest(given),
@@ -128,12 +129,12 @@ def _classifier(
     group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
     affine: Tensor | None = None,
 ) -> tuple[Slices, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The slices; which targets are this rank's, its places for them, 0 for the others; which are wrong."""
+    """The slices; masks and targets [N]: in this slice, index in this slice (0 if not in it), invalid."""
     where = slices(group, hidden, weight, target=target, label=label, gradients=gradients(hidden, affine))
     given = target != IGNORE
     wrong_target = given & ((target < 0) | (target >= where.total))
     wrong_label = given & ((label < -1) | (label > 1))
-    if target.device.type == "cpu":  # on every rank alike, where the operator would raise on one
+    if target.device.type == "cpu":  # raise on every rank; the operator would raise on one of them only
         for name, wrong, t, expected in (
             ("target", wrong_target, target, f"values in [0, {where.total}) or {IGNORE}"),
             ("label", wrong_label, label, "1, 0 or -1"),
@@ -147,7 +148,7 @@ def _classifier(
 
 
 class _Logp(Function):
-    """This rank's columns of the whole distribution; arguments are the operator's, the lists last."""
+    """The columns of this rank's slice, normalized over the vocabulary; the operator's lists come last."""
 
     @staticmethod
     def forward(ctx, where, heads, hidden, lm_weight, gamma, lm_bias, affine, *rest):

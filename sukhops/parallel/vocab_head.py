@@ -1,4 +1,4 @@
-"""The vocabulary head in slices: every rank computes its own with the operator, and combines all of them."""
+"""The vocabulary head on slices: every rank computes its slice with the operator and combines all results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +21,17 @@ from sukhops.parallel._slices import (
     widened,
 )
 
-IGNORE = -100  # of a slice's own targets; the caller's ignore_index may be a place in a slice
+IGNORE = -100  # for indices in a slice, because the caller's ignore_index may be a valid index there
 
 
 def head(
     local: Callable, group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, targets: Tensor,
     bias: Tensor | None, *, k: int, statistics: tuple[str, ...], ignore_index: int, **curve: Any,
 ) -> Any:  # fmt: skip
-    """The Head of the whole vocabulary from `local`, which computes that of a slice; see `ops.vocab_head`."""
+    """The `Head` of the whole vocabulary; `local` computes that of a slice.
+
+    Arguments are those of `sukhops.ops.vocab_head.vocab_head`.
+    """
     where = slices(
         group, hidden, weight,
         targets=targets.shape[1], k=k, target=targets,
@@ -55,10 +58,10 @@ def head(
 
 
 class _Combine(Function):
-    """The fields of a Head of the whole vocabulary from those of a slice.
+    """Computes the fields of a Head of the whole vocabulary from those of the slices.
 
-    A slice's share of the probability is w = exp(log_w), log_w = (its maximum - the whole's) + its log_sum -
-    the whole's.
+    The probability of a slice is w = exp(log_w), with log_w = (maximum of the slice - maximum of all) +
+    log_sum of the slice - log_sum of all.
     """
 
     @staticmethod
@@ -78,7 +81,7 @@ class _Combine(Function):
         held = where.held
         top, log_w, whole = shares(found[held, :, 0], found[held, :, 1])
         whole = whole.masked_fill(wrong, torch.nan)
-        logit = found[:, :, 2 : 2 + targets].sum(0)  # one rank has it, the others 0
+        logit = found[:, :, 2 : 2 + targets].sum(0)  # it is 0 on all ranks but one
         few_of = [min(k, size) for size in where.sizes]
         at = 2 + targets
         values, indices, order = best(
@@ -112,7 +115,7 @@ class _Combine(Function):
         log_w, entropy, whole_entropy, order, inside = ctx.saved_tensors
         w = log_w.exp()
         log_sum = None if of_sum is None else of_sum * w
-        if of_entropy is not None and whole_entropy.numel():  # compiled, it may be there for nothing
+        if of_entropy is not None and whole_entropy.numel():  # torch.compile passes it also if not needed
             share = (of_entropy * w * (entropy - log_w - whole_entropy)).masked_fill(w == 0, 0.0)
             log_sum = share if log_sum is None else log_sum + share
             of_entropy = of_entropy * w

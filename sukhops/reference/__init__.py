@@ -1,4 +1,4 @@
-"""Plain PyTorch of every operator, with the operator's signature: readable, any device, float64."""
+"""References of all operators in plain PyTorch with the same signatures, for any device, float64 included."""
 
 from sukhops.reference.adaptive_span import adaptive_span_attention
 from sukhops.reference.director import director_logp, director_topk

@@ -1,8 +1,8 @@
-"""Adaptive-span attention in plain PyTorch: attention whose weights end with a ramp that each head learns.
+"""Reference of adaptive-span attention in plain PyTorch.
 
-Weights are multiplied by the soft mask and normalised once, so nothing is lost when the scores outside of the
-span are the large ones. The ramp is clamped, so its gradient counts the closed interval, both ends. A row
-without weight gives 0 and no gradient.
+Weights are multiplied by the soft mask before the only normalization, so large scores outside of the span do
+not cost precision. The clamped ramp has gradient 1 at both of its ends. A query whose weights are all 0 has
+output 0 and no gradient.
 """
 
 import torch
@@ -29,7 +29,7 @@ def adaptive_span_attention(
     scale = d**-0.5 if scale is None else scale
     k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))  # [B, H, N, d]
     key = torch.arange(n, device=q.device)  # [N]
-    if n == 0:  # no query either
+    if n == 0:  # then M = 0 too
         return q @ k.mT @ v
     query = torch.arange(m, device=q.device).unsqueeze(1)  # [M, 1]
     if isinstance(query_start, Tensor):
@@ -52,16 +52,16 @@ def adaptive_span_attention(
         score = score + by_distance.gather(-1, index)
     score = scale * score
 
-    reach = span.to(acc)
-    reach = reach.view(-1, 1, 1) if span.dim() == 1 else reach.unsqueeze(-1)  # [H, 1, 1] or [B, H, M, 1]
-    place = (ramp + (reach - x)) / ramp  # [B, H, M, N] or [H, M, N]; exact at the ramp's ends
-    # not clamp: at its bounds torch 2.14 halves the gradient that torch 2.13 passes
-    mask = place.masked_fill(place < 0, 0.0).masked_fill(place > 1, 1.0)
-    counts = seen & ~(place <= 0)  # a NaN counts
+    spans = span.to(acc)
+    spans = spans.view(-1, 1, 1) if span.dim() == 1 else spans.unsqueeze(-1)  # [H, 1, 1] or [B, H, M, 1]
+    ratio = (ramp + (spans - x)) / ramp  # [B, H, M, N] or [H, M, N]; exact at the ends of the ramp
+    # not clamp: at its bounds torch 2.14 has half the gradient of torch 2.13
+    mask = ratio.masked_fill(ratio < 0, 0.0).masked_fill(ratio > 1, 1.0)
+    counts = seen & ~(ratio <= 0)  # true for NaN, so that it reaches the output
     top = score.detach().masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
     shifted = score - top.masked_fill(top == -torch.inf, 0.0)
-    shifted = shifted.masked_fill(shifted > 80, 80.0)  # above 0 beyond the end of the ramp only
-    weight = mask * shifted.masked_fill(~(seen & ~(place < 0)), -torch.inf).exp()
+    shifted = shifted.masked_fill(shifted > 80, 80.0)  # it exceeds 0 only where the mask is 0
+    weight = mask * shifted.masked_fill(~(seen & ~(ratio < 0)), -torch.inf).exp()
     total = weight.sum(-1, keepdim=True)
     empty = total == 0
     weight = weight.masked_fill(empty, 0.0) / total.masked_fill(empty, 1.0)

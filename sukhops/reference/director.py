@@ -1,10 +1,10 @@
-"""Reference of Director's operators: plain PyTorch that writes every logit of both heads.
+"""Reference of Director's operators in plain PyTorch, which stores all logits of both heads.
 
     logp = log_softmax(lm + sum_a gamma_a * logsigmoid(cls_a))      lm = hidden @ lm_weight.T + lm_bias
     cls  = hidden @ cls_weight.T + cls_bias, or a * lm + b for a shared head
 
-The published form takes log_softmax(lm) first; a row's own shift cancels in the outer normalisation, so
-it is left out. A gate with gamma = 0 is 0 even where the classifier's logit is infinite.
+The published formula starts with log_softmax(lm) instead of lm. The difference is a constant per row, which
+the outer normalization cancels. A gate with gamma = 0 is 0 even if the classifier's logit is infinite.
 """
 
 import torch
@@ -35,7 +35,7 @@ def scores(
     cls_bias: Tensor | list | None = None,
     cls_affine: tuple | None = None,
 ) -> Tensor:
-    """[..., V] lm + sum_a gamma_a * logsigmoid(cls_a), not normalised."""
+    """Gated scores lm + sum_a gamma_a * logsigmoid(cls_a), not normalized: [..., V]."""
     lm = _logits(hidden, lm_weight, lm_bias)  # [..., V]
     if cls_affine is not None:
         gates = [_affine(lm, cls_affine)]

@@ -1,6 +1,6 @@
-"""Reference of the segmentation operators: plain PyTorch in log space, one step per position.
+"""Reference of the segmentation operators in plain PyTorch: log space, one step per position.
 
-Segment (t, k) covers positions t .. t+k; a segmentation covers [0, length) with segments end to end.
+Segment (t, k) covers positions t .. t+k; a segmentation covers [0, length) with consecutive segments.
 
     alpha_0 = 0,   alpha_j = logsumexp_k (alpha_{j-1-k} + scores[j-1-k, k]),   logz = alpha_length
     posterior[t, k] = d logz / d scores[t, k]
@@ -61,7 +61,7 @@ def segmentation_viterbi(scores: Tensor, lengths: Tensor | None = None) -> Viter
 def segmentation_sample(
     scores: Tensor, num_samples: int, lengths: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """See `sukhops.segmentation_sample`; the same distribution, other draws."""
+    """See `sukhops.segmentation_sample`; the distribution is the same, the samples of a seed are not."""
     ends = _lengths(scores, lengths)
     s = _wide(scores.detach())
     alpha = _alphas(s, _logsumexp)
@@ -90,18 +90,18 @@ def _lengths(scores: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _alphas(scores: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B, T + 1]; what `combine` makes of the K ways into each boundary."""
+    """alpha [B, T + 1], in which `combine` reduces the scores of the (at most K) segments that end at j."""
     s = _wide(scores)
     b, t, k = s.shape
-    alpha = [s[:, :, :0].sum((1, 2))]  # 0, and part of the graph even where T is 0
+    alpha = [s[:, :, :0].sum((1, 2))]  # 0, but part of the autograd graph even if T is 0
     segment = [row.unbind(1) for row in s.unbind(1)]  # [T][K], each [B]
     for j in range(1, t + 1):
-        ways = [alpha[j - 1 - i] + segment[j - 1 - i][i] for i in range(min(j, k))]
-        alpha.append(combine(torch.stack(ways, -1)) if ways else s.new_full((b,), -torch.inf))
+        ending = [alpha[j - 1 - i] + segment[j - 1 - i][i] for i in range(min(j, k))]
+        alpha.append(combine(torch.stack(ending, -1)) if ending else s.new_full((b,), -torch.inf))
     return torch.stack(alpha, 1)
 
 
 def _logsumexp(x: Tensor) -> Tensor:
-    """Over the last axis; -inf with a gradient of zero, not NaN, where every term is -inf."""
+    """logsumexp over the last axis; if all terms are -inf, -inf with gradient 0 instead of NaN."""
     dead = (x == -torch.inf).all(-1)  # [B]
     return torch.logsumexp(x.masked_fill(dead.unsqueeze(-1), 0.0), -1).masked_fill(dead, -torch.inf)

@@ -1,7 +1,7 @@
-"""Reference of `linear_logp`, `linear_token_stats` and `linear_topk`: plain PyTorch that writes every logit.
+"""Reference of `linear_logp`, `linear_token_stats`, `linear_topk` in plain PyTorch, with all logits stored.
 
 logits = softcap * tanh(raw / softcap) / temperature,  raw = scale * (hidden @ weight.T + bias)
-lse    = log sum_v exp(logits[v]),  logp = logits[target] - lse, by log_softmax
+lse    = log sum_v exp(logits[v]),  logp = logits[target] - lse, computed by log_softmax
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ def logits(
     scale: float,
     temperature: float,
 ) -> Tensor:
-    """[..., V], float32 (float64 for float64 inputs); the product itself in the inputs' dtype."""
+    """Logits [..., V], float32 (float64 for float64 inputs); the matrix product is in the inputs' dtype."""
     z = hidden @ weight.T  # [..., V]
     if z.dtype != torch.float64:
         z = z.float()

@@ -1,6 +1,6 @@
 """Models and trainers of Hugging Face transformers."""
 
-from sukhops.integrations.transformers import _requirement  # noqa: F401  (first)
+from sukhops.integrations.transformers import _requirement  # noqa: F401  (first: checks the version)
 from sukhops.integrations.transformers._director import add_director_head
 from sukhops.integrations.transformers._loading import from_pretrained
 from sukhops.integrations.transformers._spans import (

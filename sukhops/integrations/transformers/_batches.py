@@ -1,4 +1,4 @@
-"""Batches of a LossTrainer: what the model is asked, what a loss counts in it, how rows become one."""
+"""Batches of a LossTrainer: requests to the model, number of items in a batch, and the default collator."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,16 +11,16 @@ from sukhops import losses
 from sukhops.losses.director import lm_target
 from sukhops.nn import DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss
 
-PER_TOKEN = ("label", "step_ids", "ref_logp")  # may be [B, T] as input_ids: they are shifted with the labels
+PER_TOKEN = ("label", "step_ids", "ref_logp")  # shifted like labels if they are [B, T] like input_ids
 _IGNORE = -100
-_FILL = {"labels": _IGNORE, "label": -1, "step_ids": -1, "step_labels": -1}  # padding; of the others 0
+_FILL = {"labels": _IGNORE, "label": -1, "step_ids": -1, "step_labels": -1}  # padding values; others are 0
 SIDES = ("chosen_", "rejected_")
 
 
 class Request:
-    """What the model's forward computes on its hidden states: a loss, or without one log-probs of target.
+    """What the forward of a model computes on its hidden states: a loss, or (without a loss) log-probs.
 
-    A class of its own, into which wrappers do not look: FSDP2 rounds the tensors of arguments that it knows.
+    It is a class because FSDP2 casts tensors in arguments of types that it knows (dict, for example).
     """
 
     def __init__(
@@ -33,18 +33,18 @@ class Request:
         self.loss = loss
         self.target = target  # [B, T - 1], or packed [T - 1]
         self.arguments = arguments or {}
-        self.mismatched = mismatched  # inputs of the model: the batch that estimates KTO's reference point
+        self.mismatched = mismatched  # model inputs of the batch that estimates KTO's reference point
 
 
 def packed(target: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Sequences in one row [1, T - 1] without the row's axis. The first token of each does not count."""
+    """Removes the first axis of packed sequences [1, T - 1], and ignores the first token of each sequence."""
     ends = (arguments["cu_seqlens"] - 1).clamp(min=0)
     flat = {n: v[0] if getattr(v, "shape", None) == target.shape else v for n, v in arguments.items()}
     return target[0].index_fill(0, ends[1:-1].long(), _IGNORE), {**flat, "cu_seqlens": ends}
 
 
 def has_two_counts(loss: nn.Module) -> bool:
-    """Whether the loss has no one number to divide by, and refuses num_items."""
+    """Whether the terms of the loss are divided by different numbers, so that it does not take num_items."""
     if isinstance(loss, DPOLoss):
         return bool(loss.options.nll_weight) or not {"sft", "orpo"}.isdisjoint(loss.options.types)
     if isinstance(loss, StepKTOLoss):
@@ -53,7 +53,7 @@ def has_two_counts(loss: nn.Module) -> bool:
 
 
 def count(request: Request) -> Tensor:
-    """What the loss of a batch divides by."""
+    """The number of items (tokens, pairs, completions) by which the loss of a batch is divided: int64 []."""
     loss, target, arguments = request.loss, request.target, request.arguments
     if isinstance(loss, DPOLoss | PairwiseCringeLoss):
         ends = arguments.get("cu_seqlens")
@@ -70,7 +70,7 @@ def count(request: Request) -> Tensor:
 
 
 def columns(dataset: Any) -> set[str] | None:
-    """Names of a dataset's columns, where it shows them."""
+    """The names of a dataset's columns; None if they are not known."""
     names = getattr(dataset, "column_names", None)
     if names is None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__getitem__"):
         first = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else None
@@ -79,12 +79,12 @@ def columns(dataset: Any) -> set[str] | None:
 
 
 class Collator:
-    """Pads rows on the right; pairs become chosen, then rejected rows; KTO gets its mismatched batch.
+    """The default collator: pads rows on the right, and splits pairs into chosen, then rejected sequences.
 
     Args:
-        pad_id: the token to pad with.
-        mismatches: whether a batch without kl gets one of mismatched rows.
-        required: the columns that each row has.
+        pad_id: padding token.
+        mismatches: whether to add a mismatched batch (for KTO) if there is no column kl.
+        required: columns that every row must have.
     """
 
     def __init__(self, pad_id: int, mismatches: bool, required: Collection[str] = ()):
@@ -97,8 +97,8 @@ class Collator:
         batch = {name: self._column(name, [row[name] for row in rows]) for name in rows[0]}
         if "attention_mask" not in batch and "input_ids" in batch:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-            places = torch.arange(batch["input_ids"].shape[1])
-            batch["attention_mask"] = (places < lengths.unsqueeze(1)).long()
+            positions = torch.arange(batch["input_ids"].shape[1])
+            batch["attention_mask"] = (positions < lengths.unsqueeze(1)).long()
         if self.mismatches and not {"kl", "kl_input_ids"} & set(batch):
             ids, target = losses.mismatched(
                 batch["labels"][:, 1:], batch["input_ids"][:, :-1], pad_id=self.pad_id
@@ -109,7 +109,7 @@ class Collator:
 
     def _column(self, name: str, values: list[Tensor]) -> Tensor:
         if len({v.dim() for v in values}) > 1:
-            raise ValueError(f"{name}: expected a number in each row, or a list in each, got both")
+            raise ValueError(f"{name}: expected a number in every row or a list in every row, got both")
         if not values[0].dim():
             stacked = torch.stack(values)
             return stacked.float().mean() if name in ("kl", "step_kl") else stacked
@@ -119,7 +119,10 @@ class Collator:
 
 
 def _checked(number: int, row: dict[str, Any], names: set[str]) -> dict[str, Tensor]:
-    """The row's columns as tensors; raises where one lacks, is no number, or has not a value per token."""
+    """The columns of a row as tensors.
+
+    Raises a ValueError if a column is missing or not numeric, or has not one value per token but should have.
+    """
     if row.keys() != names:
         wrong = sorted(names ^ row.keys())
         raise ValueError(

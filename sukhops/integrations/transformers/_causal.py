@@ -1,4 +1,4 @@
-"""What the integrations need of a model: of transformers, causal, with logits that are lm_head(hidden)."""
+"""Checks that a model is a causal model of transformers whose logits are lm_head(hidden)."""
 
 import contextlib
 import inspect
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sukhops.integrations.transformers._labels import ModelHead, plain_logits
 from sukhops.nn import DirectorHead
 
-# what models multiply logits with, or bound them by; 1 and None do nothing
+# config options by which models scale or bound their logits; 1 and None have no effect
 _LOGITS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -23,34 +23,34 @@ _LOGITS = (
     "output_multiplier",
     "softcap",
 )
-_LENGTH = 8  # tokens that the model is tried on
-_ROUNDING = 16  # units in the last place of the largest logit that two calls may differ by
+_LENGTH = 8  # number of tokens in the test input
+_ROUNDING = 16  # largest allowed difference between two calls, in roundings (eps) of the largest logit
 
 
-def check_model(model: nn.Module, what: str) -> None:
-    """Raises where a model that shall get `what` is none of transformers, or is wrapped."""
+def check_model(model: nn.Module, addition: str) -> None:
+    """Raises a TypeError if a model that will get `addition` is not from transformers, or is wrapped."""
     if not isinstance(model, PreTrainedModel):
-        hint = f"; add the {what} first, then get_peft_model" if hasattr(model, "peft_config") else ""
+        hint = f"; add the {addition} first, then get_peft_model" if hasattr(model, "peft_config") else ""
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}{hint}")
 
 
-def check_loaded(model: PreTrainedModel, entry: str, what: str) -> None:
-    """Raises where the config's entry says that the checkpoint has what the model has not."""
+def check_loaded(model: PreTrainedModel, entry: str, addition: str) -> None:
+    """Raises a ValueError if, by the config, the checkpoint has an addition that was not loaded."""
     if getattr(model.config, entry, None) is not None:
         raise ValueError(
-            f"model: its checkpoint has {what}, which transformers does not load: load it with "
-            f"sukhops.integrations.transformers.from_pretrained, or set config.{entry} to None to start anew"
+            f"model: its checkpoint has {addition}, which transformers does not load; load it with "
+            f"sukhops.integrations.transformers.from_pretrained, or set config.{entry} to None to drop it"
         )
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises where the config says that the model's logits are not those of its head on its hidden states."""
+    """Raises an error if, by its config, the model is not causal or its logits are not lm_head(hidden)."""
     config = model.config.get_text_config()
     changed = {name: getattr(config, name, None) for name in _LOGITS}
     changed = {name: value for name, value in changed.items() if value not in (None, 1)}
     if changed:
         raise ValueError(
-            "model: expected one whose logits are lm_head(hidden), as Llama's, Qwen's and GPT-2's are, "
+            "model: expected one whose logits are lm_head(hidden), like those of Llama, Qwen and GPT-2, "
             f"got {changed} in its config"
         )
     if getattr(config, "add_cross_attention", False):
@@ -60,16 +60,16 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def check_logits(model: PreTrainedModel) -> None:
-    """Raises where the model's logits on a few tokens are not those of its head on its hidden states.
+    """Runs the model on a few tokens; raises if it is not causal or its logits are not lm_head(hidden).
 
-    A model whose weights are not at hand (on the meta device, offloaded, sharded) is not tried.
+    A model whose weights are not available (on the meta device, offloaded, sharded) is not run.
     """
     head, device = model.get_output_embeddings(), model.get_input_embeddings().weight.device
     weights = [*model.parameters(), *model.buffers()]
     if any(w.is_meta or hasattr(w, "ds_id") or isinstance(w, DTensor) for w in weights):
         return
     if isinstance(head, DirectorHead) and not isinstance(head, ModelHead) and _has_rows(head):
-        return  # its gamma is that of a batch
+        return  # its gamma has the shape of another batch
     ids = _tokens(model).to(device)
     try:
         with _undisturbed(model):
@@ -78,14 +78,14 @@ def check_logits(model: PreTrainedModel) -> None:
             changed, _ = _logits(model, ids)
     except Exception:
         if device.type == "cpu" and torch.accelerator.is_available():
-            return  # kernels that need the accelerator, where the model is not yet
+            return  # the model may need kernels of the accelerator, and has not been moved there yet
         raise
     name = type(model).__name__
     if logits.shape != expected.shape or not _close(logits, expected):
         raise ValueError(
-            "model: expected one whose logits are lm_head(hidden), as Llama's, Qwen's and GPT-2's are; those "
-            f"of {name} differ from its output embeddings ({type(head).__name__}) on what "
-            f"{type(model.base_model).__name__} returns"
+            "model: expected one whose logits are lm_head(hidden), like those of Llama, Qwen and GPT-2; the "
+            f"logits of {name} differ from those of its output embeddings ({type(head).__name__}) on the "
+            f"hidden states of {type(model.base_model).__name__}"
         )
     if not _close(logits[:, :-1], changed[:, :-1]):
         raise ValueError(
@@ -99,7 +99,7 @@ def _has_rows(head: DirectorHead) -> bool:
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    """[1, 8], no two the same, and none that the config gives a meaning such as padding or an image."""
+    """Different token ids [1, 8], without special tokens of the config such as padding or images."""
     configs = (model.config, model.config.get_text_config())
     named = [v for c in configs for n, v in vars(c).items() if n.endswith(("token_id", "token_index"))]
     count = model.get_input_embeddings().weight.shape[0]
@@ -110,7 +110,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradient; modes and random numbers are what they were afterwards."""
+    """Context manager: evaluation mode without gradient; restores modes and random states afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     model.eval()
@@ -129,7 +129,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     found = model(ids, **_no_cache(model), **({"labels": ids} if plain else {})).logits
     hidden = model.base_model(ids, **_no_cache(model.base_model))[0]
     if hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
-        return found, hidden  # no logits of this head
+        return found, hidden  # the head does not accept these hidden states: the comparison must fail
     with plain_logits(plain):
         return found, head(hidden.to(next(head.parameters()).dtype))
 

@@ -1,4 +1,4 @@
-"""DirectorHead in a model of transformers: added, saved, loaded, resized, no part of the model's own loss."""
+"""DirectorHead in a transformers model: adds, saves, loads and resizes it; the model keeps its own loss."""
 
 import functools
 import inspect
@@ -21,35 +21,36 @@ from sukhops.nn import DirectorHead
 def add_director_head(
     model: PreTrainedModel, *, gamma: float | Tensor = 1.0, shared: bool = False
 ) -> DirectorHead:
-    """Makes the head of a causal language model a `DirectorHead` with the model's own weight, tied or not.
+    """Replaces the head of a causal language model by a `DirectorHead` with the same weight, tied or not.
 
-    Without labels the model's logits are the gated log-probabilities, so `generate` decodes from them. With
-    labels the model is the plain language model: its loss and its logits are those it has without the
-    classifier, also where something has set a `forward` on the model or sets one later. `gamma` may be set
-    on the head between calls.
+    Without labels, the logits of the model are the gated log-probabilities, so `generate` decodes from them.
+    With labels, loss and logits are those of the plain language model, without the classifier. This also
+    holds if other code has replaced the `forward` of the model, or replaces it later. `gamma` may be set on
+    the head between calls.
 
-    `save_pretrained` writes the classifier into the checkpoint and gamma and shared into
-    `config.sukhops_director`; `from_pretrained` of this module loads both. (The `from_pretrained` of
-    transformers loads the plain language model and reports the classifier as unexpected.)
-    `resize_token_embeddings` resizes the classifier; new tokens get the mean of its rows. `type(model)`
-    becomes a subclass of the same name.
+    `save_pretrained` writes the classifier into the checkpoint, and gamma and shared into
+    `config.sukhops_director`; `sukhops.integrations.transformers.from_pretrained` loads both. (The
+    `from_pretrained` of transformers loads the plain language model and reports the classifier as
+    unexpected.) `resize_token_embeddings` resizes the classifier too; new tokens get the mean of its rows.
+    `type(model)` becomes a subclass of the same name.
 
     Args:
-        model: a causal language model whose output embeddings are an nn.Linear. PEFT comes after it:
+        model: a causal language model whose output embeddings are an nn.Linear. It must not share its config
+            object with another model. Apply PEFT after this call:
             `get_peft_model(model, LoraConfig(..., modules_to_save=["lm_head"]))` trains and saves a copy of
-            the whole head, on which gamma is set from then on; without modules_to_save the classifier is
-            frozen. The model's config object must be its own.
+            the whole head; from then on, set gamma on this copy. Without modules_to_save the classifier is
+            frozen.
         gamma, shared: as in `DirectorHead`.
 
     Returns:
-        The head, the model's output embeddings from now on. Its classifier is new: train it with
-        `DirectorLoss`, for instance in a `LossTrainer`.
+        The head, which is now the model's output embeddings. Its classifier is not trained yet; train it with
+        `DirectorLoss`, for example in a `LossTrainer`.
 
     Raises:
-        TypeError: a model of another kind, or one that PEFT has wrapped.
-        ValueError: a model that has a DirectorHead, or whose checkpoint has one that was not loaded; one
-            whose logits are not those of its head, as it scales or bounds them (Gemma 2, Cohere, Granite):
-            the gate would be scaled too; one that is not causal. A gamma out of its range.
+        TypeError: model has another type, or is wrapped by PEFT.
+        ValueError: the model already has a DirectorHead, or its checkpoint has one that was not loaded; the
+            model is not causal; its logits are not those of its head, because it scales or bounds them
+            (Gemma 2, Cohere, Granite) and would scale the gate too; gamma is out of range.
 
     Source: Arora et al. 2022 (Director).
     """
@@ -62,13 +63,13 @@ def add_director_head(
     head = _replace_head(model, gamma, shared)
     model.__class__ = with_director(model.__class__)
     if "forward" in vars(model):
-        model.forward = model.forward  # through __setattr__ of its new class
+        model.forward = model.forward  # so that __setattr__ of the new class wraps it
     model.config.sukhops_director = _entry(head)
     return head
 
 
 def _heads(model: PreTrainedModel) -> list[DirectorHead]:
-    """The model's DirectorHead: one, or in a layer of PEFT one and its copies."""
+    """The DirectorHeads in the model's output embeddings: one, or several copies in a PEFT layer."""
     found = model.get_output_embeddings()
     return [] if found is None else [m for m in found.modules() if isinstance(m, DirectorHead)]
 
@@ -86,7 +87,7 @@ def _replace_head(model: PreTrainedModel, gamma: float | Tensor, shared: bool) -
 
 
 def _entry(head: DirectorHead) -> dict:
-    """What the config keeps, in JSON's types; a tensor's values are in the checkpoint too."""
+    """The config entry, in JSON types. The values of a tensor gamma are in the checkpoint too."""
     gamma = head.gamma
     return {
         "gamma": gamma.tolist() if isinstance(gamma, Tensor) else float(gamma),
@@ -95,23 +96,23 @@ def _entry(head: DirectorHead) -> dict:
     }
 
 
-_Mixin: Any = object  # Any: the class of a model follows
+_Mixin: Any = object  # Any, because the methods below belong to the class of the model
 
 
 class _Director(_Mixin):
-    """What a model with a DirectorHead does besides: mixed into its class, before it."""
+    """Methods of a model with a DirectorHead: a base class that comes before the model's own class."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         entry = getattr(config, "sukhops_director", None)
         if entry is not None:
             gamma = entry["gamma"]
-            if entry["tensor"]:  # has values where from_pretrained builds on the meta device
+            if entry["tensor"]:  # on the CPU, because from_pretrained builds models on the meta device
                 gamma = torch.tensor(gamma, device="cpu", dtype=torch.float32)
             _replace_head(self, gamma, entry["shared"])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward":  # set on the model by accelerate, liger, TRL or LossTrainer
+        if name == "forward":  # accelerate, Liger, TRL and LossTrainer replace it
             value = bound(self, value)
         super().__setattr__(name, value)
 
@@ -128,7 +129,9 @@ class _Director(_Mixin):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         head = self.get_output_embeddings()
         if not isinstance(head, DirectorHead):
-            raise TypeError(f"model: resize it before PEFT wraps its head, got {type(head).__name__}")
+            raise TypeError(
+                f"model: expected a DirectorHead, got {type(head).__name__}; resize it before PEFT wraps it"
+            )
         rows, width = head.weight.shape
         plain: Any = nn.Linear(width, rows, device="meta")
         plain.weight, plain.bias = head.weight, head.bias
@@ -151,8 +154,8 @@ def _empty(model_class: Any) -> PreTrainedModel:
 
 @functools.cache
 def with_director(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class with `_Director` before it, under its own name."""
-    place = list(inspect.signature(model_class.forward).parameters).index("labels") - 1
+    """A subclass of `_Director` and the model's class, with the name of the latter."""
+    position = list(inspect.signature(model_class.forward).parameters).index("labels") - 1  # without self
 
     @functools.wraps(model_class.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +163,7 @@ def with_director(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     names = {
         "forward": forward,
-        "_labels_place": place,
+        "_labels_position": position,
         "_model_class": model_class,
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
@@ -170,7 +173,7 @@ def with_director(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def _resize(head: DirectorHead, plain: nn.Linear) -> None:
-    """The head takes the resized weight and bias; new tokens get the mean of the classifier's rows."""
+    """Gives the head the resized weight and bias, and resizes the classifier; new rows are its mean row."""
     head.weight, head.bias = plain.weight, plain.bias
     rows = head.weight.shape[0]
     head.out_features = rows

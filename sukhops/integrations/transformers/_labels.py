@@ -1,4 +1,4 @@
-"""Labels of a model with a DirectorHead: its head returns plain logits where the model has them."""
+"""Makes the DirectorHead of a model return plain logits if the model is called with labels."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from sukhops.nn import DirectorHead
 
 
 class _Mode(threading.local):
-    plain = False  # whether the model that runs in this thread has labels
+    plain = False  # whether the model that runs in this thread was called with labels
 
 
 _MODE = _Mode()
@@ -24,7 +24,7 @@ _MODE = _Mode()
 
 @contextlib.contextmanager
 def plain_logits(plain: bool) -> Iterator[None]:
-    """Whether the heads that run in this thread return plain logits."""
+    """Context manager: sets whether heads in this thread return plain logits."""
     before, _MODE.plain = _MODE.plain, plain
     try:
         yield
@@ -33,27 +33,27 @@ def plain_logits(plain: bool) -> Iterator[None]:
 
 
 def call(forward: Callable, model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
-    """Calls forward; where it has labels, by name or by place, the head returns plain logits."""
-    place = model._labels_place
-    labels = kwargs.get("labels", args[place] if len(args) > place else None)
+    """Calls forward. If labels are given, by name or by position, the head returns plain logits."""
+    position = model._labels_position
+    labels = kwargs.get("labels", args[position] if len(args) > position else None)
     with plain_logits(labels is not None):
         return forward(*args, **kwargs)
 
 
 def bound(model: PreTrainedModel, forward: Callable) -> types.MethodType:
-    """The method of the model that calls forward through `call`."""
+    """A method of the model that calls forward through `call`."""
     method: Any = functools.partial(call, forward)
-    method.__name__ = "forward"  # a pickle gets the method of the class
-    method.__wrapped__ = getattr(forward, "__func__", forward)  # accelerate follows it
+    method.__name__ = "forward"  # pickle stores a method by name, and loads that of the class
+    method.__wrapped__ = getattr(forward, "__func__", forward)  # accelerate unwraps with it
     signature = inspect.signature(forward)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     rest = [p for p in signature.parameters.values() if p.name != "self"]
-    method.__signature__ = signature.replace(parameters=[first, *rest])  # generate and Trainer read it
+    method.__signature__ = signature.replace(parameters=[first, *rest])  # read by generate and Trainer
     return types.MethodType(method, model)
 
 
 class ModelHead(DirectorHead):
-    """The head of a model: gated where the model has no labels."""
+    """The head of a model: it returns plain logits if the model has labels, else gated log-probabilities."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias) if _MODE.plain else super().forward(hidden)

@@ -1,4 +1,4 @@
-"""Loads what `add_director_head` and `add_adaptive_spans` made, as `save_pretrained` wrote it."""
+"""Loads models with a DirectorHead or adaptive spans that `save_pretrained` wrote."""
 
 from typing import Any
 
@@ -13,21 +13,21 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
-    """A model with a DirectorHead, adaptive spans or both, as its `save_pretrained` wrote it.
+    """Loads a model with a DirectorHead, adaptive spans or both, which `save_pretrained` wrote.
 
     Args:
-        path: a folder, or a repository of the hub.
-        kwargs: those of `from_pretrained` of transformers (dtype, device_map, revision, ...).
+        path: a folder, or a repository on the Hugging Face Hub.
+        kwargs: arguments of `from_pretrained` of transformers (dtype, device_map, revision, ...).
 
     Returns:
-        The model, of the class that was saved: one of transformers, or one registered with
-        `AutoModelForCausalLM`.
+        The model, of the class that was saved (a class of transformers, or one registered with
+        `AutoModelForCausalLM`).
 
     Raises:
-        ValueError: a checkpoint with neither, or without the weights of what its config names; an unknown
-            class.
+        ValueError: the checkpoint has neither a DirectorHead nor adaptive spans, or lacks weights that its
+            config requires; the class is unknown.
 
-    Source: the library's.
+    Source: this library.
     """
     given = kwargs.get("config")
     config = given if isinstance(given, PreTrainedConfig) else None
@@ -39,8 +39,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     )
     if not director and not spans:
         raise ValueError(
-            f"path: {path} has neither a DirectorHead nor adaptive spans (sukhops_director, "
-            "sukhops_adaptive_spans) in its config"
+            "path: expected sukhops_director or sukhops_adaptive_spans in the config, got neither a "
+            f"DirectorHead nor adaptive spans in {path}"
         )
     model_class: Any = _model_class(config)
     model_class = with_director(model_class) if director else model_class
@@ -50,12 +50,12 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     model.__class__ = model_class
     missing = sorted(name for name in report["missing_keys"] if name.endswith(_OURS))
     if missing:
-        raise ValueError(f"path: the config of {path} names what its weights lack: {', '.join(missing)}")
+        raise ValueError(f"path: the config of {path} requires weights that it lacks: {', '.join(missing)}")
     return (model, report) if wants_report else model
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Of the checkpoint's architecture."""
+    """The class of the checkpoint's architecture."""
     names = config.architectures or [""]
     found = getattr(transformers, names[0], None)
     if found is None and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

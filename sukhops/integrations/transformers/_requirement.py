@@ -1,4 +1,4 @@
-"""Raises where transformers is missing or too old: the first import of this package."""
+"""Raises an ImportError if transformers is missing or too old. This package imports it first."""
 
 _NEEDED = "sukhops.integrations.transformers needs transformers 5.24 or newer"
 

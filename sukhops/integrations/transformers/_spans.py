@@ -1,4 +1,4 @@
-"""Adaptive spans in a model of transformers: one for each self-attention, through its attention interface."""
+"""Adaptive spans in the self-attention of a transformers model, through its attention interface."""
 
 import functools
 from collections.abc import Callable
@@ -21,10 +21,10 @@ _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 class AdaptiveSpans:
-    """The spans of a model, layer by layer; they are parameters of its attention modules.
+    """The spans of all layers of a model. They are parameters of its attention modules.
 
     Args:
-        attention: the modules that have an `adaptive_span`.
+        attention: the attention modules, each with an attribute `adaptive_span`.
     """
 
     def __init__(self, attention: list[nn.Module]):
@@ -32,20 +32,20 @@ class AdaptiveSpans:
 
     @property
     def layers(self) -> list[AdaptiveSpan]:
-        """The `AdaptiveSpan` that each layer uses: with PEFT's modules_to_save the copy that learns."""
+        """The `AdaptiveSpan` that each layer uses: with PEFT's modules_to_save, the copy that is trained."""
         return [_span_of(module) for module in self._attention]
 
     def penalty(self, coef: float) -> Tensor:
-        """The sum over layers of coef * mean span in tokens, a scalar: add it to the training loss."""
+        """The sum over layers of coef * mean span in tokens, a scalar. Add it to the training loss."""
         parts = [layer.penalty(coef) for layer in self.layers]
         return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     def report(self) -> list[SpanReport]:
-        """Of each layer: spans in tokens, keys that a query reads, their share. Waits for the device."""
+        """For each layer: spans in tokens, keys that a query reads, and their share. Waits for the device."""
         return [layer.report() for layer in self.layers]
 
     def freeze(self) -> "AdaptiveSpans":
-        """The spans get no gradient any more; returns itself."""
+        """Stops the training of all spans. Returns itself."""
         for layer in self.layers:
             layer.ratio.requires_grad_(False)
         return self
@@ -54,40 +54,40 @@ class AdaptiveSpans:
 def add_adaptive_spans(
     model: PreTrainedModel, max_span: int, *, ramp: float = 32.0, init: float = 1.0
 ) -> AdaptiveSpans:
-    """Gives every self-attention of a causal language model a span for each head, which it learns.
+    """Gives every self-attention of a causal language model a learned span for each head.
 
-    The model's own positions, masks and caches stay: grouped keys, rotary positions, left padding, packed
+    The other parts of attention stay as they are: grouped keys, rotary positions, left padding, packed
     sequences (position_ids without a mask), DynamicCache, StaticCache, `generate`. A padding mask may hide
-    the first and the last tokens of a sequence, not some between. With init = 1 and a max_span of the longest
-    sequence the model computes what it did before.
+    tokens at the start and at the end of a sequence, but not between visible tokens. With init = 1 and a
+    max_span not shorter than the longest sequence, the model computes the same as before.
 
-    The spans are `adaptive_span.ratio` of each attention module, in its state_dict; leave them out of weight
-    decay. `save_pretrained` writes them, and the options into `config.sukhops_adaptive_spans`;
-    `sukhops.integrations.transformers.from_pretrained` loads both.
+    The spans are the parameters `adaptive_span.ratio` of the attention modules, and part of their state_dict.
+    Exclude them from weight decay. `save_pretrained` writes them, and stores the options in
+    `config.sukhops_adaptive_spans`; `sukhops.integrations.transformers.from_pretrained` loads both.
 
     Args:
-        model: a causal language model of transformers whose attention goes through `AttentionInterface`
-            (Llama, Mistral, Qwen, GPT-2 and most others). PEFT comes after it, with
+        model: a causal language model of transformers whose attention uses `AttentionInterface` (Llama,
+            Mistral, Qwen, GPT-2 and most others). Apply PEFT after this call, with
             `modules_to_save=["adaptive_span"]` to train the spans too.
-        max_span: no key further back is seen, in tokens.
+        max_span: keys max_span or more tokens back are never seen, whatever the span.
         ramp: width of the soft mask's ramp in tokens, > 0.
-        init: share of max_span to start from, in [0, 1].
+        init: initial span as a share of max_span, in [0, 1].
 
     Returns:
         `AdaptiveSpans`, with `penalty(coef)`, `report()` and `freeze()`.
 
     Raises:
-        TypeError: no causal language model of transformers, or one that PEFT has wrapped.
-        ValueError: a model that has spans; attention with dropout, a soft cap, sinks, or a sliding window
-            shorter than max_span; layers of another kind; an option out of its range.
-        ValueError, in forward: output_attentions; a mask of 4 axes; one that hides tokens between others, on
-            the CPU (on CUDA the sequence is NaN).
+        TypeError: model is not a causal language model of transformers, or is wrapped by PEFT.
+        ValueError: the model already has spans; its attention has dropout, a soft cap, sinks, or a sliding
+            window shorter than max_span; it has layers of another kind; an option is out of range. In
+            forward: output_attentions is set; a mask has 4 axes; a mask hides tokens between visible ones, on
+            the CPU (on CUDA the sequence is NaN instead).
 
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span in Transformers).
     """
     layers = _attentions(model, max_span)
     if any(hasattr(layer, "adaptive_span") for layer in layers):
-        raise ValueError("model: its attention has adaptive spans already")
+        raise ValueError("model: expected one without spans, got one that has adaptive spans already")
     check_loaded(model, "sukhops_adaptive_spans", "adaptive spans")
     entry = {"max_span": max_span, "ramp": float(ramp), "init": float(init)}
     _attach(model, entry)
@@ -96,16 +96,16 @@ def add_adaptive_spans(
 
 
 def adaptive_spans(model: nn.Module) -> AdaptiveSpans:
-    """The spans that `add_adaptive_spans` or `from_pretrained` gave a model, in any wrapper (PEFT, DDP).
+    """The spans that `add_adaptive_spans` or `from_pretrained` added to a model, which PEFT or DDP may wrap.
 
     Raises:
-        ValueError: a model without spans.
+        ValueError: the model has no spans.
 
-    Source: the library's.
+    Source: this library.
     """
     found = [m for m in model.modules() if "adaptive_span" in m._modules]
     if not found:
-        raise ValueError("model: has no adaptive spans; add_adaptive_spans gives it some")
+        raise ValueError("model: has no adaptive spans; call add_adaptive_spans first")
     return AdaptiveSpans(found)
 
 
@@ -118,7 +118,7 @@ def _span_of(attention: nn.Module) -> AdaptiveSpan:
 
 @functools.cache
 def with_spans(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class whose models are made with the spans that their config names: what loading needs."""
+    """A subclass whose constructor adds the spans that the config describes, so that they can be loaded."""
 
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -140,7 +140,7 @@ def with_spans(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _attach(model: PreTrainedModel, entry: dict) -> None:
-    """Gives the model spans with the options of a config's entry."""
+    """Adds spans to a model, with the options in `entry` from its config."""
     heads = model.config.get_text_config().num_attention_heads
     layers = _attentions(model, entry["max_span"])
     made = []
@@ -161,7 +161,7 @@ def _no_attentions(model: PreTrainedModel, args: tuple, options: dict) -> None:
 
 
 def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
-    """The self-attention of each layer; raises where spans cannot take its place."""
+    """The self-attention modules, one per layer. Raises an error if spans cannot be added to them."""
     check_model(model, "spans")
     config = model.config.get_text_config()
     found = [
@@ -175,16 +175,16 @@ def _attentions(model: PreTrainedModel, max_span: int) -> list[nn.Module]:
     other = other or getattr(config, "add_cross_attention", False)
     if other or not interface or len(found) != config.num_hidden_layers:
         raise TypeError(
-            "model: expected a causal language model of transformers, of text alone, whose every layer has "
-            f"self-attention through AttentionInterface, as Llama and GPT-2, got {type(model).__name__}"
+            "model: expected a causal language model of transformers, for text only, with self-attention "
+            f"through AttentionInterface in every layer, like Llama and GPT-2, got {type(model).__name__}"
         )
     for reason in _reasons(config, found, max_span):
-        raise ValueError(f"model: adaptive spans need attention without {reason}")
+        raise ValueError(f"model: expected attention without {reason}")
     return found
 
 
 def _reasons(config: PreTrainedConfig, layers: list[nn.Module], max_span: int) -> list[str]:
-    """What of the model's attention the operator does not compute."""
+    """The features of the model's attention that the operator does not support."""
     found = [
         f"dropout; set config.{name} to 0 when the model is loaded, got {getattr(config, name)}"
         for name in _DROPOUT
@@ -196,7 +196,7 @@ def _reasons(config: PreTrainedConfig, layers: list[nn.Module], max_span: int) -
         found.append("sinks")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention", "sliding_attention"}:
-        found.append(f"layers of other kinds than full and sliding attention, got {sorted(kinds)}")
+        found.append(f"layer types other than full and sliding attention, got {sorted(kinds)}")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     if window and sliding and window < max_span and getattr(config, "use_sliding_window", True):
@@ -206,24 +206,24 @@ def _reasons(config: PreTrainedConfig, layers: list[nn.Module], max_span: int) -
     return found
 
 
-# ------------------------------------------------------------------ what transformers calls
+# ------------------------------------------------------------------ functions that transformers calls
 
 
-def _places(
+def _first_positions(
     *, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Callable = causal_mask_function, attention_mask: Tensor | None = None,
     use_vmap: bool = False, device: torch.device | str | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """The layers' mask [B, 1, M, 2], int64: the first key of each query, and the place of the first query.
+    """The mask of the layers, int64 [B, 1, M, 2]: first visible key per query, position of the first query.
 
-    Both count from the first key at hand. [B, 1, 1, 2] where no query's first key is hidden.
+    Both count from the first key in the cache. The shape is [B, 1, 1, 2] without attention_mask and packing.
     """
     if use_vmap:
-        raise ValueError("attention_mask: adaptive spans take no mask function of a model's own")
-    place = torch.as_tensor(q_offset - kv_offset, device=device).expand(batch_size)
+        raise ValueError("attention_mask: expected a causal mask, got a mask function of the model")
+    position = torch.as_tensor(q_offset - kv_offset, device=device).expand(batch_size)
     wrong = torch.zeros(batch_size, dtype=torch.bool, device=device)
     start = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-    if mask_function is not causal_mask_function and q_length > 1:  # packed: documents follow each other
+    if mask_function is not causal_mask_function and q_length > 1:  # packed: consecutive documents
         row = torch.arange(batch_size, device=device).unsqueeze(1)
         query = torch.arange(q_length, device=device) + q_offset
         sees = [
@@ -240,38 +240,38 @@ def _places(
         start = torch.maximum(start, first.unsqueeze(1)).expand(batch_size, q_length)
     if wrong.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
         raise ValueError(
-            "attention_mask: expected one [B, N] that hides tokens at the ends of a sequence alone, or None, "
+            "attention_mask: expected None, or [B, N] that hides tokens at the ends of a sequence only, "
             f"got another for sequence {int(wrong.int().argmax())}"
         )
-    place = place.where(~wrong, -1)  # NaN on CUDA
-    return torch.stack([start - kv_offset, place.unsqueeze(1).expand_as(start)], -1).unsqueeze(1)
+    position = position.where(~wrong, -1)  # invalid, for which the operator returns NaN on CUDA
+    return torch.stack([start - kv_offset, position.unsqueeze(1).expand_as(start)], -1).unsqueeze(1)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """[B, M, H, d] of query [B, H, M, d] and the keys and values of its cache [B, Hkv, N, d]."""
+    """Attention [B, M, H, d] of query [B, H, M, d] to the key and value cache [B, Hkv, N, d]."""
     if not hasattr(module, "adaptive_span"):
         raise ValueError(
-            "model: its config says adaptive spans and it has none: it shares the config of a model that has "
-            "(give each its own copy), or was built from one"
+            "model: expected adaptive spans as in its config, got none; it shares the config of a model that "
+            "has spans (give each model its own copy), or was built from such a config"
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if not (options.get(name) is None or options[name] is False):
             raise ValueError(f"{name}: not supported with adaptive spans")
     if dropout:
-        raise ValueError(f"dropout: expected 0 of attention with adaptive spans, got {dropout}")
+        raise ValueError(f"dropout: expected 0 with adaptive spans, got {dropout}")
     if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.shape[-1] != 2:
-        raise ValueError("attention_mask: with adaptive spans expected one [B, N] or None, got one of 4 axes")
-    start, place = attention_mask[:, 0].unbind(-1)
+        raise ValueError("attention_mask: expected None or [B, N] with adaptive spans, got one of 4 axes")
+    start, position = attention_mask[:, 0].unbind(-1)
     spans = _span_of(module)
     out = adaptive_span_attention(
         query, key, value, spans.span(), ramp=spans.ramp, scale=scaling, max_span=spans.max_span,
-        key_start=start if start.shape[1] == query.shape[2] else None, query_start=place[:, 0],
+        key_start=start if start.shape[1] == query.shape[2] else None, query_start=position[:, 0],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _places)
+AttentionMaskInterface.register(NAME, _first_positions)

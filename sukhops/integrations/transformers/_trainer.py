@@ -1,4 +1,4 @@
-"""A Trainer for the losses of `sukhops.nn`: backbone, head and loss run within the model's own forward."""
+"""A Trainer for the losses of `sukhops.nn`: backbone, head and loss run inside the model's own forward."""
 
 import inspect
 import types
@@ -28,58 +28,58 @@ from sukhops.nn import CringeLoss, DirectorLoss, DPOLoss, HeadLoss, KTOLoss, Pai
 _LOSSES = (CringeLoss, DirectorLoss, DPOLoss, KTOLoss, PairwiseCringeLoss, StepKTOLoss)
 _KTO = (KTOLoss, StepKTOLoss)
 _PAIRS = (DPOLoss, PairwiseCringeLoss)
-# arguments of a loss that the trainer gives itself
+# arguments of a loss that the trainer passes itself
 _OWN = {
     "self", "hidden", "target", "weight", "bias", "lm_weight", "lm_bias", "cls_weight", "cls_bias",
     "cls_affine", "ref_hidden", "ref_weight", "ref_bias", "kl_hidden", "kl_target", "kl_ref_hidden",
     "kl_cu_seqlens", "num_items", "group", "generator",
 }  # fmt: skip
 _NOT_INPUTS = {"self", "args", "kwargs", "use_cache"}  # of the backbone's forward
-_REQUEST = "sukhops_request"  # the keyword on which a model's forward answers with a loss
+_REQUEST = "sukhops_request"  # keyword argument with which a model's forward returns a loss
 
 
 class LossTrainer(transformers.Trainer):
-    """A `transformers.Trainer` whose loss is one of `sukhops.nn`; logits are never in memory.
+    """A `transformers.Trainer` with a loss of `sukhops.nn`; logits are never stored.
 
-    The model's forward runs its backbone and `HeadLoss`: DDP and FSDP2 see the loss within the forward that
-    they wrap. A batch has `input_ids` [B, T], `labels` [B, T] (-100 does not count; they are shifted here),
+    The model's forward runs its backbone and `HeadLoss`, so the loss is inside the forward that DDP and FSDP2
+    wrap. A batch has `input_ids` [B, T], `labels` [B, T] (-100 is ignored; the trainer shifts labels), other
     inputs of the model such as `attention_mask`, and columns named like the arguments of the loss's forward:
-    `label`, `desirable`, `step_ids`, `step_labels`, `ref_logp`, `kl`. `label`, `step_ids` and `ref_logp` of
-    shape [B, T] are shifted with the labels. `cu_seqlens` says where the sequences of a packed batch end,
-    whose tokens have shape [1, N].
+    `label`, `desirable`, `step_ids`, `step_labels`, `ref_logp`, `kl`. `label`, `step_ids` and `ref_logp` are
+    shifted like labels if their shape is [B, T]. In a packed batch, tokens have shape [1, N], and
+    `cu_seqlens` holds the ends of the sequences.
 
-    Without `data_collator` rows of token ids are padded on the right. A row of a pair has the columns
-    `chosen_input_ids`, `chosen_labels`, `rejected_input_ids` and `rejected_labels`. The batch has all chosen
-    sequences first, then all rejected ones; so must the batch of a collator of your own. The reference point
-    of KTO is the column `kl`, one number, or comes from a second batch in columns with the prefix `kl_`
-    (`kl_input_ids`, `kl_labels`); the default collator builds it with `sukhops.losses.mismatched`.
+    Without `data_collator`, rows of token ids are padded on the right. A row with a pair has the columns
+    `chosen_input_ids`, `chosen_labels`, `rejected_input_ids` and `rejected_labels`. The batch then has first
+    all chosen, then all rejected sequences; your own collator must use this order too. The reference point
+    of KTO is the column `kl` (one number), or is estimated from a second batch in columns with the prefix
+    `kl_` (`kl_input_ids`, `kl_labels`), which the default collator builds with `sukhops.losses.mismatched`.
 
-    The reference of DPO and KTO is the column `ref_logp` where there is one, else `ref_model`, else a PEFT
-    model with its adapters disabled.
+    The reference of DPO and KTO is the column `ref_logp` if there is one, else `ref_model`, else a PEFT model
+    with its adapters disabled.
 
-    A loss is divided by what it counts (tokens, pairs, completions) over all micro-batches of a step, and
-    over all ranks with `average_tokens_across_devices`: gradient accumulation gives the gradient of the one
-    batch. A loss with two counts (DPOLoss with nll_weight, sft or orpo; StepKTOLoss with steps; DirectorLoss
-    with "sum_of_means") is averaged over micro-batches and ranks instead. The metrics of the loss are logged
-    as means over micro-batches and ranks, in evaluation with the prefix `eval_`.
+    A loss is divided by its number of items (tokens, pairs or completions) in all micro-batches of a step,
+    and on all ranks with `average_tokens_across_devices`. So gradient accumulation gives the gradient of one
+    large batch. Losses whose terms have different divisors (DPOLoss with nll_weight, sft or orpo; StepKTOLoss
+    with steps; DirectorLoss with "sum_of_means") are averaged over micro-batches and ranks instead. Metrics
+    are logged as means over micro-batches and ranks, with the prefix `eval_` in evaluation.
 
     Args:
-        args, kwargs: those of `transformers.Trainer`.
-        loss: a loss of `sukhops.nn` on a head: not SegmentationLoss. DirectorLoss needs a model with a
+        args, kwargs: arguments of `transformers.Trainer`.
+        loss: a loss of `sukhops.nn` on a head, except SegmentationLoss. DirectorLoss needs a model with a
             DirectorHead (`add_director_head`).
-        ref_model: the reference; it is put on the device and in evaluation mode, not wrapped or sharded.
+        ref_model: the reference model. It is moved to the device and set to evaluation mode, but not wrapped
+            or sharded.
 
     Raises:
-        TypeError: a loss or a model of another kind.
-        ValueError: a reference that is missing, not wanted or of a smaller vocabulary; a column that a
-            dataset lacks; a last batch of one row with KTO; a model that is not causal, whose logits are not
-            those of its head (softcap, logit scale) or with a router loss; an option of
-            Trainer that does not go with a loss on hidden states (model_init, compute_loss_func,
-            compute_metrics, preprocess_logits_for_metrics, label smoothing, DataParallel, dispatch_batches,
-            tensor, context and sequence parallel). In the first step: a batch that lacks a column, or has one
-            that nothing takes.
+        TypeError: the loss or the model has another type.
+        ValueError: the reference is missing, not used by the loss, or has a smaller vocabulary; a dataset
+            lacks a column; the last batch has one row with KTO; the model is not causal, its logits are not
+            those of its head (softcap, logit scale), or it has a router loss; an option of Trainer needs
+            logits or splits batches (model_init, compute_loss_func, compute_metrics, label smoothing,
+            preprocess_logits_for_metrics, DataParallel, dispatch_batches, tensor, context and sequence
+            parallelism). In the first step: a batch lacks a column, or has one that is not used.
 
-    Source: the library's.
+    Source: this library.
     """
 
     def __init__(self, *args: Any, loss: nn.Module, ref_model: PreTrainedModel | None = None, **kwargs: Any):
@@ -89,7 +89,7 @@ class LossTrainer(transformers.Trainer):
         given = inspect.signature(transformers.Trainer.__init__).bind(self, *args, **kwargs).arguments
         for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if given.get(name) is not None:
-                raise ValueError(f"{name}: LossTrainer takes a model and has no logits, expected None")
+                raise ValueError(f"{name}: expected None, because LossTrainer has no logits, got a value")
         model: Any = given.get("model")
         base = _checked(model, loss)
         self.loss = loss
@@ -126,9 +126,9 @@ class LossTrainer(transformers.Trainer):
 
     def _check_reference(self, model: nn.Module, ref_model: PreTrainedModel) -> None:
         if not self._wants_reference:
-            raise ValueError(f"ref_model: {self.loss} compares with no reference, expected None")
+            raise ValueError(f"ref_model: expected None, because {self.loss} uses no reference, got a model")
         if ref_model is model:
-            raise ValueError("ref_model: the model itself would be trained too; give a copy of it")
+            raise ValueError("ref_model: expected a copy of the model, got the model itself (it is trained)")
         base = _checked(ref_model, None)
         own, other = (m.get_output_embeddings().out_features for m in (_base(model), base))
         if other < own:
@@ -146,8 +146,8 @@ class LossTrainer(transformers.Trainer):
         if self._needs_logp and len(known) == len(found):
             if not any(n.endswith("ref_logp") for names in known.values() for n in names):
                 raise ValueError(
-                    f"ref_model: {self.loss} compares with a reference: give ref_model, a PEFT model (its "
-                    "adapters are disabled), or a dataset with the column ref_logp"
+                    f"ref_model: expected a reference for {self.loss}, got None; pass ref_model, a PEFT "
+                    "model (its adapters are then disabled), or a dataset with the column ref_logp"
                 )
         if self._collates:
             for name, names in known.items():
@@ -157,7 +157,7 @@ class LossTrainer(transformers.Trainer):
 
     @property
     def _row_columns(self) -> list[str]:
-        """The columns that a row of the default collator has at least."""
+        """The columns that every row for the default collator must have."""
         names = [*self._batch_columns, *(["ref_logp"] if self._needs_logp else [])]
         return [f"{side}{n}" for side in SIDES for n in names] if isinstance(self.loss, _PAIRS) else names
 
@@ -171,22 +171,22 @@ class LossTrainer(transformers.Trainer):
             raise ValueError(f"{where}: {self.loss} needs the columns {missing}, got {sorted(names)}")
 
     def _check_last_batch(self, where: str, dataset: Any, size: int) -> None:
-        """The default collator needs two rows for KTO's reference point."""
+        """Raises if a batch has one row: the default collator needs two for KTO's reference point."""
         names = None if dataset is None else columns(dataset)
         if names is None or {"kl", "kl_input_ids"} & names or not hasattr(dataset, "__len__"):
             return
         if size == 1 or (len(dataset) % size == 1 and not self.args.dataloader_drop_last):
             raise ValueError(
-                f"{where}: {len(dataset)} rows in batches of {size} leave one of a single row, and "
-                f"{self.loss} needs two for its reference point: set dataloader_drop_last=True or another "
-                "batch size, or give the column kl"
+                f"{where}: {len(dataset)} rows in batches of {size} leave a batch of one row, and "
+                f"{self.loss} needs two for its reference point; set dataloader_drop_last=True or another "
+                "batch size, or add the column kl"
             )
 
     def _check_options(self) -> None:
         if self.args.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor: the loss has none, expected 0")
+            raise ValueError("label_smoothing_factor: expected 0 (unused by the loss), got another value")
         if self.args.n_gpu > 1:
-            raise ValueError("n_gpu: DataParallel splits pairs; start one process per GPU with torchrun")
+            raise ValueError("n_gpu: expected one GPU per process (use torchrun): DataParallel splits pairs")
         if self._collates and isinstance(self.loss, _KTO) and self.args.world_size == 1:
             self._check_last_batch("train_dataset", self.train_dataset, self.args.train_batch_size)
             more = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -197,11 +197,11 @@ class LossTrainer(transformers.Trainer):
         dispatches = self.args.accelerator_config.dispatch_batches is not False
         if streams and dispatches and self.args.world_size > 1:
             raise ValueError(
-                "dispatch_batches: rank 0 would cut batches of an IterableDataset, and pairs, into parts; "
-                "set accelerator_config={'dispatch_batches': False}"
+                "dispatch_batches: expected False, because rank 0 would split batches of an IterableDataset, "
+                "and pairs, between ranks; set accelerator_config={'dispatch_batches': False}"
             )
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("parallelism: tensor, context and sequence parallel are not supported here")
+            raise ValueError("parallelism: tensor, context and sequence parallelism are not supported")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -213,7 +213,7 @@ class LossTrainer(transformers.Trainer):
     # ------------------------------------------------------------------ batches
 
     def _split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Request]:
-        """The inputs of the model, and what it shall compute."""
+        """The inputs of the model, and the request for its forward."""
         names = set(batch)
         self._check_columns("batch", names, self._batch_columns)
         mismatched = [n for n in names if n.startswith("kl_") and n[3:] in self._inputs]
@@ -250,7 +250,7 @@ class LossTrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of a step, and the loss's count over all of them and all ranks."""
+        """The micro-batches of a step, and the number of items of the loss in all of them on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples or has_two_counts(self.loss):
             return samples, None
@@ -268,7 +268,7 @@ class LossTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As `Trainer.compute_loss`; the outputs are the dict {"loss": loss}."""
+        """Like `Trainer.compute_loss`; the outputs are the dict {"loss": loss}."""
         inputs, request = self._split(inputs)
         arguments = request.arguments
         if self._wants_reference:
@@ -294,7 +294,7 @@ class LossTrainer(transformers.Trainer):
                 return self.ref_model(**asked)
         peft = self.accelerator.unwrap_model(model)
         if not hasattr(peft, "disable_adapter"):
-            raise ValueError("batch: needs the column ref_logp (and kl_ref_logp), as there is no ref_model")
+            raise ValueError("batch: expected ref_logp (and kl_ref_logp for KTO) without ref_model, got none")
         training = model.training
         model.eval()
         try:
@@ -306,7 +306,7 @@ class LossTrainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss of a batch alone: there are no logits to return."""
+        """Returns only the loss of a batch, because there are no logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
@@ -319,7 +319,7 @@ class LossTrainer(transformers.Trainer):
             self._metrics[mode][name] = total + value.detach().float().mean(), calls + 1
 
     def _take(self, mode: str) -> dict[str, float]:
-        """Means since the last call, over micro-batches and ranks."""
+        """The means of all metrics since the last call, over micro-batches and ranks."""
         kept, self._metrics[mode] = self._metrics[mode], {}
         if not kept:
             return {}
@@ -338,41 +338,41 @@ class LossTrainer(transformers.Trainer):
         return output
 
 
-# ---------------------------------------------------------------------- the model's side
+# ---------------------------------------------------------------------- forward of the model
 
 
 def _checked(model: Any, loss: nn.Module | None) -> PreTrainedModel:
-    """The model of transformers, also within PEFT's; raises where HeadLoss on its hidden states is wrong."""
+    """The model without its PEFT wrapper. Raises an error if HeadLoss cannot compute its loss."""
     if hasattr(model, "get_base_model") and model.active_peft_config.is_prompt_learning:
-        raise ValueError("model: prompt learning changes the inputs; adapters such as LoRA are supported")
+        raise ValueError("model: expected adapters such as LoRA, got prompt learning (it changes the inputs)")
     base = _base(model)
     if not isinstance(base, PreTrainedModel) or base.base_model is base:
         raise TypeError(
-            "model: expected a causal language model of transformers, or PEFT's around one, "
+            "model: expected a causal language model of transformers, or a PEFT model around one, "
             f"got {type(base).__name__}"
         )
     check_causal(base)
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
-            "model: config.output_router_logits adds a loss that is not computed here, expected False"
+            "model: expected config.output_router_logits=False, got True: its loss is not computed here"
         )
     HeadLoss(base.get_output_embeddings(), loss)
     return base
 
 
 def _base(model: Any) -> Any:
-    """The model itself, without PEFT's wrapper."""
+    """The model without its PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _inputs_of(model: PreTrainedModel) -> set[str]:
-    """Names of what the backbone's forward takes."""
+    """Argument names of the backbone's forward."""
     return set(inspect.signature(model.base_model.forward).parameters) - _NOT_INPUTS
 
 
 def _answer_requests(model: PreTrainedModel) -> None:
-    """Makes model.forward, and so that of any wrapper around it, take a `Request`."""
-    unpickled = getattr(model.forward, "__func__", None) is type(model).forward  # with the class's own
+    """Makes model.forward, and so the forward of any wrapper around the model, accept a `Request`."""
+    unpickled = getattr(model.forward, "__func__", None) is type(model).forward  # pickle drops other forwards
     if "_sukhops_forward" in vars(model) and not unpickled:
         return
 
@@ -380,7 +380,7 @@ def _answer_requests(model: PreTrainedModel) -> None:
         request = kwargs.pop(_REQUEST, None)
         return self._sukhops_forward(*args, **kwargs) if request is None else _answer(self, request, kwargs)
 
-    vars(forward)["__signature__"] = inspect.signature(type(model).forward)  # generate and Trainer read it
+    vars(forward)["__signature__"] = inspect.signature(type(model).forward)  # read by generate and Trainer
     model._sukhops_forward = model.forward
     model.forward = types.MethodType(forward, model)
 
@@ -396,7 +396,7 @@ def _answer(model: PreTrainedModel, request: Request, inputs: dict[str, Any]) ->
 
 
 def _hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """[B, T - 1, D]: row i predicts token i + 1."""
+    """Hidden states [B, T - 1, D]: row i predicts token i + 1."""
     backbone, names = model.base_model, _inputs_of(model)
     given = {n: v for n, v in inputs.items() if n in names and v is not None}
     return backbone(**given, use_cache=False)[0][:, :-1]

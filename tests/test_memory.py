@@ -1,0 +1,48 @@
+"""Measures the memory of each headline case of the README again, in a new process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+
+ROOT = Path(__file__).parent.parent
+MARGIN, SLACK = 1.25, 8.0  # factor, and MiB: the resident set consists of whole pages of each thread's heap
+MEASURE = """
+import importlib, sys
+import harness
+module, name, dtype = sys.argv[1:]
+cases = importlib.import_module(f"bench_{module}").cases()
+(case,) = [c for c in cases if c.name == name and str(c.dtype) == dtype and "fwd_bwd" in c.modes]
+print(harness.peak_memory(case, case.providers["sukhops"]) / 2**20)
+"""
+
+
+def stated() -> dict[tuple[str, str, str], float]:
+    """The recorded MiB of sukhops in each headline case, the maximum over classes of CPU."""
+    found: dict[tuple[str, str, str], float] = {}
+    for h in report.HEADLINES:
+        for r in report.rows(h.name):
+            if (r["case"], r["mode"], r["provider"]) == (h.case, h.mode, "sukhops") and "memory_mib" in r:
+                key = (h.name, h.case, f"torch.{r['dtype']}")
+                found[key] = max(found.get(key, 0.0), r["memory_mib"])
+    return found
+
+
+CASES = stated()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=() if i in (0, len(CASES) - 1) else pytest.mark.full, id=" ".join(key))
+        for i, key in enumerate(CASES)
+    ],
+)
+def test_headline(key):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *key], capture_output=True, text=True, cwd=ROOT / "bench", timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert float(run.stdout.splitlines()[-1]) <= MARGIN * CASES[key] + SLACK
