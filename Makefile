@@ -1,6 +1,8 @@
 # Every target except gpu and clean first creates .venv with the pinned tools and builds the extensions.
 PYTHON ?= python3
 MINUTES ?= 10
+# two workers of two threads each; threads that wait leave their core to the other worker
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -q -n 2
 PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
@@ -39,12 +41,12 @@ bench-all: setup .venv/peers  ## every case (takes long); with RECORD=--record f
 	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 
 test: setup .venv/peers .venv/docs lint  ## all but the slow tests; Triton's interpreter in a second process
-	$(PY) -m pytest -q -m "not full and not real and not large"
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "interpreter and not full"
+	$(PYTEST) -m "not full and not real and not large"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not full"
 
 test-all: setup .venv/peers lint sanitize  ## also the slow tests (marked full), and make sanitize
-	$(PY) -m pytest -q -m "not real and not large"
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter
+	$(PYTEST) -m "not real and not large"
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 
 test-real: setup .venv/peers  ## tests on a pretrained model: SmolLM2-135M-Instruct or SUKHOPS_MODEL
 	$(PY) -m pytest -q -m real
