@@ -94,6 +94,18 @@ def real_spans(found: list[dict]) -> str:
     return markdown(head, body)
 
 
+def versions(found: list[dict]) -> str:
+    """What tests/versions.py ran."""
+    body = []
+    for r in found:
+        check = "passes" if r["check"] else "fails"
+        counts = [number(r[field]) for field in ("passed", "failed", "skipped")]
+        body.append([r["python"], r["torch"], *counts, check, number(r["minutes"])])
+    head = ["Python", "torch", "passed", "failed", "skipped", "`sukhops check`", "minutes"]
+    return markdown(head, body)
+
+
 TABLES = {
-    f.__name__: f for f in (train_step, pairs, roofline, lexicon, ranks, neighbour, trl_step, real_spans)
+    f.__name__: f
+    for f in (train_step, pairs, roofline, lexicon, ranks, neighbour, trl_step, real_spans, versions)
 }

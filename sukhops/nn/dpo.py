@@ -13,8 +13,8 @@ from sukhops.parallel._dtensor import takes_dtensors
 class DPOLoss(nn.Module):
     """Preference loss of B pairs, computed from hidden states; logits are never stored.
 
-    `sukhops.losses.dpo_loss` has the formulas, the meaning of each option, and the loss types that use it. An
-    option that a listed loss type does not use raises an error.
+    `sukhops.losses.dpo_loss` has the formulas, the meaning of each option, and the loss types that use it.
+    label_smoothing, margin and tau raise an error if no listed type uses them, other options if one does not.
 
     Args:
         beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.
