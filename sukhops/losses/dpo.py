@@ -207,7 +207,8 @@ def dpo_loss(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes do not match; the number of sequences is odd; cu_seqlens are invalid (on CUDA the
             loss is NaN instead); loss_type is unknown; an option is out of range; no listed type uses
-            label_smoothing, margin or tau, or one does not use another option; a reference is missing, or given to a loss without one.
+            label_smoothing, margin or tau; one listed type does not use another option; a reference is
+            missing, or given to a loss without one.
 
     Source: Rafailov et al. 2023 (sigmoid); Mitchell 2023 (cDPO); Chowdhury et al. 2024 (robust); Zhao et
     al. 2023 (hinge); Azar et al. 2023 (ipo); Ji et al. 2024 (exo); Chen et al. 2024 (nca); Jung et al. 2024
