@@ -252,9 +252,6 @@ static void round_rows(const float* from, int64_t m, int64_t n, N* to, int64_t s
 
 // ---------------------------------------------------------------- few rows of a: b, a transposed weight, is streamed
 
-// prefetches a later row of the weight into L2; the prefetchers of the CPU stop at the end of a page
-SUKHOPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 // out[i * os] = the sum of the lanes of x[i]
 template <int N>
 SUKHOPS_INLINE void reduce_each(const Reg<float>* x, float* out, int64_t os) {
@@ -270,36 +267,62 @@ SUKHOPS_INLINE void reduce_each(const Reg<float>* x, float* out, int64_t os) {
                    shuffle<2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31>(b[0], b[1]);
     c += shuffle<1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14>(c, c);
     for (int i = 0; i < 8; ++i) out[i * os] = c[2 * i];
+  } else if constexpr (kRegisterBytes == 32 && N == 4) {
+    Reg<float> a[2];
+    for (int i = 0; i < 2; ++i)
+      a[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(x[i], x[i + 2]) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(x[i], x[i + 2]);
+    Reg<float> b = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a[0], a[1]) + shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a[0], a[1]);
+    b += shuffle<1, 0, 3, 2, 5, 4, 7, 6>(b, b);
+    for (int i = 0; i < 4; ++i) out[i * os] = b[2 * i];
   } else {
     for (int i = 0; i < N; ++i) out[i * os] = reduce_add(x[i]);
   }
 }
 
-// Without kPairs, a register of bfloat16 is used in two turns, because each lane holds two numbers: a shift extracts
-// the even ones, then a mask the odd ones.
+// Without kPairs, a register of bfloat16 is used in two turns, because each lane holds two numbers: a shift extracts the
+// even ones, then a mask the odd ones. Where no register is free for the mask, two shifts do the same.
 template <class T>
 constexpr int64_t kTurns = !kPairs && std::is_same_v<T, uint16_t> ? 2 : 1;
 
-template <class T>
+template <bool mask, class T>
 SUKHOPS_INLINE Reg<float> units_in_turn(const T* p, int turn) {
   if constexpr (kTurns<T> == 1) return units_along<float>(p);
-  const auto two = get<Register<float>::ints>(p);
-  return (Reg<float>)(turn == 0 ? two << 16 : two & -65536);
+  auto two = get<Register<float>::ints>(p);
+  if (turn == 0) return (Reg<float>)(two << 16);
+  if constexpr (mask) return (Reg<float>)(two & -65536);
+  two >>= 16;
+  hold(two);  // otherwise the compiler replaces the shifts by a mask
+  return (Reg<float>)(two << 16);
 }
+
+// What a product prefetches into L2 while it computes; the prefetchers of the CPU stop at the end of a page. Beside row
+// r of the weight and its column j it prefetches row r + `rows` and column first + j / share.
+struct Ahead {
+  int64_t rows, first, share;
+};
 
 // out[n][r] = w[r] . h[n] for R rows of the weight and N rows of h, vectorized along the depth. h is packed as
 // [steps][turns][N][lanes].
 template <int R, int N, class T>
-static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os) {
+static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, float* out, int64_t os, Ahead ahead) {
   constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns;
+  // A prefetch per cache line. One or two rows of h wait for memory; for them two prefetches per line measure faster.
+  constexpr int64_t line = 64 / sizeof(T) > step && N > 2 ? 64 / sizeof(T) : step;
+  const T* next = w + ahead.rows * ws + ahead.first;
   Reg<float> acc[R][N] = {};
-  int64_t j = 0;
-  for (; j + step <= d; j += step) {
-    for (int r = 0; r < R; ++r) prefetch(w + (2 * R + r) * ws + j);
-#pragma GCC unroll 2
-    for (int turn = 0; turn < turns; ++turn, h += N * L) {
+  int64_t j = 0, wait = 1;
+  for (; j + line <= d; j += line) {
+    if (--wait == 0) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * ws, 0, 2);
+      next += line, wait = ahead.share;
+    }
+#pragma GCC unroll 4
+    for (int64_t turn = 0; turn < line / step * turns; ++turn, h += N * L) {
       Reg<float> x[R];
-      for (int r = 0; r < R; ++r) x[r] = units_in_turn(w + r * ws + j, turn);
+      for (int r = 0; r < R; ++r) {
+        x[r] = units_in_turn<N <= 2>(w + r * ws + j + turn / turns * step, turn % turns);
+        if constexpr (R * N + R < kRegisters) hold(x[r]);
+      }
       for (int n = 0; n < N; ++n) {
         Reg<float> y = get(h + n * L);
         hold(y);
@@ -307,12 +330,14 @@ static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, 
       }
     }
   }
-  for (int r = 0; r < R && j < d; ++r) {
-    T last[step] = {};
-    for (int64_t i = j; i < d; ++i) last[i - j] = w[r * ws + i];
-    for (int turn = 0; turn < turns; ++turn)
-      for (int n = 0; n < N; ++n)
-        acc[r][n] = multiply_add(acc[r][n], units_in_turn((const T*)last, turn), get(h + (turn * N + n) * L));
+  for (; j < d; j += step, h += turns * N * L) {
+    for (int r = 0; r < R; ++r) {
+      T last[step] = {};
+      for (int64_t i = j; i < d && i < j + step; ++i) last[i - j] = w[r * ws + i];
+      for (int turn = 0; turn < turns; ++turn)
+        for (int n = 0; n < N; ++n)
+          acc[r][n] = multiply_add(acc[r][n], units_in_turn<true>((const T*)last, turn), get(h + (turn * N + n) * L));
+    }
   }
   for (int r = 0; r < R; ++r) reduce_each<N>(acc[r], out + r, os);
 }
@@ -320,11 +345,13 @@ static inline void few_block(const T* w, int64_t ws, const float* h, int64_t d, 
 constexpr int64_t kSumRegisters = kRegisters == 32 ? 24 : 12;  // registers that hold sums
 
 template <int N, class T>
-static inline void few_rows(const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os) {
+static inline void few_rows(const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out, int64_t os,
+                            Ahead ahead) {
   constexpr int most = kRegisters == 32 ? 8 : 6, R = kSumRegisters / N < most ? kSumRegisters / N : most;
+  if (ahead.rows == 0) ahead.rows = 2 * R;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os);
-  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os);
+  for (; r + R <= rows; r += R) few_block<R, N>(w + r * ws, ws, h, d, out + r, os, ahead);
+  for (; r < rows; ++r) few_block<1, N>(w + r * ws, ws, h, d, out + r, os, ahead);
 }
 
 constexpr int64_t kFew = kRegisters == 32 ? 8 : 4;  // most rows of h in one product
@@ -332,23 +359,26 @@ constexpr int64_t kFew = kRegisters == 32 ? 8 : 4;  // most rows of h in one pro
 // few_rows for a number of rows of h that is known only at run time
 template <class T, int N = kFew>
 static inline void few_any(int64_t count, const T* w, int64_t ws, int64_t rows, const float* h, int64_t d, float* out,
-                           int64_t os) {
+                           int64_t os, Ahead ahead) {
   if constexpr (N > 1) {
-    if (count < N) return few_any<T, N - 1>(count, w, ws, rows, h, d, out, os);
+    if (count < N) return few_any<T, N - 1>(count, w, ws, rows, h, d, out, os, ahead);
   }
-  few_rows<N>(w, ws, rows, h, d, out, os);
+  few_rows<N>(w, ws, rows, h, d, out, os, ahead);
 }
 
-// Multiplies groups of rows of the weight that stay in L2, each with kFew rows of a at a time.
+// Multiplies groups of rows of the weight that stay in L2, each with kFew rows of a at a time. While it does so, each
+// of these passes prefetches its share of the next group.
 template <class S, class T>
 static void streamed(const Factors& f) {
-  constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns, group = 24;
+  constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns;
   const int64_t whole = (f.k + step - 1) / step * L * turns;  // units, padded with zeros
+  const int64_t group = f.k * (int64_t)sizeof(T) <= 8192 ? 24 : 12;
+  const int64_t passes = (f.m + kFew - 1) / kFew, few = passes > 0 ? (f.m + passes - 1) / passes : 0;
   const S* a = (const S*)f.a;
   const T* w = (const T*)f.b;
   float *const h = (float*)f.scratch, *out = (float*)f.out;
-  for (int64_t i = 0; i < f.m; i += kFew) {
-    const int64_t n = f.m - i < kFew ? f.m - i : kFew;
+  for (int64_t i = 0; i < f.m; i += few) {
+    const int64_t n = f.m - i < few ? f.m - i : few;
     for (int64_t u = 0; u < whole; ++u) {
       const int64_t at = u / (L * turns) * turns + u % turns, lane = u / turns % L, left = f.k - u * kPerUnit;
       for (int64_t r = 0; r < n; ++r)
@@ -356,8 +386,12 @@ static void streamed(const Factors& f) {
             left > 0 ? unit<float>(a + (i + r) * f.a_row + u * kPerUnit * f.a_col, f.a_col, left) : 0.0f;
     }
   }
-  for (int64_t r = 0; r < f.n; r += group, w += group * f.b_col, out += group)
-    for (int64_t i = 0; i < f.m; i += kFew)
-      few_any(f.m - i < kFew ? f.m - i : kFew, w, f.b_col, f.n - r < group ? f.n - r : group, h + i * whole, f.k,
-              out + i * f.stride, f.stride);
+  for (int64_t r = 0; r < f.n; r += group, w += group * f.b_col, out += group) {
+    const int64_t rows = f.n - r < group ? f.n - r : group;
+    for (int64_t i = 0; i < f.m; i += few) {
+      const bool next = passes > 1 && r + group < f.n;
+      const Ahead ahead = {next ? group : 0, next ? i / few * (f.k / passes) : 0, next ? passes : 1};
+      few_any(f.m - i < few ? f.m - i : few, w, f.b_col, rows, h + i * whole, f.k, out + i * f.stride, f.stride, ahead);
+    }
+  }
 }
