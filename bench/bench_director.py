@@ -142,8 +142,10 @@ def products(norm: bool):
     return make
 
 
-def training_case(name: str, dtype: torch.dtype, norm_weight: float = 0.0, rounds: int = 7) -> Case:
-    rows, d, v = 2048, 512, 32768
+def training_case(
+    name: str, dtype: torch.dtype, norm_weight: float = 0.0, rounds: int = 7, rows: int = 2048
+) -> Case:
+    d, v = 512, 32768
     eager = {"eager": Provider(eager_training(norm_weight), 32.0 * rows * v, "torch")}
     return Case(
         "director", name, {"rows": rows, "D": d, "V": v}, dtype,
@@ -162,7 +164,11 @@ def cases() -> list[Case]:
     return [
         *(reading_case(dtype) for dtype in both),
         *(decoding_case("decoding", 8, dtype)._replace(main=True) for dtype in both),
-        training_case("training", torch.float32)._replace(main=True),
+        training_case("training", torch.float32),
+        *(
+            training_case(f"training, {rows:,} rows", torch.float32, rows=rows)._replace(main=rows == 1024)
+            for rows in (256, 1024, 4096)
+        ),
         training_case("training", torch.bfloat16),
         training_case("training with the norm", torch.float32, 1.0, rounds=3),
         *(decoding_case("decoding by rows", n, dtype, rounds=7) for dtype in both for n in ROWS),

@@ -123,24 +123,35 @@ def head(i: Inputs):
     )
 
 
+def cringe_case(name: str, rows: int) -> Case:
+    return Case(
+        "preference", name, {"rows": rows, "D": D, "V": V}, torch.float32,
+        lambda: make_cringe(rows, D, V, K), lambda: make_cringe(*SMALL, 1), eager_cringe,
+        {
+            "sukhops": Provider(cringe, ours=True),
+            "eager": Provider(eager_cringe, 20.0 * rows * V, "torch"),
+        },
+        cringe_products,
+    )  # fmt: skip
+
+
+def kto_case(name: str, rows: int) -> Case:
+    return Case(
+        "preference", name, {"rows": rows, "D": D, "V": V}, torch.float32,
+        lambda: make_kto(rows, D, V), lambda: make_kto(*SMALL), eager_kto,
+        {"sukhops": Provider(kto, ours=True)}, lambda i: bench_vocab_head.products(i, 7),
+    )  # fmt: skip
+
+
 def cases() -> list[Case]:
-    shape, logits = {"rows": ROWS, "D": D, "V": V}, 4.0 * ROWS * V
     return [
+        cringe_case("CRINGE, k = 5", ROWS),
+        *(cringe_case(f"CRINGE, {rows:,} rows", rows)._replace(main=rows == 1024) for rows in (256, 1024)),
+        kto_case("KTO with its mismatched batch", ROWS),
+        *(kto_case(f"KTO, {rows:,} rows", rows) for rows in (256, 1024)),
         Case(
-            "preference", "CRINGE, k = 5", shape, torch.float32,
-            lambda: make_cringe(ROWS, D, V, K), lambda: make_cringe(*SMALL, 1), eager_cringe,
-            {"sukhops": Provider(cringe, ours=True), "eager": Provider(eager_cringe, 5 * logits, "torch")},
-            cringe_products, main=True,
-        ),
-        Case(
-            "preference", "KTO with its mismatched batch", shape, torch.float32,
-            lambda: make_kto(ROWS, D, V), lambda: make_kto(*SMALL), eager_kto,
-            {"sukhops": Provider(kto, ours=True)},
-            lambda i: bench_vocab_head.products(i, 7),
-        ),
-        Case(
-            "preference", "epilogues of all losses, over one head", shape, torch.float32,
-            lambda: make_epilogues(ROWS, D, V), lambda: make_epilogues(*SMALL), epilogues,
+            "preference", "epilogues of all losses, over one head", {"rows": ROWS, "D": D, "V": V},
+            torch.float32, lambda: make_epilogues(ROWS, D, V), lambda: make_epilogues(*SMALL), epilogues,
             {"sukhops": Provider(epilogues, ours=True)}, head, rounds=3,
         ),
     ]  # fmt: skip

@@ -144,7 +144,7 @@ def trl_stats(hidden, weight, target):
     return [t.reshape(target.shape) for t in ChunkedLogProbFunction.apply(*rows, 1.0, 8192, None, 1.0, names)]
 
 
-def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
+def statistics_case(name: str, rows: int, d: int = 576, v: int = 49152) -> Case:
     """Five numbers per token; the floor is the call that returns log-probs only."""
     dtype = torch.float32
 
@@ -153,7 +153,7 @@ def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
         return lambda: torch.autograd.grad(call(), (i["hidden"], i["weight"]))
 
     return Case(
-        "vocab_head", "five numbers per token, over log-probs alone", {"rows": rows, "D": d, "V": v}, dtype,
+        "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
         lambda: make(rows, d, v, dtype, prompt=0.0), lambda: make(256, d, v // 16, dtype, prompt=0.0),
         statistics(ours(reference.linear_token_stats)),
         {
@@ -161,7 +161,7 @@ def statistics_case(rows: int = 2048, d: int = 576, v: int = 49152) -> Case:
             "eager": Provider(statistics(ours(reference.linear_token_stats)), 40.0 * rows * v, "torch"),
             "TRL": Provider(statistics(trl_stats), 8.0 * rows * 8192, "trl"),
         },
-        logp_alone, rounds=5, main=True,
+        logp_alone, rounds=5,
     )  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def dpo_case(
     v: int = 32768,
 ) -> Case:  # fmt: skip
     logits = 4.0 * rows * v
-    chunked = {"F.linear_cross_entropy": Provider(dpo(linear_cross_entropy), logits, "torch")}
+    chunked = Provider(dpo(linear_cross_entropy), logits, "torch", seconds=4e-7 * rows * v)
     return Case(
         "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
         lambda: make(rows, d, v, dtype, pairs=True),
@@ -266,7 +266,7 @@ def dpo_case(
             "Liger": Provider(liger_dpo, logits, "liger-kernel"),
             "TRL": Provider(dpo(trl_logp), 8.0 * rows * 8192, "trl"),
         }
-        | (chunked if dtype == torch.float32 else {}),
+        | ({"F.linear_cross_entropy": chunked} if dtype == torch.float32 else {}),
         lambda i: products(i, 5),
     )  # fmt: skip
 
@@ -365,7 +365,8 @@ def cases() -> list[Case]:
         *(logp_case("growth with V", torch.float32, 256, 512, v) for v in (8192, 32768, 131072)),
         *(c for d in (512, 2048) for dtype in both for c in by_rows(dtype, d)),
         *by_budget(),
-        statistics_case(),
+        statistics_case("five numbers per token, over log-probs alone", 2048),
+        statistics_case("five numbers per token, 256 rows", 256)._replace(main=True),
         weighting_case(),
         offset_case(),
         *(

@@ -85,9 +85,14 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
         for rows in run([c for c in grid or [] if args.case in c.name], measure_memory=False):
             save(f"{name}_grid", rows, args.record)
         return
-    short = [c._replace(rounds=min(c.rounds, SHORT_ROUNDS)) for c in cases if c.main]
-    for rows in run(short, peer_seconds=SHORT_SECONDS):
+    for rows in run([shortened(c) for c in cases if c.main], peer_seconds=SHORT_SECONDS):
         save(name, rows)
+
+
+def shortened(case: Case) -> Case:
+    """The case for `make bench`: few rounds, the last mode, no provider that takes many seconds a call."""
+    quick = {name: p for name, p in case.providers.items() if p.seconds <= PEER_SECONDS}
+    return case._replace(rounds=min(case.rounds, SHORT_ROUNDS), modes=case.modes[-1:], providers=quick)
 
 
 def save(name: str, rows: list[dict], record: bool = False) -> None:
