@@ -13,16 +13,16 @@ setup: .venv/built
 
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q $$(grep '^torch==' requirements-dev.txt)
-	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q --no-compile $$(grep '^torch==' requirements-dev.txt)
+	$(PY) -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@
 
 .venv/peers: requirements-peers.txt .venv/tools
-	$(PY) -m pip install -q -r requirements-peers.txt
+	$(PY) -m pip install -q --no-compile -r requirements-peers.txt
 	touch $@
 
 .venv/docs: requirements-docs.txt .venv/tools
-	$(PY) -m pip install -q -r requirements-docs.txt
+	$(PY) -m pip install -q --no-compile -r requirements-docs.txt
 	touch $@
 
 .venv/built: .venv/tools setup.py pyproject.toml $(SOURCES)
