@@ -6,6 +6,8 @@ PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -
 PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
+unexport PYTHONDONTWRITEBYTECODE  # pip does not byte-compile the packages: the first import does
+
 .PHONY: setup bench bench-all test test-all test-real test-large test-versions sanitize fuzz gpu lint docs site wheel clean
 .DEFAULT_GOAL := test
 

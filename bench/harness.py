@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from contextlib import suppress
+from importlib import import_module, metadata
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ OWN = Path(__file__).parent / "own"  # results of your own runs, ignored by git
 MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes, seconds; providers predicted to need more are not run
 PEER_SECONDS = 8.0  # time limit for each peer
 SHORT_ROUNDS, SHORT_SECONDS = 5, 2.0  # rounds, and time limit for each peer, if only the main cases run
+MODULES = {"trl": "trl.kernels", "liger-kernel": "liger_kernel.chunked_loss", "torch-struct": "torch_struct"}
 EMULATED = "this CPU has no bfloat16 products: some take minutes"
 MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
 
@@ -90,8 +92,8 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
 
 
 def shortened(case: Case) -> Case:
-    """The case for `make bench`: few rounds, the last mode, no provider that takes many seconds a call."""
-    quick = {name: p for name, p in case.providers.items() if p.seconds <= PEER_SECONDS}
+    """The case for `make bench`: few rounds, the last mode, no provider that compiles or takes seconds."""
+    quick = {n: p for n, p in case.providers.items() if p.seconds <= PEER_SECONDS and not p.compiles}
     return case._replace(rounds=min(case.rounds, SHORT_ROUNDS), modes=case.modes[-1:], providers=quick)
 
 
@@ -122,6 +124,9 @@ def run(
 
     Memory is measured first, because it forks: OpenMP does not work in a fork of a process that has used it.
     """
+    for package in {p.package for case in cases for p in case.providers.values()} & MODULES.keys():
+        with suppress(ImportError):
+            import_module(MODULES[package])  # once, not in every forked process
     memory: list[dict] = [{} for _ in cases]
     for case, measured in zip(cases, memory, strict=True):
         measurable = measure_memory and "fwd_bwd" in case.modes and not emulated(case)
