@@ -120,7 +120,7 @@ Outputs forward(
   std::vector<int64_t> picked(n * targets);
   std::vector<A> logit(n * targets);
   for (int64_t i = 0; i < n; ++i)
-    std::copy_n(data<int64_t>(target) + rows[i] * targets, targets, &picked[i * targets]);
+    std::copy_n(data<int64_t>(target) + rows[i] * targets, targets, picked.data() + i * targets);
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
   const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
   const int64_t kept = std::min(n, logits.size(0));
@@ -167,10 +167,10 @@ Outputs forward(
     const int64_t r = rows[i];
     const A log = data<A>(log_sum)[r] = stats.merge_parts(i);
     data<A>(maximum)[r] = stats.maximum[i];
-    std::copy_n(&logit[i * targets], targets, data<A>(target_logit) + r * targets);
-    finish_top(&stats.value[i * k], &stats.index[i * k], k, log != log);
-    std::copy_n(&stats.value[i * k], k, data<A>(top_value) + r * k);
-    std::copy_n(&stats.index[i * k], k, data<int64_t>(top_index) + r * k);
+    std::copy_n(logit.data() + i * targets, targets, data<A>(target_logit) + r * targets);
+    finish_top(stats.value.data() + i * k, stats.index.data() + i * k, k, log != log);
+    std::copy_n(stats.value.data() + i * k, k, data<A>(top_value) + r * k);
+    std::copy_n(stats.index.data() + i * k, k, data<int64_t>(top_index) + r * k);
     for (int64_t j = 0; keep_mean && j < d; ++j)
       data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / stats.sum[i]);
     if (!statistics) return;
