@@ -279,8 +279,8 @@ SUKHOPS_INLINE void reduce_each(const Reg<float>* x, float* out, int64_t os) {
   }
 }
 
-// Without kPairs, a register of bfloat16 is used in two turns, because each lane holds two numbers: a shift extracts the
-// even ones, then a mask the odd ones. Where no register is free for the mask, two shifts do the same.
+// Without kPairs, a register of bfloat16 is used in two turns, because each lane holds two numbers: a shift extracts
+// the even ones, then a mask the odd ones. Where no register is free for the mask, two shifts do the same.
 template <class T>
 constexpr int64_t kTurns = !kPairs && std::is_same_v<T, uint16_t> ? 2 : 1;
 
