@@ -253,7 +253,7 @@ def dpo_case(
     v: int = 32768,
 ) -> Case:  # fmt: skip
     logits = 4.0 * rows * v
-    chunked = Provider(dpo(linear_cross_entropy), logits, "torch", seconds=4e-7 * rows * v)
+    chunked = Provider(dpo(linear_cross_entropy), logits, "torch", seconds=15)
     return Case(
         "vocab_head", name, {"rows": rows, "D": d, "V": v}, dtype,
         lambda: make(rows, d, v, dtype, pairs=True),

@@ -92,7 +92,7 @@ def main(name: str, cases: list[Case], grid: list[Case] | None = None) -> None:
 
 
 def shortened(case: Case) -> Case:
-    """The case for `make bench`: few rounds, the last mode, no provider that compiles or takes seconds."""
+    """The case for `make bench`: few rounds, the last mode, no provider that compiles or is slow."""
     quick = {n: p for n, p in case.providers.items() if p.seconds <= PEER_SECONDS and not p.compiles}
     return case._replace(rounds=min(case.rounds, SHORT_ROUNDS), modes=case.modes[-1:], providers=quick)
 

@@ -296,7 +296,8 @@ SUKHOPS_INLINE Reg<float> units_in_turn(const T* p, int turn) {
 }
 
 // What a product prefetches into L2 while it computes; the prefetchers of the CPU stop at the end of a page. Beside row
-// r of the weight and its column j it prefetches row r + `rows` and column first + j / share.
+// r of the weight and its column j it prefetches row r + `rows` and column first + j / share. `rows` = 0 stands for the
+// rows of two blocks.
 struct Ahead {
   int64_t rows, first, share;
 };
@@ -366,14 +367,14 @@ static inline void few_any(int64_t count, const T* w, int64_t ws, int64_t rows, 
   few_rows<N>(w, ws, rows, h, d, out, os, ahead);
 }
 
-// Multiplies groups of rows of the weight that stay in L2, each with kFew rows of a at a time. While it does so, each
-// of these passes prefetches its share of the next group.
+// Multiplies groups of rows of the weight with kFew rows of a at a time. If that takes several passes, a group and the
+// next one stay in L2, and each pass prefetches its share of the next group.
 template <class S, class T>
 static void streamed(const Factors& f) {
   constexpr int64_t L = kRegisterLanes<float>, turns = kTurns<T>, step = L * kPerUnit * turns;
   const int64_t whole = (f.k + step - 1) / step * L * turns;  // units, padded with zeros
-  const int64_t group = f.k * (int64_t)sizeof(T) <= 8192 ? 24 : 12;
   const int64_t passes = (f.m + kFew - 1) / kFew, few = passes > 0 ? (f.m + passes - 1) / passes : 0;
+  const int64_t group = passes > 1 && f.k * (int64_t)sizeof(T) > 8192 ? 12 : 24;
   const S* a = (const S*)f.a;
   const T* w = (const T*)f.b;
   float *const h = (float*)f.scratch, *out = (float*)f.out;

@@ -1,4 +1,4 @@
-"""On every CPU, logits of half-precision heads are float32 sums, as accurate as with float32 inputs."""
+"""On every CPU, logits of half-precision heads are float32 sums, as accurate as with float32 inputs; few rows."""
 
 import pytest
 import torch
@@ -36,6 +36,18 @@ def test_log_probs(dtype, rows):
         assert rows < 40 or (ours - exact).abs().mean() <= 3e-6
     top, best = linear_topk(hidden, weight, 3).values.detach(), logits.topk(3).values
     assert distance(top, best) <= budget(top, (hidden.float() @ weight.float().T).topk(3).values, best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 4, 5, 9, 16, 31])
+@pytest.mark.parametrize("d", [39, 4100])
+def test_streamed_weight(dtype, rows, d):
+    """One and several passes over the rows, groups of both sizes, depths that end inside a cache line."""
+    hidden, weight, _ = confident(dtype, rows, d, v=61)
+    exact = (hidden.double() @ weight.double().T).sort(descending=True).values
+    single = reference.linear_topk(hidden.float(), weight.float(), 61).values
+    ours = linear_topk(hidden, weight, 61).values
+    assert distance(ours, exact) <= budget(ours, single, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
