@@ -1,4 +1,4 @@
-"""On every CPU, logits of half-precision heads are float32 sums, as accurate as with float32 inputs; few rows."""
+"""On every CPU, logits of half-precision heads are float32 sums, as accurate as with float32 inputs."""
 
 import pytest
 import torch
