@@ -32,7 +32,7 @@ setup: .venv/built
 	touch $@
 
 BENCHES := $(wildcard bench/bench_*.py)
-LONGER := bench/neighbour.py bench/ranks.py bench/train_step.py bench/trl_step.py bench/pairs.py bench/lexicon.py
+LONGER := bench/neighbor.py bench/ranks.py bench/train_step.py bench/trl_step.py bench/pairs.py bench/lexicon.py
 
 bench: setup .venv/peers  ## check and time the main case of every op and its peers; results in bench/own
 	set -e; for f in $(BENCHES); do $(PY) $$f; done

@@ -15,7 +15,9 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("SUKHOPS_SANITIZE") else []  # make sanitize
-SPEED = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3", "-g0"]
+# the segmentations' error bounds need fused multiply-add, which gcc forms from expensive-optimizations on
+SANITIZED = ["-O1", "-fexpensive-optimizations", "-g1", "-fno-omit-frame-pointer", *SANITIZE]
+SPEED = SANITIZED if SANITIZE else ["-O3", "-g0"]
 # no -ffast-math: it breaks NaN and sets flush-to-zero in the whole process of the user
 CXX = ["-std=c++20", *SPEED, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
        "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unused-function"]  # fmt: skip

@@ -3,7 +3,7 @@
 Nothing is downloaded: only installed peers are measured. Every step runs in its own process, so the next step
 runs even if one fails or crashes the device. A summary lists steps that failed or for which no time was left.
 
-    python bench/gpu.py [--op NAME ...] [--step build test bench suite] [--minutes 9]
+    python bench/gpu.py [--op NAME ...] [--step build test bench suite] [--minutes M]
     python bench/gpu.py --step sanitize [--op NAME ...]    # compute-sanitizer: memcheck and racecheck
 
 Writes bench/results/<gpu>.jsonl, and makes the table <gpu>.md and plots from it. The exit status is 1 if a
@@ -156,7 +156,7 @@ def main() -> int:
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--step", nargs="+", choices=[*STEPS, "sanitize"], default=list(STEPS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run")
+    parser.add_argument("--minutes", type=float, default=600.0, help="time limit of the whole run")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"

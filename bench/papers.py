@@ -25,8 +25,8 @@ EFFECTS = [
     ),
     Effect(
         "Hybrid language models, 2019", "units help a character model in equal time", "hybrid_lm",
-        "characters, in the time of a hybrid", "hybrid", {"bits per character": "bits per character"},
-        "hybrid-language-model",
+        "characters, in the time of a hybrid", "hybrid",
+        {"bits per character": "bits per character", "parameters": "parameters"}, "hybrid-language-model",
     ),
     Effect(
         "Director, 2022", "fewer repetitions by a classifier at decoding", "repetition", "plain",
@@ -34,7 +34,7 @@ EFFECTS = [
         "director-and-cringe-repetition",
     ),
     Effect(
-        "CRINGE, 2023", "fewer repetitions by training against them", "repetition",
+        "CRINGE, 2023", "fewer repetitions than by training on text alone", "repetition",
         "LoRA on the manual alone", "CRINGE, iteration 2",
         {"repeats %": "repeated tokens, %", "perplexity": "perplexity"}, "director-and-cringe-repetition",
     ),
@@ -72,7 +72,7 @@ def _measured(effect: Effect, found: list[dict]) -> str:
         sides = []
         for variant in (effect.before, effect.after):
             values = [r[field] for r in found[1:] if r["variant"] == variant]
-            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            spread = f" ± {statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
             sides.append(f"{statistics.mean(values):{form}}{spread}")
         parts.append(f"{name}: {' → '.join(sides)}")
     return "; ".join(parts)

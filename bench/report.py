@@ -38,7 +38,7 @@ HEADLINES = [
     Headline(
         "preference", "CRINGE, k = 5", "CRINGE, k = 5", 25, "4 products of positive, 1 of negative rows"
     ),
-    Headline("director", "training", "Director training", 0, "4 products of the unlabeled half"),
+    Headline("director", "training", "Director training", 0, "4 products of the plain half"),
     Headline("director", "decoding", "Director decoding", None, "one read of both weights", "fwd_nograd"),
     Headline("adaptive_span", "learned spans", "attention, mean span 314", None, "causal SDPA without spans"),
     Headline(

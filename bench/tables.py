@@ -41,7 +41,7 @@ def pairs(found: list[dict]) -> str:
     return markdown(["", "CPU", "provider", "seconds", "per second", "gradient norm"], body)
 
 
-def neighbour(found: list[dict]) -> str:
+def neighbor(found: list[dict]) -> str:
     body = []
     for r in found:
         times = [number(r[field], ",.1f") for field in ("alone_ms", "beside_ms")]
@@ -107,5 +107,5 @@ def versions(found: list[dict]) -> str:
 
 TABLES = {
     f.__name__: f
-    for f in (train_step, pairs, roofline, lexicon, ranks, neighbour, trl_step, real_spans, versions)
+    for f in (train_step, pairs, roofline, lexicon, ranks, neighbor, trl_step, real_spans, versions)
 }

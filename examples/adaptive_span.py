@@ -30,7 +30,7 @@ from sukhops.integrations.transformers import AdaptiveSpans, adaptive_spans, add
 
 LENGTH, CONTEXT, NEW = 1024, 8000, 16
 PENALTIES = (3e-5, 1e-4)  # nats per token of a layer's mean span
-LR = 1e-2
+LR = 2e-2
 
 
 def token_loss(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def with_spans(name: str | None, state: dict | None = None) -> transformers.PreT
 
 def run(options: argparse.Namespace, stages: Stages) -> list[dict]:
     text, test = manual(load(options.model)[1])
-    steps, tests, rounds, context = (2, 2, 1, 1100) if options.quick else (80, 24, 3, CONTEXT)
+    steps, tests, rounds, context = (2, 2, 1, 1100) if options.quick else (50, 12, 3, CONTEXT)
     tests = held_out(test, LENGTH, tests)
     rows = [stages("full", lambda: measure("full attention", 0, with_spans(options.model), tests))]
     del rows[0]["spans"]

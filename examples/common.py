@@ -25,12 +25,19 @@ from report import example as summary
 CACHE = Path(__file__).parent.parent / ".cache" / "examples"
 
 
+class Parser(argparse.ArgumentParser):
+    """Without --seeds, a quick run takes one seed and a whole run three."""
+
+    def parse_args(self, *given, **named) -> argparse.Namespace:
+        options = super().parse_args(*given, **named)
+        options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+        return options
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="run a few minutes at most, as a check")
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --quick: 0")
+    parser.add_argument("--quick", action="store_true", help="run 3 minutes at most, as a check")
     return parser
 
 

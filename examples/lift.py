@@ -12,7 +12,7 @@ things, and some limits that are in no training pair.
 
 Prints mean ± standard deviation over seeds and saves bench/results/example_lift.jsonl: the percentage of
 greedy answers that are longer than their limit, and the number of words with and without a limit. Answers
-have at most 128 tokens.
+have at most 96 tokens.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import transformers
 import trl
 from common import Stages, report
 from datasets import Dataset
-from pretrained import ROWS, arguments, learned, load, with_adapters
+from pretrained import arguments, learned, load, with_adapters
 from torch import nn
 from tqdm import tqdm
 
@@ -44,7 +44,8 @@ QUESTIONS = (
     "What do scientists know about {}?", "Why do people care about {}?",
 )  # fmt: skip
 TESTED = 4  # the last four things are only tested; training has 26 * 8 = 208 instructions
-LENGTH = 128  # maximum number of tokens of an answer
+LENGTH = 96  # maximum number of tokens of an answer
+BATCH = 104  # batch size of generation
 SEEN, UNSEEN = (20, 40), (15, 30)  # tested limits; UNSEEN are in no training pair
 LIMITS = [n for n in range(10, 91) if n not in UNSEEN]
 
@@ -59,15 +60,16 @@ def answers(model: nn.Module, tokenizer, prompts: list[str], **options) -> list[
     model.eval()
     found = []
     texts = [template(tokenizer, prompt) for prompt in prompts]
-    for i in tqdm(range(0, len(texts), ROWS), desc="answers"):
+    for i in tqdm(range(0, len(texts), BATCH), desc="answers"):
         batch = tokenizer(
-            texts[i : i + ROWS],
+            texts[i : i + BATCH],
             return_tensors="pt",
             padding=True,
             padding_side="left",
             add_special_tokens=False,
         )
-        out = model.generate(**batch, **{"max_new_tokens": LENGTH, "do_sample": False} | options)
+        given = {"max_new_tokens": LENGTH, "do_sample": False, "cache_implementation": "static"} | options
+        out = model.generate(**batch, **given)
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in found]
 

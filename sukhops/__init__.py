@@ -21,7 +21,7 @@ from sukhops.ops.segmentation import (
 )
 from sukhops.ops.vocab_head import linear_logp, linear_token_stats, linear_topk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Lexicon",
     "adaptive_span_attention",

@@ -13,6 +13,8 @@ from torch import Tensor
 
 
 class Comparison(NamedTuple):
+    """The error of one output or gradient, and the error that is allowed."""
+
     name: str  # of an output, or "grad of <input>"
     error: float  # largest absolute difference from the exact result
     budget: float  # largest allowed error

@@ -12,7 +12,7 @@ import traceback
 from collections import Counter
 
 import fuzz_heads
-import fuzz_labelled
+import fuzz_labeled
 import fuzz_losses
 import fuzz_pairs
 import fuzz_sequences
@@ -26,7 +26,7 @@ TARGETS = (
     fuzz_heads.TARGETS
     | fuzz_sequences.TARGETS
     | fuzz_losses.TARGETS
-    | fuzz_labelled.TARGETS
+    | fuzz_labeled.TARGETS
     | fuzz_pairs.TARGETS
 )
 CASES = 25  # per target and round

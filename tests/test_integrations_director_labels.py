@@ -90,6 +90,15 @@ def accelerate_added_and_removed(model, folder):
     pytest.importorskip("accelerate").hooks.remove_hook_from_module(model, recurse=True)
 
 
+@pytest.fixture(autouse=True)
+def accelerate_without_state():
+    """accelerate keeps the precision of the process; neither earlier nor later tests share it with these."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state()
+    yield
+    state._reset_state()
+
+
 def with_mixed_precision(model, folder):
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
     accelerator.prepare_model(model)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
+    """A loss and its metrics by name."""
+
     loss: Tensor  # [], differentiable
     metrics: dict[str, Tensor]  # [] each, detached
 

@@ -19,7 +19,7 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class CringeLoss(nn.Module):
-    """The CRINGE loss, computed from hidden states; logits are never stored.
+    """The CRINGE loss, computed from hidden states without the logits.
 
     A negative token is contrasted with a rival, a likely token that is sampled. The contrast takes one matrix
     product, because its gradient touches only two rows of the weight. If k >= V, k = V - 1 is used. The
@@ -89,7 +89,7 @@ class CringeLoss(nn.Module):
 
 
 class PairwiseCringeLoss(nn.Module):
-    """The pairwise CRINGE loss of B pairs, computed from hidden states; logits are never stored.
+    """The pairwise CRINGE loss of B pairs, computed from hidden states without the logits.
 
     Args:
         alpha: factor of the contrastive term, >= 0.

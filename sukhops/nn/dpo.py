@@ -11,10 +11,10 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class DPOLoss(nn.Module):
-    """Preference loss of B pairs, computed from hidden states; logits are never stored.
+    """Preference loss of B pairs, computed from hidden states without the logits [2B, T, V].
 
-    `sukhops.losses.dpo_loss` has the formulas, the meaning of each option, and the loss types that use it.
-    label_smoothing, margin and tau raise an error if no listed type uses them, other options if one does not.
+    `sukhops.losses.dpo_loss` explains each option, and which loss types use it. label_smoothing, margin and
+    tau raise an error if no listed type uses them; any other option does if one listed type does not use it.
 
     Args:
         beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.

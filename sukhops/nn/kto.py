@@ -12,7 +12,7 @@ from sukhops.parallel._dtensor import takes_dtensors
 
 
 class KTOLoss(nn.Module):
-    """The KTO loss of unpaired completions, computed from hidden states; logits are never stored.
+    """The KTO loss of unpaired completions, computed from hidden states without the logits.
 
     Args:
         beta: factor of the log-ratios, > 0; larger values keep the policy closer to the reference.

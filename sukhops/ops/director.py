@@ -92,7 +92,8 @@ def director_topk(
 ) -> DirectorTopK:
     """The k most probable tokens of `director_logp`, found without storing the others.
 
-    A large k stores all V: above 1,024 and V / 16 on a CPU; above 64, and in float64, on CUDA.
+    All V are stored if k is larger than both 1,024 and V / 16 on a CPU, and if k is larger than 64 or the
+    inputs are float64 on CUDA.
 
     Args:
         k: number of tokens per row, 1 <= k <= V.

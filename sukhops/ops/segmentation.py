@@ -28,8 +28,9 @@ def segmentation_logz(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
     binary exponents). Beyond that every result of the sequence is NaN, never a wrong number. A sequence with
     float32 scores above 5e6 / max(16, K) is computed in float64 on the CPU, which takes several times longer;
     on CUDA its results may be NaN. The gradient is the posterior of each segment, exactly 0 for an impossible
-    segment, and can be differentiated once more. Time and memory are linear in T. B * T numbers are kept for
-    the backward pass; on the CPU the memory of the gradient [B, T, K] is also allocated in the forward pass.
+    segment, and can be differentiated once more. Time and memory are linear in T. A mantissa and an exponent
+    per position are kept for the backward pass, on CUDA for both recursions; on the CPU the memory of the
+    gradient [B, T, K] is also allocated in the forward pass.
 
     Args:
         scores: [B, T, K], float32, float64, bfloat16 or float16 (half precision is computed in float32).

@@ -39,7 +39,7 @@ _REQUEST = "sukhops_request"  # keyword argument with which a model's forward re
 
 
 class LossTrainer(transformers.Trainer):
-    """A `transformers.Trainer` with a loss of `sukhops.nn`; logits are never stored.
+    """A `transformers.Trainer` with a loss of `sukhops.nn`, which needs no logits.
 
     The model's forward runs its backbone and `HeadLoss`, so the loss is inside the forward that DDP and FSDP2
     wrap. A batch has `input_ids` [B, T], `labels` [B, T] (-100 is ignored; the trainer shifts labels), other

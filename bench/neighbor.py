@@ -96,7 +96,7 @@ def main() -> None:
                 f"{1e3 * alone[name]:9.1f} ms alone {1e3 * beside[name]:9.1f} ms beside: {slower:.2f}x",
                 flush=True,
             )
-    harness.save("neighbour", rows, "--record" in sys.argv)
+    harness.save("neighbor", rows, "--record" in sys.argv)
 
 
 if __name__ == "__main__":
