@@ -31,7 +31,7 @@ MEMORY_LIMIT, TIME_LIMIT = 8 << 30, 60.0  # bytes, seconds; providers predicted 
 PEER_SECONDS = 8.0  # time limit for each peer
 SHORT_ROUNDS, SHORT_SECONDS = 5, 2.0  # rounds, and time limit for each peer, if only the main cases run
 MODULES = {"trl": "trl.kernels", "liger-kernel": "liger_kernel.chunked_loss", "torch-struct": "torch_struct"}
-EMULATED = "this CPU has no bfloat16 products: some take minutes"
+EMULATED = "not measured: this CPU has no bfloat16 products"
 MODES = ("fwd_nograd", "fwd", "bwd", "fwd_bwd")
 
 Inputs = dict[str, Tensor]

@@ -94,8 +94,12 @@ def measured(found: list[dict]) -> str:
             continue
         case = r["case"] + {"fwd_bwd": "", "fwd_nograd": ", no gradient"}.get(r["mode"], f", {r['mode']}")
         line = [case, r["dtype"], r["isa"], r["provider"]]
-        if r.get("skipped"):
-            body.append([*line, r["skipped"], "", "", ""])
+        if why := r.get("skipped"):
+            same = [o for o in found if all(o[key] == r[key] for key in ("case", "mode", "dtype", "isa"))]
+            if all(o.get("skipped") == why for o in same):
+                line[-1] = "all"
+            if [*line, why, "", "", ""] not in body:
+                body.append([*line, why, "", "", ""])
             continue
         form = ".2f" if r.get("ratio_p50", 1) >= 0.1 else ".4f"
         ratio = (

@@ -52,7 +52,7 @@ def exact(q, k, v, span, **options):
 @pytest.fixture
 def small(monkeypatch):
     """Tiles of 16 rows and keys, so that small shapes have several tiles, the last of them partial."""
-    for table in FORMS:
+    for _, table, _ in FORMS.values():
         monkeypatch.setattr(kernels, table, {})  # empty: the launchers use SMALL_TILES
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
 
@@ -270,8 +270,8 @@ def test_too_wide_heads_raise():
 # ------------------------------------------------------------------ compiled ahead of time
 
 
-def check_build(table, arch, dtype, d):
-    built = form(table, dtype, d).build(arch)
+def check_build(name, arch, dtype, d):
+    built = form(name, dtype, d).build(arch)
     assert built.spills == 0 or dtype in ("float32", "float64"), built
     assert built.shared <= SHARED_LIMIT[arch]
     if dtype in ("bfloat16", "float16"):
@@ -281,14 +281,14 @@ def check_build(table, arch, dtype, d):
 @pytest.mark.full
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("table", FORMS)
-def test_every_width_compiles_within_the_limits(table, arch, d):
-    check_build(table, arch, "bfloat16", d)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_width_compiles_within_the_limits(name, arch, d):
+    check_build(name, arch, "bfloat16", d)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("table", [t for t in FORMS if not t.startswith("REL")])
-def test_other_dtypes_compile(table, arch):
+@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith("rel")])
+def test_other_dtypes_compile(name, arch):
     for dtype in ("float32", "float64"):
-        check_build(table, arch, dtype, 64)
+        check_build(name, arch, dtype, 64)

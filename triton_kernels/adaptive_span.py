@@ -40,6 +40,10 @@ GROUPED_DKV_TILES = {  # gradients of k and v, several query heads per key head
     "ampere": ((32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
     "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
+GROUPED_DKV_BY_ROW_TILES = {  # the same, for queries of a head that differ in their span or first key
+    "half": ((32, 64, 8, 1), (16, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 1)),
+    "float": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+}
 REL_FORWARD_TILES = {  # with rel_pos, tiles must be square
     "half": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 8, 2)),
     "ampere": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2), (16, 16, 8, 1)),
@@ -589,13 +593,15 @@ def backward(grad, q, k, v, span, rel_pos, key_start, query_start, out, maximum,
         )  # fmt: skip
         return maximum, total, delta, first, full
 
-    table = REL_DKV_TILES if rel_pos is not None else DKV_TILES if h == hkv else GROUPED_DKV_TILES
+    by_row = span.dim() == 3 or key_start is not None
+    grouped = GROUPED_DKV_BY_ROW_TILES if by_row else GROUPED_DKV_TILES
+    table = REL_DKV_TILES if rel_pos is not None else DKV_TILES if h == hkv else grouped
     bm, bn, warps, stages = _pick(table, q)
     saved = sums_by_tile(bm)
     if need_kv:
         backward_keys[(triton.cdiv(n, bn) * b, hkv)](
             q, k, v, grad, span, rel_pos, key_start, query_start, _longest_first(span, hkv), *saved, dk, dv,
-            *strides, *sizes, ramp, scale, BY_ROW=span.dim() == 3 or key_start is not None, **widths,
+            *strides, *sizes, ramp, scale, BY_ROW=by_row, **widths,
             BM=bm, BN=bn, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if need_rel_pos:

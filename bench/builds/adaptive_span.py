@@ -9,17 +9,22 @@ from sukhops.triton_kernels import adaptive_span as kernels
 from sukhops.triton_kernels._parts import parts
 
 INPUTS = ("q", "k", "v", "grad", "rel", "out", "dq", "dk", "dv")  # tensors of the inputs' dtype
-FORMS = {  # name of a table of tile sizes: name of the form, kernel, arguments of `compiled`
-    "FORWARD_TILES": ("forward", kernels.forward_tiles, dict()),
-    "FEW_ROWS_TILES": ("few", kernels.forward_tiles, dict(few=True, group=4, query_start=True)),
-    "DQ_TILES": ("rows", kernels.backward_rows, dict(key_start=True, query_start=True)),
-    "DKV_TILES": ("keys", kernels.backward_keys, dict()),
-    "GROUPED_DKV_TILES": ("grouped keys", kernels.backward_keys, dict(group=4)),
-    "REL_FORWARD_TILES": ("rel forward", kernels.forward_tiles, dict(rel=True)),
-    "REL_DQ_TILES": ("rel rows", kernels.backward_rows, dict(rel=True)),
-    "REL_DKV_TILES": ("rel keys", kernels.backward_keys, dict(rel=True)),
-    "DREL_TILES": ("rel distances", kernels.backward_distances, dict(rel=True)),
-}
+FORMS = {  # name: kernel, name of its table of tile sizes, arguments of `compiled`
+    "forward": (kernels.forward_tiles, "FORWARD_TILES", dict()),
+    "few": (kernels.forward_tiles, "FEW_ROWS_TILES", dict(few=True, group=4, query_start=True)),
+    "rows": (kernels.backward_rows, "DQ_TILES", dict(key_start=True, query_start=True)),
+    "keys": (kernels.backward_keys, "DKV_TILES", dict()),
+    "keys by row": (kernels.backward_keys, "DKV_TILES", dict(by_row=True)),
+    "grouped keys": (kernels.backward_keys, "GROUPED_DKV_TILES", dict(group=4)),
+    "grouped keys by row": (
+        kernels.backward_keys, "GROUPED_DKV_BY_ROW_TILES", dict(group=4, by_row=True)
+    ),
+    "rel forward": (kernels.forward_tiles, "REL_FORWARD_TILES", dict(rel=True)),
+    "rel rows": (kernels.backward_rows, "REL_DQ_TILES", dict(rel=True)),
+    "rel keys": (kernels.backward_keys, "REL_DKV_TILES", dict(rel=True)),
+    "rel keys by row": (kernels.backward_keys, "REL_DKV_TILES", dict(rel=True, by_row=True)),
+    "rel distances": (kernels.backward_distances, "DREL_TILES", dict(rel=True)),
+}  # fmt: skip
 
 
 class Form(NamedTuple):
@@ -27,26 +32,28 @@ class Form(NamedTuple):
 
     name: str
     kernel: Callable
-    table: str
+    form: str
     dtype: str
     d: int
     multiplies: bool
     wide: bool = False
 
     def build(self, arch: int) -> Built:
-        return compiled(self.table, arch, self.dtype, self.d, **FORMS[self.table][2])
+        return compiled(self.form, arch, self.dtype, self.d, **FORMS[self.form][2])
 
 
-def form(table: str, dtype: str, d: int) -> Form:
-    name, kernel, _ = FORMS[table]
-    return Form(f"{name}, d = {d}, {dtype}", kernel, table, dtype, d, dtype in ("bfloat16", "float16"))
+def form(name: str, dtype: str, d: int) -> Form:
+    half = dtype in ("bfloat16", "float16")
+    return Form(f"{name}, d = {d}, {dtype}", FORMS[name][0], name, dtype, d, half)
 
 
 def compiled(
-    table: str, arch: int, dtype: str, d: int, *, rel=False, key_start=False, query_start=False, by_row=False,
+    form: str, arch: int, dtype: str, d: int, *, rel=False, key_start=False, query_start=False, by_row=False,
     few=False, group=1,
 ) -> Built:  # fmt: skip
-    kernel, configurations = FORMS[table][1], getattr(kernels, table)
+    """by_row: the queries of a head differ in their span or first key."""
+    kernel, table, _ = FORMS[form]
+    configurations, key_start = getattr(kernels, table), key_start or by_row
     kind = {"float32": "float", "float64": "double"}.get(dtype, "half")
     if kind == "half" and arch < 90 and "ampere" in configurations:
         kind = "ampere"
@@ -79,4 +86,4 @@ def compiled(
     return build(kernel, arch, signature, constants, warps, stages)
 
 
-KERNELS = [form(table, "bfloat16", 64) for table in FORMS] + [form("FORWARD_TILES", "float32", 64)]
+KERNELS = [form(name, "bfloat16", 64) for name in FORMS] + [form("forward", "float32", 64)]
