@@ -19,9 +19,9 @@ class Effect(NamedTuple):
 
 EFFECTS = [
     Effect(
-        "Adaptive spans, 2019", "most heads need few tokens", "adaptive_span", "full attention",
-        "spans, penalty 3e-05", {"keys per query": "keys per query", "bits per token": "bits per token"},
-        "adaptive-spans",
+        "Adaptive spans, 2019", "a span per head loses less than one window for all", "adaptive_span",
+        "one window, keys of 0.0001", "spans, penalty 0.0001",
+        {"keys per query": "keys per query", "bits per token": "bits per token"}, "adaptive-spans",
     ),
     Effect(
         "Hybrid language models, 2019", "units help a character model in equal time", "hybrid_lm",

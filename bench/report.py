@@ -271,17 +271,19 @@ def trade_off(name: str, found: list[dict]) -> None:
 
 
 def spans(name: str, found: list[dict]) -> None:
-    """Plots the learned span of every head by layer, from r["spans"] [layers][heads], one color per seed."""
+    """Plots the learned span of every head by layer, from r["spans"] [layers][heads], a color per variant."""
     plt = pyplot()
-    figure, panel = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 3.4), layout="constrained")
     runs = [r for r in found if "spans" in r]
-    for i, r in enumerate(runs):
+    for i, variant in enumerate(dict.fromkeys(r["variant"] for r in runs)):
         heads = [  # sorted by span, because the order of heads has no meaning
-            (layer + 0.7 * (rank + 0.5) / len(row) - 0.35 + 0.03 * (i - len(runs) / 2), span)
+            (layer + 0.7 * (rank + 0.5) / len(row) - 0.35, span)
+            for r in runs
+            if r["variant"] == variant
             for layer, row in enumerate(r["spans"], 1)
             for rank, span in enumerate(sorted(row))
         ]
-        panel.plot(*zip(*heads, strict=True), "o", label=f"seed {r['seed']}")
+        panel.plot(*zip(*heads, strict=True), ".", color=f"C{i}", markersize=3, label=variant)
     panel.set(xlabel="layer, its heads side by side", ylabel="span in tokens")
     panel.set_xticks(range(1, len(runs[0]["spans"]) + 1))
     panel.grid(alpha=0.3)

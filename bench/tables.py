@@ -84,16 +84,6 @@ def trl_step(found: list[dict]) -> str:
     return markdown(["trainer", "dtype", "CPU", "TRL", "with sukhops", "time", "memory"], body)
 
 
-def real_spans(found: list[dict]) -> str:
-    """A pretrained model before and after its spans are trained."""
-    body = []
-    for r in found:
-        cells = [f"{r['bits']:.3f}", number(r["mean_span"]), number(r["token_ms"], ".1f")]
-        body.append([r["case"], r["isa"], r["provider"], *cells])
-    head = ["model", "CPU", "", "bits per token", "mean span", "ms per decoded token"]
-    return markdown(head, body)
-
-
 def versions(found: list[dict]) -> str:
     """What tests/versions.py ran."""
     body = []
@@ -105,7 +95,4 @@ def versions(found: list[dict]) -> str:
     return markdown(head, body)
 
 
-TABLES = {
-    f.__name__: f
-    for f in (train_step, pairs, roofline, lexicon, ranks, neighbor, trl_step, real_spans, versions)
-}
+TABLES = {f.__name__: f for f in (train_step, pairs, roofline, lexicon, ranks, neighbor, trl_step, versions)}
