@@ -55,8 +55,8 @@ def instructions(things: tuple[str, ...]) -> list[str]:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, tokenizer, prompts: list[str], **options) -> list[str]:
-    """One answer to each instruction, greedy unless the options say otherwise."""
+def answers(model: nn.Module, tokenizer, prompts: list[str], length: int, **options) -> list[str]:
+    """One answer of at most `length` tokens to each instruction, greedy unless the options say otherwise."""
     model.eval()
     found = []
     texts = [template(tokenizer, prompt) for prompt in prompts]
@@ -68,7 +68,7 @@ def answers(model: nn.Module, tokenizer, prompts: list[str], **options) -> list[
             padding_side="left",
             add_special_tokens=False,
         )
-        given = {"max_new_tokens": LENGTH, "do_sample": False, "cache_implementation": "static"} | options
+        given = {"max_new_tokens": length, "do_sample": False, "cache_implementation": "static"} | options
         out = model.generate(**batch, **given)
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in found]
@@ -79,13 +79,13 @@ def template(tokenizer, prompt: str) -> str:
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
-def make_pairs(model: nn.Module, tokenizer, prompts: list[str], seed: int) -> list[dict]:
+def make_pairs(model: nn.Module, tokenizer, prompts: list[str], length: int, seed: int) -> list[dict]:
     """Pairs of a full answer (chosen) and a short one (rejected), if the full one is longer."""
     torch.manual_seed(seed)
     sampled = {"do_sample": True, "temperature": 0.7, "top_k": 0}
-    full = answers(model, tokenizer, prompts, **sampled)
+    full = answers(model, tokenizer, prompts, length, **sampled)
     brief = [f"{prompt} Answer in one or two sentences." for prompt in prompts]
-    short = answers(model, tokenizer, brief, max_new_tokens=LENGTH // 2, **sampled)
+    short = answers(model, tokenizer, brief, length // 2, **sampled)
     found = zip(prompts, full, short, strict=True)
     return [
         {"prompt": p, "chosen": f, "rejected": s}
@@ -139,10 +139,10 @@ def train_in_loss_trainer(model: nn.Module, tokenizer, pairs: list[dict], given:
     return adapted
 
 
-def measure(model: nn.Module, tokenizer, tests: list[str]) -> dict:
+def measure(model: nn.Module, tokenizer, tests: list[str], length: int) -> dict:
     limits = (*SEEN, *UNSEEN)
     prompts = [lift_prompt(test, limit) for limit in limits for test in tests] + tests
-    counts = torch.tensor([count_words(text) for text in answers(model, tokenizer, prompts)])
+    counts = torch.tensor([count_words(text) for text in answers(model, tokenizer, prompts, length)])
     words = dict(zip((*limits, None), counts.unflatten(0, (-1, len(tests))), strict=True))
 
     def violations(limits: tuple[int, ...]) -> float:
@@ -161,8 +161,10 @@ def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
         raise SystemExit("--model: its tokenizer has no chat template, so it takes no instructions")
     numbers = random.Random(seed)
     train, tests = instructions(THINGS[:-TESTED]), instructions(THINGS[-TESTED:])
-    steps, train, tests = (2, train[:8], tests[:1]) if options.quick else (16, train, tests)
-    pairs = stages(f"pairs-{seed}", lambda: make_pairs(model, tokenizer, train, seed))
+    steps, train, tests, length = (
+        (2, train[:8], tests[:1], 32) if options.quick else (16, train, tests, LENGTH)
+    )
+    pairs = stages(f"pairs-{seed}", lambda: make_pairs(model, tokenizer, train, length, seed))
     given = {
         "output_dir": str(stages.folder), "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
         "learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 2, "logging_steps": 4,
@@ -170,7 +172,7 @@ def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
     }  # fmt: skip
     rows = []
     if seed == options.seeds[0]:
-        found = stages("before", lambda: measure(model, tokenizer, tests))
+        found = stages("before", lambda: measure(model, tokenizer, tests, length))
         rows.append({"variant": "the model as it is", "seed": seed, **found})
     for variant, data, trainer in (
         ("DPO", pairs, train_in_trl),
@@ -182,7 +184,7 @@ def run(options: argparse.Namespace, seed: int, stages: Stages) -> list[dict]:
             name, lambda t=trainer, d=data: learned(t(load(options.model)[0], tokenizer, d, given))
         )
         tuned = with_adapters(load(options.model)[0], seed, state).merge_and_unload()
-        found = stages(f"{name}-measured", lambda m=tuned: measure(m, tokenizer, tests))
+        found = stages(f"{name}-measured", lambda m=tuned: measure(m, tokenizer, tests, length))
         rows.append({"variant": variant, "seed": seed, **found})
     return rows
 
