@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import sys
 import threading
 
 import pytest
@@ -93,10 +94,14 @@ def accelerate_added_and_removed(model, folder):
 @pytest.fixture(autouse=True)
 def accelerate_without_state():
     """accelerate keeps the precision of the process; neither earlier nor later tests share it with these."""
-    state = pytest.importorskip("accelerate.state").AcceleratorState
-    state._reset_state()
+
+    def reset():
+        if "accelerate.state" in sys.modules:
+            sys.modules["accelerate.state"].AcceleratorState._reset_state()
+
+    reset()
     yield
-    state._reset_state()
+    reset()
 
 
 def with_mixed_precision(model, folder):
