@@ -46,9 +46,11 @@ test: setup .venv/peers .venv/docs lint  ## all but the slow tests; Triton's int
 	$(PYTEST) -m "not full and not real and not large"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not full"
 
-test-all: setup .venv/peers lint sanitize  ## also the slow tests (marked full), and make sanitize
-	$(PYTEST) -m "not real and not large"
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+test-all: setup .venv/peers .venv/docs lint sanitize  ## also the slow tests (marked full), and make sanitize
+	rm -rf build/coverage
+	$(PYTEST) --cov --cov-report= -m "not real and not large"
+	TRITON_INTERPRET=1 $(PYTEST) --cov --cov-append --cov-report= -m interpreter
+	$(PY) -m coverage report
 
 test-real: setup .venv/peers  ## tests on a pretrained model: SmolLM2-135M-Instruct or SUKHOPS_MODEL
 	$(PY) -m pytest -q -m real

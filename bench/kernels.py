@@ -7,6 +7,7 @@ Triton kernels are listed in bench/builds; CUDA C++ kernels in csrc/*.cu are com
 
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import gpu_build
@@ -36,15 +37,15 @@ def row(op: str, kernel: str, form: str, arch: int, compiler: str, built: Built)
     return {"op": op, "kernel": kernel, "form": form, "arch": arch, "compiler": compiler, **built._asdict()}
 
 
-def rows() -> list[dict]:
-    """Compiles every kernel for every architecture; CUDA C++ only if nvcc is installed."""
+def rows(architectures: Iterable[int] = ARCHITECTURES) -> list[dict]:
+    """Compiles every kernel for each architecture; CUDA C++ only if nvcc is installed."""
     found, compiler = [], f"triton {triton.__version__}"
     listed = [(op, kernel) for op, kernels in triton_kernels().items() for kernel in kernels]
     for op, kernel in tqdm(listed, desc="kernels"):
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             found.append(row(op, kernel.kernel.__name__, kernel.name, arch, compiler, kernel.build(arch)))
     for path in sorted((ROOT / "csrc").glob("*.cu")) if gpu_build.nvcc() else ():
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             for name, built in gpu_build.build_cuda(path, arch).items():
                 found.append(row(path.stem, name, "", arch, gpu_build.nvcc_version(), built))
     return found

@@ -1,5 +1,6 @@
 // Training of Director's classifier on the CPU. director_dot computes one logit per row, as a dot product with one row
-// of the weight. director_norm computes the regularizer that keeps the other classifier logits near probability 1/2.
+// of the weight. director_norm computes the regularizer that keeps the other classifier logits near probability 1/2,
+// and the same logit on the way, so that one backward pass makes one gradient of the weight.
 #include "blocks.h"
 
 namespace sukhops {
@@ -12,6 +13,7 @@ struct NormRows {
   const int64_t* target;
   const A* grad;        // [rows], or null in the forward
   double* sum;          // [rows], of one part; null in the backward
+  A* logit;             // [rows], null in the backward
   double* grad_affine;  // [rows, 2], of one part; null in the forward
 };
 
@@ -61,6 +63,19 @@ Tensor dot(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
   return out;
 }
 
+// Adds the gradients of the picked logits to dh (of type T), dw and db; those without rows are not needed.
+template <class A, class S, class T>
+void add_picks(std::vector<Pick<A>> picks, const Tensor& hidden, const Tensor& weight, const Tensor& dh,
+               const Tensor& dw, const Tensor& db) {
+  const auto row = [](const Pick<A>& p) { return p.row; };
+  const auto entry = [](const Pick<A>& p) { return p.entry; };
+  if (dh.size(0)) scatter_add<A, S, T>(picks, weight, dh, row, entry);
+  std::stable_sort(picks.begin(), picks.end(), [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
+  if (dw.size(0)) scatter_add<A, S, S>(picks, hidden, dw, entry, row);
+  for (const Pick<A>& p : picks)
+    if (db.size(0)) data<A>(db)[p.entry] += p.grad;
+}
+
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> dot_backward(
     const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
@@ -74,43 +89,37 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
   }
   const Tensor dh = need_hidden ? zeros({n, d}, dtype, hidden) : empty({0}, dtype, hidden);
   const Tensor dw = need_weight ? zeros({v, d}, dtype, hidden) : empty({0}, dtype, hidden);
-  Tensor db = zeros({need_bias ? v : 0}, acc, hidden);
-  const auto row = [](const Pick<A>& p) { return p.row; };
-  const auto entry = [](const Pick<A>& p) { return p.entry; };
-  with_type(dtype, [&](auto s) {
-    using S = decltype(s);
-    if (need_hidden) scatter_add<A, S, S>(picks, weight, dh, row, entry);
-    std::stable_sort(picks.begin(), picks.end(),
-                     [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
-    if (need_weight) scatter_add<A, S, S>(picks, hidden, dw, entry, row);
-    for (const Pick<A>& p : picks)
-      if (need_bias) data<A>(db)[p.entry] += p.grad;
-  });
+  const Tensor db = zeros({need_bias ? v : 0}, acc, hidden);
+  with_type(dtype, [&](auto s) { add_picks<A, decltype(s), decltype(s)>(picks, hidden, weight, dh, dw, db); });
   return {dh, dw, torch::stable::to(db, dtype)};
 }
 
 // ---------------------------------------------------------------- training: the norm of the other logits
 
 // Shared by forward and backward: the gathered rows that train the classifier. The backward drops rows whose upstream
-// gradient is 0.
+// gradients are 0.
 template <class A>
 struct Norm {
   std::vector<int64_t> rows, picked;  // [n] rows of hidden, and their targets
   std::vector<A> upstream, shared;    // [n] gradient of the sum over the vocabulary; affine [2] of a shared head
+  std::vector<Pick<A>> logits;        // gradients of the targets' logits
   int64_t n, v, d;
   A others;  // number of vocabulary entries besides the target
   ScalarType acc;
   Tensor h, b;
 
-  Norm(const Tensor* grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-       const std::optional<Tensor>& bias, const std::optional<Tensor>& affine)
+  Norm(const Tensor* grad, const Tensor* grad_logit, const Tensor& hidden, const Tensor& weight, const Tensor& target,
+       const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine)
       : v(weight.size(0)), d(weight.size(1)), others(static_cast<A>(std::max<int64_t>(1, v - 1))),
         acc(acc_dtype(hidden.scalar_type())) {
     for (const int64_t r : classifier_rows(target, label, v)) {
-      if (grad && data<A>(*grad)[r] == 0) continue;
+      if (grad && data<A>(*grad)[r] == 0 && data<A>(*grad_logit)[r] == 0) continue;
       rows.push_back(r);
       picked.push_back(data<int64_t>(target)[r]);
-      if (grad) upstream.push_back(data<A>(*grad)[r] / others);
+      if (!grad) continue;
+      upstream.push_back(data<A>(*grad)[r] / others);
+      const A of_logit = data<A>(*grad_logit)[r];
+      if (of_logit != 0) logits.push_back({picked.back(), static_cast<int64_t>(rows.size()) - 1, of_logit});
     }
     n = rows.size();
     h = gather_rows(hidden, rows);
@@ -118,20 +127,20 @@ struct Norm {
     if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
   }
 
-  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width, double* sum,
-                   double* grad_affine) const {
+  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width) const {
     return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr,
-            shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data(), sum,
-            grad_affine};
+            shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data(),
+            nullptr, nullptr, nullptr};
   }
 };
 
 template <class A>
-Tensor norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-            const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
-  const Norm<A> g(nullptr, hidden, weight, target, label, bias, affine);
+std::tuple<Tensor, Tensor> norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+                                const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
+  const Norm<A> g(nullptr, nullptr, hidden, weight, target, label, bias, affine);
   const PartPlan plan(g.n, g.v, sizeof(A));
   std::vector<double> sum(g.n * plan.parts);
+  std::vector<A> logit(g.n);
   const Matrix x(g.h), w(weight);
   count_products(g.n > 0);
   plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
@@ -140,24 +149,28 @@ Tensor norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, co
       width = std::min(plan.width, end - v0);
       multiply({Matrix(tile, g.acc, count, width, width), x.submatrix(row0, 0, count, g.d),
                 w.submatrix(v0, 0, width, g.d).transposed()});
-      SUKHOPS_BEST(norm_rows<A>)(g.pass(tile, width, row0, v0, width, &sum[part * g.n], nullptr), 0, count);
+      NormRows<A> pass = g.pass(tile, width, row0, v0, width);
+      pass.sum = &sum[part * g.n];
+      pass.logit = logit.data();
+      SUKHOPS_BEST(norm_rows<A>)(pass, 0, count);
     }
   });
-  const Tensor value = zeros({hidden.size(0)}, g.acc, hidden);
+  const Tensor value = zeros({hidden.size(0)}, g.acc, hidden), picked = zeros({hidden.size(0)}, g.acc, hidden);
   for (int64_t i = 0; i < g.n; ++i) {
     for (int64_t part = 1; part < plan.parts; ++part) sum[i] += sum[part * g.n + i];
     data<A>(value)[g.rows[i]] = static_cast<A>(sum[i] / g.others);
+    data<A>(picked)[g.rows[i]] = logit[i];
   }
-  return value;
+  return {value, picked};
 }
 
 // the gradients of hidden, weight, bias and affine
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
-    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden, bool need_weight,
-    bool need_bias) {
-  const Norm<A> g(&grad, hidden, weight, target, label, bias, affine);
+    const Tensor& grad, const Tensor& grad_logit, const Tensor& hidden, const Tensor& weight, const Tensor& target,
+    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden,
+    bool need_weight, bool need_bias) {
+  const Norm<A> g(&grad, &grad_logit, hidden, weight, target, label, bias, affine);
   const int64_t all = hidden.size(0), n = g.n, v = g.v, d = g.d;
   const ScalarType dtype = hidden.scalar_type();
   const TilePlan tiling(n, v, sizeof(A));
@@ -173,8 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     tiling.each(width, 0, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
       const Matrix cell = z.submatrix(row0, col, count, cols);
       multiply({cell, x.submatrix(row0, 0, count, d), block.submatrix(col, 0, cols, d).transposed()});
-      SUKHOPS_BEST(norm_rows<A>)(g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols, nullptr,
-                                        &grad_affine[2 * part * n]), 0, count);
+      NormRows<A> pass = g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols);
+      pass.grad_affine = &grad_affine[2 * part * n];
+      SUKHOPS_BEST(norm_rows<A>)(pass, 0, count);
     });
     std::vector<Product> products;
     if (need_weight) products.push_back({Matrix(dw).submatrix(v0, 0, width, d), z.transposed(), x});
@@ -185,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   const Tensor dh_all = zeros({need_hidden ? all : 0, d}, dtype, hidden);
   with_type(dtype, [&](auto s) {
     using S = decltype(s);
+    add_picks<A, S, A>(g.logits, g.h, weight, dh, dw, db);
     parallel_rows(need_hidden ? n : 0, grain(d), [&](int64_t i) {
       for (int64_t j = 0; j < d; ++j) data<S>(dh_all)[g.rows[i] * d + j] = static_cast<S>(data<A>(dh)[i * d + j]);
     });
@@ -212,20 +227,21 @@ std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
   });
 }
 
-Tensor director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
+std::tuple<Tensor, Tensor> director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                         const Tensor& label, const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& affine) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
   return with_acc_type(hidden, [&](auto a) { return norm<decltype(a)>(hidden, weight, t, l, bias, affine); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
-    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden, bool need_weight,
-    bool need_bias) {
+    const Tensor& grad, const Tensor& grad_logit, const Tensor& hidden, const Tensor& weight, const Tensor& target,
+    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden,
+    bool need_weight, bool need_bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
+  const Tensor g = torch::stable::contiguous(grad), gl = torch::stable::contiguous(grad_logit);
   return with_acc_type(hidden, [&](auto a) {
-    return norm_backward<decltype(a)>(torch::stable::contiguous(grad), hidden, weight, t, l, bias, affine, need_hidden,
-                                      need_weight, need_bias);
+    return norm_backward<decltype(a)>(g, gl, hidden, weight, t, l, bias, affine, need_hidden, need_weight, need_bias);
   });
 }
 

@@ -11,21 +11,23 @@ static inline void half_tanh(const double* c, double* t, int64_t width) {
 }
 
 // Processes rows [lo, hi) of a tile. Forward: adds the sum of (sigmoid(c) - 1/2)^2 over the tile, without the target,
-// to `sum`. Backward (with `grad`): replaces each product by dloss/dproduct.
+// to `sum`, and stores the target's logit. Backward (with `grad`): replaces each product by dloss/dproduct.
 template <class A>
 static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A c[kMaxWidth], t[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
     A* z = g.tile + i * g.stride;
     load_row(z, c, g.width, g.bias);
+    const int64_t n = g.row0 + i, target = g.target[n] - g.v0;
+    const bool has_target = target >= 0 && target < g.width;
+    if (has_target && !g.grad) g.logit[n] = c[target];
     alignas(64) A u[kMaxWidth];
     if (g.affine) {
       for (int64_t j = 0; j < g.width; ++j) u[j] = c[j];
       shift_row(u, c, g.width, g.affine[0], g.affine[1]);
     }
     half_tanh(c, t, g.width);
-    const int64_t n = g.row0 + i, target = g.target[n] - g.v0;
-    if (target >= 0 && target < g.width) t[target] = 0;
+    if (has_target) t[target] = 0;
     if (!g.grad) {
       A sum = 0;
       for (int64_t j = 0; j < g.width; ++j) sum += t[j] * t[j];

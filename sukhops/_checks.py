@@ -36,6 +36,22 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {list(t.shape)}")
 
 
+def check_weight(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str, group: object | None
+) -> int:
+    """Checks weight [V, D] and bias [V] of a head against hidden [..., D]; returns V, at least 1 without group."""
+    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
+        raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected last axis D = {weight.shape[1]} as in {name} {list(weight.shape)}, "
+            f"got {list(hidden.shape)}"
+        )
+    if bias is not None:
+        check_shape(bias_name, bias, (weight.shape[0],), "[V]")
+    return weight.shape[0]
+
+
 def check_floats(**tensors: Tensor) -> None:
     """Checks that all tensors are floating-point, on one supported device and outside torch.func transforms.
 

@@ -1,5 +1,6 @@
 """Every test runs with a fixed seed and with new tensors filled with NaN, to detect unwritten outputs."""
 
+import gc
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; makes cuBLAS deterministic
@@ -27,6 +28,13 @@ def isa(request):
     torch.ops.sukhops.use_cpu_isa(request.param)
     yield
     torch.ops.sukhops.use_cpu_isa(OWN_ISA)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Leaves the objects of loaded modules out of later collections: trainers collect after every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 30
+# Ranks are forked from one process per pytest worker, which has imported these and has started no thread.
+LOADED = (
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "sukhops",
+    "transformers.trainer",
+)
+mp.set_forkserver_preload(list(LOADED))
 
 
 def on_ranks(count: int, work: Callable, *arguments: object) -> list:
@@ -18,7 +27,7 @@ def on_ranks(count: int, work: Callable, *arguments: object) -> list:
 
     `work` must be a module-level function. For a rank that raises, the result is the text of the exception.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         processes = [

@@ -5,7 +5,7 @@ import torch
 from director_inputs import LOW, labeled
 from torch.autograd import gradcheck
 
-from sukhops.ops.director import classifier_logit, classifier_norm
+from sukhops.ops.director import classifier_logit, classifier_norm, classifier_terms
 from sukhops.reference import director as plain
 from sukhops.testing import assert_close
 
@@ -21,12 +21,12 @@ def test_classifier_logit_within_budget(dtype, bias):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("options", [{}, {"affine": torch.tensor([0.8, 0.3]).requires_grad_()}])
 @pytest.mark.parametrize("n", [37, 3000])
-def test_classifier_norm_within_budget(dtype, options, n):
+def test_classifier_terms_within_budget(dtype, options, n):
     inputs = labeled(n, v=5003 if n == 37 else 503, bias=True) | options
-    assert_close(classifier_norm, plain.classifier_norm, inputs, dtype)
+    assert_close(classifier_terms, plain.classifier_terms, inputs, dtype)
 
 
-@pytest.mark.parametrize("op", [classifier_logit, classifier_norm])
+@pytest.mark.parametrize("op", [classifier_logit, classifier_norm, classifier_terms])
 @pytest.mark.parametrize("shared", [False, True])
 def test_classifier_gradcheck(op, shared):
     given = labeled(7, 3, 9, torch.float64, bias=True)

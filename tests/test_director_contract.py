@@ -5,7 +5,7 @@ import torch
 from director_inputs import LOW, labeled, make
 
 from sukhops import director_logp, director_topk, linear_logp
-from sukhops.ops.director import classifier_logit, classifier_norm
+from sukhops.ops.director import classifier_logit, classifier_terms
 
 pytestmark = pytest.mark.every_isa
 
@@ -41,7 +41,7 @@ def test_compiled_equals_eager():
 
     def f(given, rows):
         top = director_topk(**given, k=3)
-        logit = classifier_logit(**rows) + classifier_norm(**rows, affine=(0.8, 0.1))
+        logit = classifier_logit(**rows) + sum(classifier_terms(**rows, affine=(0.8, 0.1)))
         return director_logp(**given), top.indices, logit
 
     eager, compiled = f(given, rows), torch.compile(f, fullgraph=True, backend="aot_eager")(given, rows)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import on_ranks, outcomes
 
 from sukhops import director_logp, director_topk, linear_logp, linear_token_stats, linear_topk, testing
-from sukhops.ops.director import classifier_logit, classifier_norm
+from sukhops.ops.director import classifier_logit, classifier_norm, classifier_terms
 from sukhops.ops.vocab_head import TokenStats
 
 V, D, N = 101, 7, 23
@@ -129,7 +129,7 @@ HEADS = {
         {"more": ("second", "gamma", "shift"), "frozen": True, "bias": True},
     ),
     "classifier": (classifier(classifier_logit), {"more": ("second",), "unused": ("weight",)}),
-    "classifier norm": (classifier(classifier_norm), {"more": ("second",), "unused": ("weight",)}),
+    "classifier terms": (classifier(classifier_terms), {"more": ("second",), "unused": ("weight",)}),
     "classifier norm, shared": (shared_norm, {"more": ("affine",)}),
 }
 SLICED = ("weight", "bias", "second", "shift", "columns")

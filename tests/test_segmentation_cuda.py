@@ -5,11 +5,10 @@ import hashlib
 import itertools
 import math
 import os
-import re
-import shutil
 import subprocess
 from pathlib import Path
 
+import gpu_build
 import pytest
 import roofline
 import torch
@@ -17,7 +16,6 @@ from gpu_build import CACHE
 from hypothesis import HealthCheck, given, settings
 from segmentation_oracle import problems, sequences, upstream_like
 from segmentation_sums import walk
-from torch.utils.cpp_extension import include_paths
 
 import sukhops
 from sukhops import reference
@@ -25,7 +23,6 @@ from sukhops.testing import budget, distance
 
 ROOT = Path(__file__).parent.parent
 HEADER, KERNELS = ROOT / "csrc" / "segmentation_warp.h", ROOT / "csrc" / "segmentation.cu"
-ARCHITECTURES = ["80", "90a", "100"]
 EXAMPLES = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -212,28 +209,11 @@ def test_sampling_frequencies(host, dtype):
     assert abs(statistic - len(common)) < 6 * math.sqrt(2 * len(common))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_without_spills(architecture):
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        pytest.skip("nvcc is not installed")
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    CACHE.mkdir(exist_ok=True)
-    name = key(KERNELS.read_text(), HEADER.read_text(), torch.__version__, release)
-    path = CACHE / f"segmentation-sm_{architecture}-{name}.txt"
-    if not path.exists():
-        flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
-        flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v", "-o", "/dev/null"]
-        target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        includes = [f"-I{p}" for p in [HEADER.parent, *include_paths()]]
-        run = subprocess.run(
-            [nvcc, *flags, *target, *includes, "-c", KERNELS], capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        path.write_text(run.stderr)
-    report = path.read_text()
-    names = re.findall(r"Compiling entry function '(\w+)'", report)
+@pytest.mark.skipif(not gpu_build.nvcc(), reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    "arch", [90, pytest.param(80, marks=pytest.mark.full), pytest.param(100, marks=pytest.mark.full)]
+)
+def test_compiles_without_spills(arch):
+    built = gpu_build.build_cuda(KERNELS, arch)
     # five kernels in 3 + 2 widths and two kernels for any width, in two dtypes
-    assert len(names) == len(set(names)) == 29
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(frames) == 29 and all(spilled == ["0", "0"] for _, *spilled in frames)
+    assert len(built) == 29 and not any(one.spills for one in built.values())

@@ -195,7 +195,9 @@ def norm_rows(
     affine_ptr,  # [2]
     target_ptr,  # [rows]
     grad_ptr,  # [rows] gradient of the sum, if BACKWARD
+    grad_logit_ptr,  # [rows] gradient of the target's logit, if BACKWARD
     sum_ptr,  # [rows] sum of (sigmoid(c) - 1/2)^2 over all entries but the target, accumulated over blocks
+    logit_ptr,  # out: [rows] logit of the target, if it is in this block and not BACKWARD
     grad_affine_ptr,  # [rows, 2] accumulated over blocks
     v0,
     width,
@@ -207,13 +209,14 @@ def norm_rows(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row) - v0
     total = tl.load(sum_ptr + row)
-    da, db = total * 0.0, total * 0.0
+    logit, da, db = total * 0.0, total * 0.0, total * 0.0
     for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
         u = tl.load(tile_ptr + row * width + columns, mask, other=0.0)
         if HAS_BIAS:
             u += tl.load(bias_ptr + columns, mask, other=0.0)
+        logit += tl.sum(tl.where(mask & (columns == target), u, 0.0), 0)
         c = u
         if SHARED:
             c = tl.load(affine_ptr) * u + tl.load(affine_ptr + 1)
@@ -226,6 +229,7 @@ def norm_rows(
                 da += tl.sum(tl.where(dc == 0, 0.0, dc * u), 0)
                 db += tl.sum(dc, 0)
                 dc *= tl.load(affine_ptr)
+            dc = tl.where(columns == target, tl.load(grad_logit_ptr + row), dc)
             tl.store(out_ptr + row * width + columns, dc.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             total += tl.sum(p * p, 0)
@@ -235,6 +239,7 @@ def norm_rows(
             tl.store(grad_affine_ptr + 2 * row + 1, tl.load(grad_affine_ptr + 2 * row + 1) + db)
     else:
         tl.store(sum_ptr + row, total)
+        tl.store(logit_ptr + row, logit, mask=(target >= 0) & (target < width))
 
 
 # ------------------------------------------------------------------ launchers
@@ -399,16 +404,19 @@ def dot_backward(grad, hidden, weight, target, label, need_hidden, need_weight, 
     return dh, dw, db.to(weight.dtype)
 
 
-def _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_weight, need_bias):
+def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_weight, need_bias):
     v, d = weight.shape
     acc, empty = _acc(hidden), hidden.new_empty(0)
     counts, wrong, entry = _classifier(target, label, v)
     rows = _kept(counts)
-    h, t, g = (x if x is None or rows is None else x[rows] for x in (hidden, entry, grad))
+    h, t, *given = (x if rows is None else x[rows] for x in (hidden, entry, *grads))
+    if rows is None:
+        given = [torch.where(counts, g, 0.0) for g in given]
     h, n = h.contiguous(), h.shape[0]
     others = max(1, v - 1)
-    g = None if g is None else (g if rows is not None else torch.where(counts, g, 0.0)) / others
-    total, daffine = hidden.new_zeros(n, dtype=acc), hidden.new_zeros(n, 2, dtype=acc)
+    total, logit = hidden.new_zeros(n, dtype=acc), hidden.new_zeros(n, dtype=acc)
+    daffine = hidden.new_zeros(n, 2, dtype=acc)
+    upstream = (given[0] / others, given[1].contiguous()) if given else (total, total)
     dh = hidden.new_zeros(n, d, dtype=acc) if need_hidden else empty
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(v) if need_bias else empty
@@ -420,9 +428,9 @@ def _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_w
         tile, out = _mm(h, block.T), hidden.new_empty(n, w)
         b = None if bias is None else bias[v0 : v0 + w].to(acc).contiguous()
         norm_rows[(n,)](
-            tile, out, tile if b is None else b, pair, t.contiguous(), total if g is None else g.contiguous(),
-            total, daffine, v0, w, HAS_BIAS=b is not None, SHARED=affine is not None,
-            BACKWARD=g is not None, CHUNK=CHUNK, num_warps=ROW_WARPS,
+            tile, out, tile if b is None else b, pair, t.contiguous(), *upstream, total, logit, daffine,
+            v0, w, HAS_BIAS=b is not None, SHARED=affine is not None, BACKWARD=bool(grads), CHUNK=CHUNK,
+            num_warps=ROW_WARPS,
         )  # fmt: skip
         if need_hidden:
             dh.add_(_mm(out, block))
@@ -437,17 +445,20 @@ def _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_w
             return torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
         return x.new_zeros(len(target), *x.shape[1:]).index_copy_(0, rows, x)
 
-    if grad is None:
-        return spread(total / others).masked_fill(wrong, float("nan"))
+    if not grads:
+        return tuple(spread(x).masked_fill(wrong, float("nan")) for x in (total / others, logit))
     dh = spread(dh).to(hidden.dtype) if need_hidden else dh
     return dh, dw, db, empty.to(acc) if affine is None else daffine.sum(0)
 
 
 def norm(hidden, weight, target, label, bias, affine):
     """The CUDA kernel of sukhops::director_norm."""
-    return _norm(hidden, weight, target, label, bias, affine, None, False, False, False)
+    return _norm(hidden, weight, target, label, bias, affine, (), False, False, False)
 
 
-def norm_backward(grad, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias):
+def norm_backward(
+    grad, grad_logit, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias
+):
     """The CUDA kernel of sukhops::director_norm_backward."""
-    return _norm(hidden, weight, target, label, bias, affine, grad, need_hidden, need_weight, need_bias)
+    grads = grad, grad_logit
+    return _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_weight, need_bias)

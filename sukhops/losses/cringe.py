@@ -77,8 +77,8 @@ def cringe_loss(
 
     Args:
         logp: log-probs of the targets, shaped as target; used where the label is not 0.
-        gap: logit of the target minus that of its sampled rival, shaped as target; used where the label is 0.
-            -inf if there is no rival, in a vocabulary of one token.
+        gap: logit of the target minus that of its rival (`sample_rival`), shaped as target; used where the
+            label is 0. -inf if there is no rival, in a vocabulary of one token.
         target: [...], integers; -100 for an ignored token.
         label: [B], or shaped as target: 1 positive, 0 negative, -1 unlabeled.
         alpha: factor of the contrastive term, >= 0.

@@ -58,7 +58,8 @@ def director_loss(
         target: [...], integers; -100 for an ignored token. [B, T] for "sum_of_means".
         label: [...], 1, 0 or -1.
         gamma: weight of the classifier loss.
-        norm: [...], from `sukhops.ops.director.classifier_norm`; needed if norm_weight is not 0.
+        norm: [...], from `sukhops.ops.director.classifier_terms`, which also gives cls_logit; needed if
+            norm_weight is not 0.
         norm_weight: factor of norm (kappa in the paper).
         class_weight: (negative, positive) factors of the binary cross entropy.
         reduction: "mean" or "sum_of_means".

@@ -12,7 +12,7 @@ from sukhops.losses._output import LossOutput
 from sukhops.ops.director import (
     DirectorTopK,
     classifier_logit,
-    classifier_norm,
+    classifier_terms,
     director_logp,
     director_topk,
 )
@@ -133,13 +133,13 @@ class DirectorLoss(nn.Module):
         if self.detach_hidden:
             hidden = hidden.detach()
         weight, bias = (lm_weight, lm_bias) if cls_weight is None else (cls_weight, cls_bias)
-        cls_logit = classifier_logit(hidden, weight, target, label, bias, group)
+        if self.norm_weight:
+            cls_logit, norm = classifier_terms(hidden, weight, target, label, bias, cls_affine, group)
+        else:
+            cls_logit, norm = classifier_logit(hidden, weight, target, label, bias, group), None
         if cls_affine is not None:
             a, b = cls_affine
             cls_logit = (a * cls_logit + b).where((target != losses.IGNORE) & (label >= 0), 0.0)
-        norm = None
-        if self.norm_weight:
-            norm = classifier_norm(hidden, weight, target, label, bias, cls_affine, group)
         lm_target = losses.lm_target(target, label, self.train_lm_on_positive)
         lm_logp = linear_logp(hidden, lm_weight, lm_target, lm_bias, group=group)
         return losses.director_loss(

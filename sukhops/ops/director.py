@@ -24,6 +24,11 @@ class DirectorTopK(NamedTuple):
     indices: Tensor  # [..., k]
 
 
+class ClassifierTerms(NamedTuple):
+    logit: Tensor  # [...], of the target
+    norm: Tensor  # [...], of all other tokens
+
+
 @takes_dtensors
 def director_logp(
     hidden: Tensor,
@@ -44,8 +49,8 @@ def director_logp(
     logit of a token says how desirable the token is as the next one. Several classifiers (attributes) are
     given as lists, and their gates are added. A shared head has no classifier matrix: cls = a * lm + b.
 
-    Both heads are computed in one pass with one normalization. All floating-point arguments, including gamma
-    and cls_affine, are differentiable. Only first derivatives are supported.
+    Both heads are computed in one pass. All floating-point arguments, including gamma and cls_affine, are
+    differentiable, once.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
@@ -153,14 +158,9 @@ def classifier_logit(
 
 
 def classifier_norm(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    label: Tensor,
-    bias: Tensor | None = None,
-    affine: tuple | None = None,
-    group: ProcessGroup | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None,
+    affine: tuple | None = None, group: ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """Regularizer that keeps the classifier undecided about the tokens that were not emitted.
 
     The mean over v != target of (sigmoid(cls_v) - 1/2)**2. The logits are computed in tiles and never stored.
@@ -173,10 +173,27 @@ def classifier_norm(
 
     Source: the explicit classifier norm of Director's public training code (Arora et al. 2022).
     """
+    return classifier_terms(hidden, weight, target, label, bias, affine, group).norm
+
+
+def classifier_terms(
+    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None = None,
+    affine: tuple | None = None, group: ProcessGroup | None = None,
+) -> ClassifierTerms:  # fmt: skip
+    """`classifier_logit` and `classifier_norm` in one call, whose backward pass makes one weight gradient.
+
+    Arguments and errors are those of `classifier_norm`; affine changes the norm only.
+
+    Returns:
+        Named tuple (logit [...], norm [...]), float32 (float64 for float64 inputs).
+
+    Source: Arora et al. 2022 (Director).
+    """
     hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias, group)
     pair = None if affine is None else _affine(affine, hidden)
-    norm = _ops.director_norm if group is None else partial(parallel.classifier_norm, group)
-    return norm(hidden, weight, target, label, bias, pair).reshape(rows)
+    terms = _ops.director_norm if group is None else partial(parallel.classifier_terms, group)
+    norm, logit = terms(hidden, weight, target, label, bias, pair)
+    return ClassifierTerms(logit.reshape(rows), norm.reshape(rows))
 
 
 def as_list(value: object) -> list:
@@ -209,7 +226,7 @@ def _prepare(
         hidden=hidden, lm_weight=lm_weight, lm_bias=lm_bias, **named
     )
     weights, biases = rest[: len(weights)], rest[len(weights) :]
-    v = _check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias", group)
+    v = _checks.check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias", group)
     for name, weight, bias_name, bias in zip(names, weights, bias_names, biases, strict=True):
         _checks.check_shape(name, weight, tuple(lm_weight.shape), "[V, D] as lm_weight")
         if bias is not None:
@@ -221,22 +238,6 @@ def _prepare(
     if group is None:  # the operator takes a list without None: an empty tensor stands for "no bias"
         biases = [hidden.new_empty(0) if b is None else b for b in biases]
     return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
-
-
-def _check_weight(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str,
-    group: ProcessGroup | None,
-) -> int:  # fmt: skip
-    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
-        raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden: expected last axis D = {weight.shape[1]} as in {name} {list(weight.shape)}, "
-            f"got {list(hidden.shape)}"
-        )
-    if bias is not None:
-        _checks.check_shape(bias_name, bias, (weight.shape[0],), "[V]")
-    return weight.shape[0]
 
 
 def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def _classifier(
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, torch.Size]:  # fmt: skip
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _check_weight("weight", hidden, weight, bias, "bias", group)
+    _checks.check_weight("weight", hidden, weight, bias, "bias", group)
     rows = hidden.shape[:-1]
     for name, t in (("target", target), ("label", label)):
         _checks.check_integers(name, t)
@@ -347,7 +348,7 @@ def _(hidden, weight, target, label, bias):
 
 @torch.library.register_fake("sukhops::director_norm")
 def _(hidden, weight, target, label, bias, affine):
-    return hidden.new_empty(hidden.shape[0], dtype=_acc(hidden))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=_acc(hidden)) for _ in range(2))
 
 
 def _fake_grads(hidden, weight, need_hidden, need_weight, need_bias):
@@ -364,7 +365,7 @@ def _(grad, hidden, weight, target, label, need_hidden, need_weight, need_bias):
 
 
 @torch.library.register_fake("sukhops::director_norm_backward")
-def _(grad, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias):
+def _(grad, grad_logit, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias):
     grads = _fake_grads(hidden, weight, need_hidden, need_weight, need_bias)
     return *grads, hidden.new_empty(0 if affine is None else 2, dtype=_acc(hidden))
 
@@ -388,13 +389,13 @@ def _gradient(ctx, grad, *_):
         grad, None, logp, hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine,
         need[0], need[1], need[2], need[4] or need[5],
     )  # fmt: skip
+    return tuple(_wanted(grads, ctx.needs_input_grad))
 
-    def wanted(given, n):
-        if isinstance(n, (list, tuple)):
-            return [g if one else None for g, one in zip(given, n, strict=True)]
-        return given if n else None
 
-    return tuple(wanted(g, n) for g, n in zip(grads, ctx.needs_input_grad, strict=True))
+def _wanted(grads, need):
+    """The gradients, with None for those that are not needed. Lists hold one entry per classifier."""
+    each = isinstance(need, (list, tuple))
+    return [_wanted(g, n) for g, n in zip(grads, need, strict=True)] if each else grads if need else None
 
 
 def _no_gradient(ctx, *grads):
@@ -408,8 +409,7 @@ def _save_dot(ctx, inputs, output):
 
 def _gradient_dot(ctx, grad):
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    grads = _ops.director_dot_backward(grad, *ctx.saved_tensors, *need)
-    hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    hidden, weight, bias = _wanted(_ops.director_dot_backward(grad, *ctx.saved_tensors, *need), need)
     return hidden, weight, None, None, bias
 
 
@@ -417,11 +417,11 @@ def _save_norm(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _gradient_norm(ctx, grad):
+def _gradient_norm(ctx, grad, grad_logit):
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    *grads, affine = _ops.director_norm_backward(grad, *ctx.saved_tensors, *need)
-    hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return hidden, weight, None, None, bias, affine if ctx.needs_input_grad[5] else None
+    grads = _ops.director_norm_backward(grad, grad_logit, *ctx.saved_tensors, *need)
+    hidden, weight, bias, affine = _wanted(grads, [*need, ctx.needs_input_grad[5]])
+    return hidden, weight, None, None, bias, affine
 
 
 torch.library.register_autograd("sukhops::director", _gradient, setup_context=_save)

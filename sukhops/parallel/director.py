@@ -83,27 +83,27 @@ def classifier_logit(
     return Sum.apply(dot, group).masked_fill(wrong, torch.nan)
 
 
-def classifier_norm(
+def classifier_terms(
     group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
     bias: Tensor | None, affine: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The mean of (sigmoid(cls) - 1/2)^2 over all tokens of the vocabulary except the target: [N]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mean of (sigmoid(cls) - 1/2)^2 over all tokens except the target: [N], and `classifier_logit`."""
     where, inside, own, wrong = _classifier(group, hidden, weight, target, label, affine)
     weight, bias = one_row(weight, where), one_row(bias, where)
     x = whole_gradient(hidden, group)
     pair = None if affine is None else whole_gradient(affine, group)
-    norm = _ops.director_norm(x, weight, own, label, bias, pair) * max(1, len(weight) - 1)
-    # The operator leaves out one entry: the target, or entry 0 if the target is in the slice of another rank.
-    # In that case the term of entry 0 is added again.
-    left_out = _ops.director_dot(x, weight, own, label.where(~inside, -1), bias)
-    if pair is not None:
-        left_out = pair[0] * left_out + pair[1]
+    # The operator leaves out one entry and returns its logit: the target, or entry 0 if the target is in the
+    # slice of another rank. In that case the term of entry 0 is added again.
+    mean, logit = _ops.director_norm(x, weight, own, label, bias, pair)
+    norm = mean * max(1, len(weight) - 1)
+    left_out = logit if pair is None else pair[0] * logit + pair[1]
     elsewhere = ~inside & (target != IGNORE) & (label >= 0)
     norm = norm + (left_out.sigmoid() - 0.5).square().where(elsewhere, 0.0)
     if not where.size:
         norm = norm.masked_fill(torch.ones_like(inside), 0.0)
-    total = Sum.apply(norm, group)
-    return (total / max(1, where.total - 1)).masked_fill(wrong, torch.nan)
+    total, picked = Sum.apply(torch.stack([norm, logit.where(inside, 0.0)]), group).unbind()
+    mean = (total / max(1, where.total - 1)).masked_fill(wrong, torch.nan)
+    return mean, picked.masked_fill(wrong, torch.nan)
 
 
 def _director(

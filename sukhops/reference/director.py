@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops.ops.director import DirectorTopK, as_list
+from sukhops.ops.director import ClassifierTerms, DirectorTopK, as_list
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,3 +119,16 @@ def classifier_norm(
     others = torch.ones_like(square).scatter(-1, target.clamp(min=0).unsqueeze(-1), 0.0)
     mean = (square * others).sum(-1) / max(1, weight.shape[0] - 1)  # [...]
     return mean.where(_classified(target, label), 0.0)
+
+
+def classifier_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    label: Tensor,
+    bias: Tensor | None = None,
+    affine: tuple | None = None,
+) -> ClassifierTerms:
+    """See `sukhops.ops.director.classifier_terms`."""
+    logit = classifier_logit(hidden, weight, target, label, bias)
+    return ClassifierTerms(logit, classifier_norm(hidden, weight, target, label, bias, affine))
