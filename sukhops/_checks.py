@@ -39,7 +39,7 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
 def check_weight(
     name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str, group: object | None
 ) -> int:
-    """Checks weight [V, D] and bias [V] of a head against hidden [..., D]; returns V, at least 1 without group."""
+    """Checks weight [V, D] and bias [V] of a head against hidden [..., D]; returns V (> 0 without group)."""
     if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
         raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
