@@ -12,9 +12,11 @@ _HERE = Path(__file__).parent
 BUILD = "pip install --no-build-isolation -e . (in a checkout, with torch >= 2.11 installed)"
 
 
-def _load(name: str) -> bool:
+def _load(name: str, required: bool = False) -> bool:
     path = _HERE / f"{name}.so"
     if not path.exists():
+        if required:
+            raise ImportError(f"sukhops is not built: {path} is missing. Build it: {BUILD}")
         return False
     try:
         torch.ops.load_library(path)
@@ -25,8 +27,7 @@ def _load(name: str) -> bool:
     return True
 
 
-if not _load("_C"):
-    raise ImportError(f"sukhops is not built: {_HERE / '_C.so'} is missing. Build it: {BUILD}")
+_load("_C", required=True)
 has_cuda_library = _load("_C_cuda")
 launched: set[str] = set()  # operators whose CUDA kernel is launched from Python
 

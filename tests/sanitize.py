@@ -49,6 +49,8 @@ def main() -> None:
         "-m",
         "pytest",
         "-q",
+        "-n",
+        "2",
         "-c",
         ROOT / "pyproject.toml",
         "-m",

@@ -223,6 +223,31 @@ def test_invalid_losses_and_models_raise(tmp_path):
     for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         raises(ValueError, name, **{name: lambda *a, **k: None})
     raises(ValueError, "label_smoothing", args=arguments(tmp_path, label_smoothing_factor=0.1))
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    raises(ValueError, "n_gpu: expected one GPU per process", args=several)
+
+
+def test_unsupported_parallelism_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(LossTrainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match="context and sequence parallelism are not supported"):
+        LossTrainer(llama(), arguments(tmp_path), loss=nn.CringeLoss())
+
+
+def test_a_batch_without_reference_log_probs_raises(tmp_path):
+    """The dataset has the log-probs, but the user's collator drops them."""
+
+    def collate(batch):
+        return Collator(0, False)([{n: v for n, v in r.items() if "ref" not in n} for r in batch])
+
+    dataset = [{**r, "chosen_ref_logp": -1.0, "rejected_ref_logp": -2.0} for r in rows("pairs")]
+    with pytest.raises(ValueError, match=r"batch: expected ref_logp .* without ref_model, got none"):
+        train(tmp_path, llama(), dataset, nn.DPOLoss(), data_collator=collate)
+
+
+def test_evaluation_without_batches_has_no_metrics(tmp_path):
+    trainer = LossTrainer(llama(), arguments(tmp_path), loss=nn.CringeLoss())
+    assert trainer._take("eval") == {}
 
 
 def test_missing_and_unknown_columns_raise(tmp_path):

@@ -19,6 +19,7 @@ from sukhops.integrations.transformers import (  # noqa: E402
     add_director_head,
     from_pretrained,
 )
+from sukhops.integrations.transformers._spans import with_spans
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -303,6 +304,13 @@ def again(model):
     return model
 
 
+def changed(**options):
+    model = build()
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    return model
+
+
 def other(name, **options):
     config = getattr(transformers, f"{name}Config")(**SIZES | options)
     found = (getattr(transformers, name + kind, None) for kind in ("ForCausalLM", "LMHeadModel", "Model"))
@@ -330,6 +338,12 @@ BAD = {
         ValueError,
         "a window shorter than max_span = 64, got sliding_window = 63",
     ),
+    "other layers": (
+        lambda: changed(layer_types=["full_attention", "chunked_attention"]),
+        ValueError,
+        "layer types other than full and sliding attention",
+    ),
+    "two widths": (lambda: changed(v_head_dim=4), ValueError, "keys and values differ in width"),
 }
 
 
@@ -349,6 +363,40 @@ def test_invalid_options_do_not_change_the_model(options):
         add_adaptive_spans(model, **options)
     assert not any("adaptive_span" in n for n, _ in model.named_parameters())
     assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "sukhops_adaptive_spans")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"softcap": 30.0}, "softcap: not supported"), ({"dropout": 0.1}, "dropout: expected 0")],
+)
+def test_unsupported_options_of_a_call_raise(options, message):
+    model = build()
+    add_adaptive_spans(model, 64)
+    q, k = torch.zeros(1, 6, 3, 8), torch.zeros(1, 2, 3, 8)
+    attend = AttentionInterface()[model.config._attn_implementation]
+    with pytest.raises(ValueError, match=message):
+        attend(model.model.layers[0].self_attn, q, k, k, None, **options)
+
+
+def test_mask_functions_of_a_model_raise():
+    model = build()
+    add_adaptive_spans(model, 64)
+    mask = AttentionMaskInterface()[model.config._attn_implementation]
+    with pytest.raises(ValueError, match="expected a causal mask, got a mask function of the model"):
+        mask(batch_size=1, q_length=3, kv_length=3, use_vmap=True)
+
+
+def test_spans_without_saved_values_start_anew():
+    """transformers initializes a module whose values a checkpoint lacks."""
+    model = build()
+    add_adaptive_spans(model, 64)
+    loaded = with_spans(transformers.LlamaForCausalLM)(model.config)
+    span = loaded.model.layers[0].self_attn.adaptive_span
+    start = span.ratio.detach().clone()
+    with torch.no_grad():
+        span.ratio.fill_(0.9)
+    loaded._init_weights(span)
+    assert torch.equal(span.ratio, start)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])

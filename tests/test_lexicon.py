@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import threading
+import zlib
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import sukhops
 from sukhops import Lexicon
+from sukhops.lexicon import _HEAD
 
 # few symbols, so that n-grams repeat; every internal width of str, a lone surrogate, line ends
 UNICODE = st.text(st.sampled_from("ab\n\r\0é\uffffЖ\ud800😀"), max_size=40)
@@ -154,6 +156,17 @@ def test_changed_byte_raises(saved):
         saved.write_bytes(content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :])
         with pytest.raises(ValueError, match=r"units\.lexicon: (truncated or )?(damaged|not a lexicon)"):
             Lexicon.load(saved)
+
+
+def test_contradicting_units_raise(saved):
+    """The checksum matches, but a unit continues one that comes later."""
+    content = bytearray(saved.read_bytes()[:-4])
+    _, _, _, characters, ngrams = _HEAD.unpack_from(content)
+    start = _HEAD.size + 4 * characters
+    content[start : start + 4] = (1 + characters + ngrams).to_bytes(4, "little")
+    saved.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    with pytest.raises(ValueError, match=r"not a lexicon of sukhops: the units of the lexicon contradict"):
+        Lexicon.load(saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4" + bytes(200), b"some text\n" * 50])

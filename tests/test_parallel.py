@@ -290,6 +290,8 @@ def special_calls(rank):
         ),
         "temperature": lambda: linear_logp(*inputs, target, temperature=1.0 + rank, group=world),
         "bias": lambda: linear_logp(*inputs, target, given["weight"][:, 0] if rank else None, group=world),
+        "top k": lambda: linear_topk(*inputs, 10**6, group=world),
+        "director top k": lambda: director_topk(*inputs, inputs[1], 10**6, group=world),
     }
     for name, attempt in wrong.items():
         try:
@@ -305,5 +307,7 @@ def test_special_calls():
         assert found["no rows"] == [(0,)] * 6 + [(0, 3)]
         assert found["compiled"] and found["checkpoint"] and found["autocast"]
         assert found["gradient"] == "group: expected the same gradients on all ranks, got [1, 0] by rank"
+        for name in ("top k", "director top k"):
+            assert found[name] == f"k: expected an int in [1, V = {V}], got 1000000"
         for name in ("temperature", "bias"):
             assert found[name].startswith("group: expected the same options on all ranks"), name

@@ -212,6 +212,7 @@ def dtensors(rank):
         for placed in (Shard(0), Replicate()):
             for of_hidden in (Replicate(), Shard(0), Shard(1)):
                 gradients(f"{name} {placed} {of_hidden}", call, placed, of_hidden)
+    other_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("other",))
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     row = distribute_tensor(hidden, mesh, [Replicate()])
     for name, call in {
@@ -220,6 +221,10 @@ def dtensors(rank):
         "columns": lambda: linear_logp(row, distribute_tensor(weight, mesh, [Shard(1)]), target),
         "plain weight": lambda: linear_logp(row, weight, target),
         "plain bias": lambda: linear_logp(row, sharded, target, bias),
+        "plain rows": lambda: nn.DPOLoss()(row, sharded, target, ref_hidden=hidden, ref_weight=sharded),
+        "two meshes": lambda: linear_logp(
+            distribute_tensor(hidden, other_mesh, [Replicate()]), sharded, target
+        ),
         "width": lambda: linear_logp(distribute_tensor(hidden, mesh, [Shard(2)]), sharded, target),
         "generator": lambda: nn.CringeLoss(k=2)(
             row, distribute_tensor(weight, mesh, [Replicate()]), target, target.clamp(0, 1)
@@ -238,6 +243,8 @@ BAD = {
     "columns": r"weight: expected Shard\(0\) or Replicate\(\)",
     "plain weight": "hidden: expected a plain tensor with a plain weight, got a DTensor",
     "plain bias": "bias: expected a DTensor",
+    "plain rows": "ref_hidden: expected a DTensor on the mesh of weight, like hidden",
+    "two meshes": "hidden: expected a DTensor on the mesh of weight",
     "width": r"hidden: expected Replicate\(\) or Shard of a leading axis",
     "generator": r"generator: expected one in the same state on every rank \(DTensors",
 }
@@ -304,6 +311,11 @@ def test_peft():
     merged = lora()
     merged.lm_head.merge()
     agrees(merged, hidden, target)
+    merged.lm_head.enable_adapters(False)
+    agrees(merged, hidden, target)
+    two.lm_head.set_adapter(["default"])
+    two.lm_head._active_adapter = ["default", "of another layer"]
+    agrees(two, hidden, target)
     disabled = lora()
     disabled.lm_head.enable_adapters(False)
     head = nn.HeadLoss(disabled.lm_head, None)
