@@ -10,7 +10,7 @@
 // vanishes in a sum with a much larger number, and marks any other sum. A result that is marked is NaN.
 #pragma once
 
-#include <cmath>
+#include <math.h>  // not <cmath>: this one has the overloads for float in the global namespace, as CUDA does
 #include <cstdint>
 #include <cstring>
 

@@ -244,7 +244,7 @@ def info() -> int:
 
 def check() -> int:
     """Compares each op and its gradients with the reference. Returns 1 if any error exceeds its budget."""
-    failed = False
+    compared = failed = 0
     print(f"{'op':<26}{'device':<8}{'dtype':<10}{'result':<18}{'max error':>12}{'budget':>12}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for name, _, op, ref, make in OPS:
@@ -255,12 +255,13 @@ def check() -> int:
                     for n, t in make().items()
                 }
                 for row in testing.compare(op, ref, inputs, dtype):
-                    failed |= not row.ok
+                    compared, failed = compared + 1, failed + (not row.ok)
                     print(
                         f"{name:<26}{device:<8}{str(dtype).removeprefix('torch.'):<10}{row.name:<18}"
                         f"{row.error:>12.2e}{row.budget:>12.2e}  {'pass' if row.ok else 'FAIL'}"
                     )
-    return int(failed)
+    print(f"{failed} of {compared} FAILED" if failed else f"all {compared} pass")
+    return int(failed > 0)
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        hint = "; pass its weight" if isinstance(value, torch.nn.Module) else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
 
 
 def check_device(like: str, first: Tensor, name: str, t: Tensor) -> None:
@@ -37,14 +38,15 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> N
 
 
 def check_weight(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str, group: object | None
-) -> int:
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str, group: object | None,
+    hidden_name: str = "hidden",
+) -> int:  # fmt: skip
     """Checks weight [V, D] and bias [V] of a head against hidden [..., D]; returns V (> 0 without group)."""
     if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
         raise ValueError(f"{name}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden: expected last axis D = {weight.shape[1]} as in {name} {list(weight.shape)}, "
+            f"{hidden_name}: expected last axis D = {weight.shape[1]} as in {name} {list(weight.shape)}, "
             f"got {list(hidden.shape)}"
         )
     if bias is not None:
@@ -96,8 +98,10 @@ def as_floats(**tensors: Tensor | None) -> list[Any]:
         given = {name: t if t.dtype == torch.float64 else t.to(dtype) for name, t in given.items()}
     for name, t in given.items():
         if t.dtype != given[like].dtype:
+            autocast = (
+                "" if torch.float64 in (t.dtype, given[like].dtype) else ", or run under torch.autocast"
+            )
             raise TypeError(
-                f"{name}: expected {given[like].dtype} like {like}, got {t.dtype}; "
-                "cast one of them, or run under torch.autocast"
+                f"{name}: expected {given[like].dtype} like {like}, got {t.dtype}; cast one of them{autocast}"
             )
     return [given.get(name) for name in tensors]

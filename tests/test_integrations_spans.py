@@ -19,7 +19,7 @@ from sukhops.integrations.transformers import (  # noqa: E402
     add_director_head,
     from_pretrained,
 )
-from sukhops.integrations.transformers._spans import with_spans
+from sukhops.integrations.transformers._spans import with_spans  # noqa: E402
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -10,6 +10,7 @@ import torch
 
 import sukhops
 from sukhops import testing
+from sukhops.ops.director import classifier_terms
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 pytestmark = [
@@ -39,6 +40,28 @@ def test_vocabulary_by_width():
     share[0, 1] += 1
     share[1, 0] += 1
     close(weight.grad[-2:], (share.T @ hidden.detach().float()), torch.finfo(torch.bfloat16).eps)
+
+
+def test_director():
+    """Log-probs of 2^31 + 2^19 elements, and as many logits in the classifier's norm, never stored."""
+    n, v, d = 2**13 + 2, 2**18, 8
+    hidden, lm, cls = torch.randn(n, d), torch.randn(v, d), torch.randn(v, d)
+    target, label = torch.randint(0, v, (n,)), torch.ones(n, dtype=torch.int64)
+    logp, alone = sukhops.director_logp(hidden, lm, cls), sukhops.director_logp(hidden[-2:], lm, cls)
+    close(logp[-2:], alone)
+    del logp
+    top = sukhops.director_topk(hidden, lm, cls, 3)
+    assert torch.equal(top.indices[-2:], alone.topk(3).indices)
+    given = [t.requires_grad_() for t in (hidden, cls)]
+    terms = classifier_terms(*given, target, label)
+    grads = torch.autograd.grad(terms.norm[-1] + terms.logit[-1], given)
+    few = hidden.detach()[-1:].requires_grad_()
+    last = classifier_terms(few, cls, target[-1:], label[-1:])
+    for ours, own in zip(terms, last, strict=True):
+        close(ours[-1:], own)
+    of_few, of_weight = torch.autograd.grad(last.norm.sum() + last.logit.sum(), (few, cls))
+    close(grads[0][-1:], of_few)
+    close(grads[1], of_weight)
 
 
 def test_attention():

@@ -403,7 +403,7 @@ BAD = {
     "hidden: expected a torch.Tensor": dict(hidden=[1.0]),
     "hidden: expected float32": dict(hidden=H.int()),
     "hidden: expected last axis D = 4": dict(hidden=torch.randn(6, 5)),
-    "hidden: expected shape": dict(hidden=torch.tensor(1.0)),
+    r"hidden: .*, got \[\]": dict(hidden=torch.tensor(1.0)),
     "weight: expected torch.float32 like hidden": dict(weight=W.bfloat16()),
     "weight: expected shape \\[V, D\\]": dict(weight=torch.randn(9)),
     "weight: expected shape \\[V, D\\] with V >= 1": dict(weight=torch.randn(0, 4)),

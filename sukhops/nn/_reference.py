@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sukhops import _checks
 from sukhops.ops.vocab_head import linear_logp
 
 
@@ -19,6 +20,7 @@ def reference_logp(
 
     Raises:
         ValueError: both ref_logp and a reference head are given, or only a part of the head.
+        TypeError, ValueError: ref_hidden, ref_weight or ref_bias has the wrong dtype or shape.
     """
     head = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     given = [name for name, t in head.items() if t is not None]
@@ -33,5 +35,9 @@ def reference_logp(
     if ref_hidden is None or ref_weight is None:
         name = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"{name}: expected both ref_hidden and ref_weight for a reference, got {given}")
+    ref_hidden, ref_weight, ref_bias = _checks.as_floats(**head)
+    _checks.check_weight("ref_weight", ref_hidden, ref_weight, ref_bias, "ref_bias", group, "ref_hidden")
+    rows = (*target.shape, ref_weight.shape[1])
+    _checks.check_shape("ref_hidden", ref_hidden, rows, "one row per target, D as in ref_weight")
     with torch.no_grad():
         return linear_logp(ref_hidden, ref_weight, target, ref_bias, group=group)

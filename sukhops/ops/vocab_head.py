@@ -325,17 +325,7 @@ def _checked_head(
     temperature: float = 1.0, group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape [..., D], got a scalar")
-    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None):
-        raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden: expected last axis D = {weight.shape[1]} as in weight {list(weight.shape)}, "
-            f"got {list(hidden.shape)}"
-        )
-    if bias is not None:
-        _checks.check_shape("bias", bias, (weight.shape[0],), "[V]")
+    _checks.check_weight("weight", hidden, weight, bias, "bias", group)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
     if not abs(scale) < float("inf"):
