@@ -106,9 +106,9 @@ def _cuda(path: Path, arch: int) -> dict[str, dict]:
     target = f"sm_{arch}" + ("a" if arch == 90 else "")
     flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{p}" for p in include_paths("cpu"))]
-    with temporary(b"") as cubin:
-        subprocess.run([nvcc(), "-cubin", f"-arch={target}", *flags, "-o", cubin, path], check=True)
-        usage, code = cuobjdump("--dump-resource-usage", cubin), cuobjdump("-sass", cubin)
+    with temporary(b"") as built:
+        subprocess.run([nvcc(), "-c", f"-arch={target}", *flags, "-o", built, path], check=True)
+        usage, code = cuobjdump("--dump-resource-usage", built), cuobjdump("-sass", built)
     found = {}
     for name, registers, stack, shared, local in re.findall(
         r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage

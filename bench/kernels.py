@@ -7,7 +7,7 @@ Triton kernels are listed in bench/builds; CUDA C++ kernels in csrc/*.cu are com
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_build
@@ -37,7 +37,7 @@ def row(op: str, kernel: str, form: str, arch: int, compiler: str, built: Built)
     return {"op": op, "kernel": kernel, "form": form, "arch": arch, "compiler": compiler, **built._asdict()}
 
 
-def rows(architectures: Iterable[int] = ARCHITECTURES) -> list[dict]:
+def rows(architectures: Sequence[int] = ARCHITECTURES) -> list[dict]:
     """Compiles every kernel for each architecture; CUDA C++ only if nvcc is installed."""
     found, compiler = [], f"triton {triton.__version__}"
     listed = [(op, kernel) for op, kernels in triton_kernels().items() for kernel in kernels]

@@ -11,10 +11,10 @@ struct NormRows {
   int64_t stride, row0, v0, width;
   const A *bias, *affine;
   const int64_t* target;
-  const A* grad;        // [rows], or null in the forward
-  double* sum;          // [rows], of one part; null in the backward
-  A* logit;             // [rows], null in the backward
-  double* grad_affine;  // [rows, 2], of one part; null in the forward
+  const A* grad;                  // [rows], or null in the forward
+  double* sum = nullptr;          // [rows], of one part, in the forward
+  A* logit = nullptr;             // [rows], in the forward
+  double* grad_affine = nullptr;  // [rows, 2], of one part, in the backward
 };
 
 }  // namespace sukhops
@@ -72,8 +72,8 @@ void add_picks(std::vector<Pick<A>> picks, const Tensor& hidden, const Tensor& w
   if (dh.size(0)) scatter_add<A, S, T>(picks, weight, dh, row, entry);
   std::stable_sort(picks.begin(), picks.end(), [](const Pick<A>& p, const Pick<A>& q) { return p.entry < q.entry; });
   if (dw.size(0)) scatter_add<A, S, S>(picks, hidden, dw, entry, row);
-  for (const Pick<A>& p : picks)
-    if (db.size(0)) data<A>(db)[p.entry] += p.grad;
+  if (db.size(0))
+    for (const Pick<A>& p : picks) data<A>(db)[p.entry] += p.grad;
 }
 
 template <class A>
@@ -129,8 +129,7 @@ struct Norm {
 
   NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width) const {
     return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr,
-            shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data(),
-            nullptr, nullptr, nullptr};
+            shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data()};
   }
 };
 

@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        hint = "; pass its weight" if isinstance(value, torch.nn.Module) else ""
+        hint = "; pass its weight" if isinstance(value, torch.nn.Module) and name.endswith("weight") else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
 
 

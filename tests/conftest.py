@@ -35,6 +35,8 @@ def quick_garbage_collection():
     """Leaves the objects of loaded modules out of later collections: trainers collect after every run."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 30
-# Ranks are forked from one process per pytest worker, which has imported these and has started no thread.
-LOADED = (
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-    "torch._dynamo",
-    "sukhops",
-    "transformers.trainer",
+# Ranks are forked from one process per pytest worker that has imported these and started no OpenMP thread.
+mp.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "sukhops", "transformers.trainer"]
 )
-mp.set_forkserver_preload(list(LOADED))
 
 
 def on_ranks(count: int, work: Callable, *arguments: object) -> list:

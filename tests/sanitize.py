@@ -13,9 +13,11 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = (
     "test_adaptive_span.py", "test_adaptive_span_contract.py", "test_adaptive_span_module.py",
-    "test_director.py", "test_director_contract.py", "test_director_head.py", "test_director_loss.py",
+    "test_director.py", "test_director_classifier.py", "test_director_contract.py", "test_director_head.py",
+    "test_director_loss.py",
     "test_fuzz.py", "test_half_precision_logits.py", "test_lexicon.py", "test_logits_budget.py",
     "test_segmentation.py", "test_segmentation_contract.py", "test_segmentation_loss.py",
+    "test_segmentation_tiles.py",
     "test_token_stats.py", "test_vocab_head.py",
 )  # fmt: skip
 

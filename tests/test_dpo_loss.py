@@ -247,7 +247,7 @@ BAD_INPUT = [
     (lambda g: g | {n: g[n][:3] for n in ("hidden", "target", "ref_hidden")}, {}, ValueError, "target.*even"),
     (lambda g: g | {"target": g["target"].float()}, {}, TypeError, "target"),
     (lambda g: g | {"ref_hidden": g["ref_hidden"][:, :3]}, {}, ValueError, "ref_hidden: .*per target"),
-    (lambda g: g | {"ref_hidden": g["ref_hidden"].repeat(1, 1, 2)}, {}, ValueError, "ref_hidden: .*last axis"),
+    (lambda g: g | {"ref_hidden": g["ref_hidden"].repeat(1, 1, 2)}, {}, ValueError, "ref_hidden.*last axis"),
     (lambda g: g | {"ref_weight": g["ref_weight"].half()}, {}, TypeError, "ref_weight"),
     (lambda g: g | {"cu_seqlens": torch.tensor([0, 3])}, {}, ValueError, "target"),
     (lambda g: packed(g) | {"cu_seqlens": torch.tensor([0, 9, 5, 12, 22])}, {}, ValueError, "cu_seqlens"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sukhops import linear_logp, linear_topk, reference
-from sukhops.ops.director import classifier_logit, classifier_norm
+from sukhops.ops.director import classifier_logit, classifier_terms
 from sukhops.reference import director as plain
 from sukhops.testing import budget, distance
 
@@ -72,8 +72,9 @@ def test_classifier_norm_and_logit(dtype):
 
     def both(dtype):
         given = hidden.to(dtype), weight.to(dtype), target, label
-        return plain.classifier_norm(*given), plain.classifier_logit(*given)
+        return *plain.classifier_terms(*given), plain.classifier_logit(*given)
 
-    ours = classifier_norm(hidden, weight, target, label), classifier_logit(hidden, weight, target, label)
+    given = hidden, weight, target, label
+    ours = *classifier_terms(*given), classifier_logit(*given)
     for one, single, exact in zip(ours, both(torch.float32), both(torch.float64), strict=True):
         assert distance(one, exact) <= budget(one, single, exact)

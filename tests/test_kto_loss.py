@@ -122,6 +122,8 @@ def test_compiles_fullgraph():
         ({"kl_hidden": None}, "kl"),
         ({"kl_hidden": None, "kl_target": None, "kl_ref_hidden": None}, "kl"),
         ({"kl_ref_hidden": None}, "kl_ref_logp"),
+        ({"kl_hidden": torch.zeros(4, 2, 1, dtype=torch.float64)}, "kl_hidden"),
+        ({"kl_ref_hidden": torch.zeros(4, 1, 2, dtype=torch.float64)}, "kl_ref_hidden"),
         ({"kl_ref_logp": torch.zeros(4)}, "kl_ref_logp"),
         ({"ref_hidden": None, "ref_weight": None, "ref_bias": None}, "kl_ref_hidden|ref_logp"),
         ({"ref_logp": torch.zeros(4)}, "ref_logp"),

@@ -186,9 +186,20 @@ def test_backends_and_missing_packages(monkeypatch, capsys):
     assert __main__.info() == 0
     assert "triton    not installed" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert __main__.backend("vocab_head", "cuda").startswith("Triton")
+    assert __main__.backend("vocab_head", "cuda") == "Triton"
+    monkeypatch.setattr(__main__.util, "find_spec", lambda name: None)
+    assert __main__.backend("vocab_head", "cuda") == "Triton is not installed"
     monkeypatch.setattr(_library, "launched", set())
     assert __main__.backend("vocab_head", "cuda") == "CUDA C++"
+
+
+def test_check_fails_if_a_result_is_wrong(monkeypatch, capsys):
+    name, operators, op, ref, make = __main__.OPS[0]
+    for shift, code, last in ((0.0, 0, "all 12 pass"), (1.0, 1, "3 of 12 FAILED")):
+        shifted = [(name, operators, lambda shift=shift, **given: op(**given) + shift, ref, make)]
+        monkeypatch.setattr(__main__, "OPS", shifted)
+        assert __main__.check() == code
+        assert capsys.readouterr().out.splitlines()[-1] == last
 
 
 def test_libraries_that_are_missing_or_do_not_load(tmp_path, monkeypatch):

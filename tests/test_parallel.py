@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import on_ranks, outcomes
 
 from sukhops import director_logp, director_topk, linear_logp, linear_token_stats, linear_topk, testing
-from sukhops.ops.director import classifier_logit, classifier_norm, classifier_terms
+from sukhops.ops.director import classifier_logit, classifier_terms
 from sukhops.ops.vocab_head import TokenStats
 
 V, D, N = 101, 7, 23
@@ -101,8 +101,8 @@ def classifier(op, *arguments):
     return call
 
 
-def shared_norm(given, target, **group):
-    return classifier_norm(
+def shared_terms(given, target, **group):
+    return classifier_terms(
         given["hidden"], given["weight"], target, labels(target), None, given["affine"], **group
     )
 
@@ -130,7 +130,7 @@ HEADS = {
     ),
     "classifier": (classifier(classifier_logit), {"more": ("second",), "unused": ("weight",)}),
     "classifier terms": (classifier(classifier_terms), {"more": ("second",), "unused": ("weight",)}),
-    "classifier norm, shared": (shared_norm, {"more": ("affine",)}),
+    "classifier terms, shared": (shared_terms, {"more": ("affine",)}),
 }
 SLICED = ("weight", "bias", "second", "shift", "columns")
 

@@ -82,7 +82,7 @@ def test_memory_does_not_grow(name):
     assert harness.resident("VmRSS") - before < 2**20
 
 
-# one process per limit, forked before any thread starts: each limit makes a different allocation fail
+# one process per limit, forked before OpenMP starts a thread: each limit makes a different allocation fail
 LIMITED = """
 import os, resource, sys
 import torch
@@ -110,7 +110,8 @@ except (RuntimeError, MemoryError) as error:
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert all(torch.equal(a, b) for a, b in zip(gradients(name, x), expected))
 print(found, flush=True)
-os._exit(0)  # Python's own end takes seconds
+if extra > 0:
+    os._exit(0)  # Python's own end takes seconds
 """
 
 
@@ -119,7 +120,7 @@ def test_failed_allocation_raises_and_later_calls_work(name):
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "bench")])}
     command = [sys.executable, "-c", LIMITED, name, *map(str, (0, 2**20, 2**22, 2**24, 2**34))]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-1500:]
     found = run.stdout.split()
     assert len(found) == 5

@@ -54,12 +54,12 @@ def test_director():
     assert torch.equal(top.indices[-2:], alone.topk(3).indices)
     given = [t.requires_grad_() for t in (hidden, cls)]
     terms = classifier_terms(*given, target, label)
-    grads = torch.autograd.grad(terms.norm[-1] + terms.logit[-1], given)
+    grads = torch.autograd.grad(v * terms.norm[-1] + terms.logit[-1], given)
     few = hidden.detach()[-1:].requires_grad_()
     last = classifier_terms(few, cls, target[-1:], label[-1:])
     for ours, own in zip(terms, last, strict=True):
         close(ours[-1:], own)
-    of_few, of_weight = torch.autograd.grad(last.norm.sum() + last.logit.sum(), (few, cls))
+    of_few, of_weight = torch.autograd.grad(v * last.norm.sum() + last.logit.sum(), (few, cls))
     close(grads[0][-1:], of_few)
     close(grads[1], of_weight)
 

@@ -197,7 +197,7 @@ def norm_rows(
     grad_ptr,  # [rows] gradient of the sum, if BACKWARD
     grad_logit_ptr,  # [rows] gradient of the target's logit, if BACKWARD
     sum_ptr,  # [rows] sum of (sigmoid(c) - 1/2)^2 over all entries but the target, accumulated over blocks
-    logit_ptr,  # out: [rows] logit of the target, if it is in this block and not BACKWARD
+    logit_ptr,  # [rows] logit of the target: 0 before its block, unless BACKWARD
     grad_affine_ptr,  # [rows, 2] accumulated over blocks
     v0,
     width,
@@ -209,7 +209,8 @@ def norm_rows(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row) - v0
     total = tl.load(sum_ptr + row)
-    logit, da, db = total * 0.0, total * 0.0, total * 0.0
+    logit = tl.load(logit_ptr + row)
+    da, db = logit * 0.0, logit * 0.0
     for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
@@ -239,7 +240,7 @@ def norm_rows(
             tl.store(grad_affine_ptr + 2 * row + 1, tl.load(grad_affine_ptr + 2 * row + 1) + db)
     else:
         tl.store(sum_ptr + row, total)
-        tl.store(logit_ptr + row, logit, mask=(target >= 0) & (target < width))
+        tl.store(logit_ptr + row, logit)
 
 
 # ------------------------------------------------------------------ launchers
@@ -416,7 +417,7 @@ def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_
     others = max(1, v - 1)
     total, logit = hidden.new_zeros(n, dtype=acc), hidden.new_zeros(n, dtype=acc)
     daffine = hidden.new_zeros(n, 2, dtype=acc)
-    upstream = (given[0] / others, given[1].contiguous()) if given else (total, total)
+    upstream = (given[0] / others, given[1]) if given else (total, total)
     dh = hidden.new_zeros(n, d, dtype=acc) if need_hidden else empty
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(v) if need_bias else empty

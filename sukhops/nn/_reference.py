@@ -35,9 +35,15 @@ def reference_logp(
     if ref_hidden is None or ref_weight is None:
         name = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"{name}: expected both ref_hidden and ref_weight for a reference, got {given}")
-    ref_hidden, ref_weight, ref_bias = _checks.as_floats(**head)
-    _checks.check_weight("ref_weight", ref_hidden, ref_weight, ref_bias, "ref_bias", group, "ref_hidden")
-    rows = (*target.shape, ref_weight.shape[1])
-    _checks.check_shape("ref_hidden", ref_hidden, rows, "one row per target, D as in ref_weight")
+    return logp_without_gradient(target, group, **head)
+
+
+def logp_without_gradient(target: Tensor, group: ProcessGroup | None, **head: Tensor | None) -> Tensor:
+    """`linear_logp` of a head: hidden, weight and bias, in this order and by the names that errors show."""
+    hidden_name, weight_name, bias_name = head
+    hidden, weight, bias = _checks.as_floats(**head)
+    _checks.check_weight(weight_name, hidden, weight, bias, bias_name, group, hidden_name)
+    rows = (*target.shape, weight.shape[1])
+    _checks.check_shape(hidden_name, hidden, rows, f"one row per target, D as in {weight_name}")
     with torch.no_grad():
-        return linear_logp(ref_hidden, ref_weight, target, ref_bias, group=group)
+        return linear_logp(hidden, weight, target, bias, group=group)

@@ -1,12 +1,12 @@
 """KTO on whole completions and Step-KTO on reasoning steps, on a fused head."""
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sukhops import _checks
 from sukhops.losses._output import LossOutput
 from sukhops.losses.kto import KTOOptions, Mismatched, StepKTOOptions, kto_loss, step_kto_loss
-from sukhops.nn._reference import reference_logp
+from sukhops.nn._reference import logp_without_gradient, reference_logp
 from sukhops.ops.vocab_head import linear_logp
 from sukhops.parallel._dtensor import takes_dtensors
 
@@ -237,10 +237,12 @@ def _reference_point(
         raise ValueError(f"kl: expected a number, or a mismatched batch (kl_hidden, kl_target), got {given}")
     if (kl_ref_hidden is None) == (kl_ref_logp is None):
         raise ValueError(f"kl_ref_logp: expected exactly one of kl_ref_logp and kl_ref_hidden, got {given}")
-    with torch.no_grad():
-        if kl_ref_logp is None:
-            if kl_ref_hidden is None or ref_weight is None:
-                raise ValueError("kl_ref_hidden: expected ref_weight (the reference head) too, got None")
-            kl_ref_logp = linear_logp(kl_ref_hidden, ref_weight, kl_target, ref_bias, group=group)
-        logp = linear_logp(kl_hidden, weight, kl_target, bias, group=group)
+    _checks.check_integers("kl_target", kl_target)
+    if kl_ref_logp is None:
+        if ref_weight is None:
+            raise ValueError("kl_ref_hidden: expected ref_weight (the reference head) too, got None")
+        kl_ref_logp = logp_without_gradient(
+            kl_target, group, kl_ref_hidden=kl_ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
+        )
+    logp = logp_without_gradient(kl_target, group, kl_hidden=kl_hidden, weight=weight, bias=bias)
     return Mismatched(kl_target, logp, kl_ref_logp, kl_cu_seqlens, kl_step_ids)

@@ -49,8 +49,8 @@ def director_logp(
     logit of a token says how desirable the token is as the next one. Several classifiers (attributes) are
     given as lists, and their gates are added. A shared head has no classifier matrix: cls = a * lm + b.
 
-    Both heads are computed in one pass. All floating-point arguments, including gamma and cls_affine, are
-    differentiable, once.
+    All floating-point arguments, including gamma and cls_affine, are differentiable. Only first derivatives
+    are supported.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64.
@@ -394,8 +394,9 @@ def _gradient(ctx, grad, *_):
 
 def _wanted(grads, need):
     """The gradients, with None for those that are not needed. Lists hold one entry per classifier."""
-    each = isinstance(need, (list, tuple))
-    return [_wanted(g, n) for g, n in zip(grads, need, strict=True)] if each else grads if need else None
+    if isinstance(need, (list, tuple)):
+        return [_wanted(g, n) for g, n in zip(grads, need, strict=True)]
+    return grads if need else None
 
 
 def _no_gradient(ctx, *grads):

@@ -96,8 +96,10 @@ def classifier_terms(
     # slice of another rank. In that case the term of entry 0 is added again.
     mean, logit = _ops.director_norm(x, weight, own, label, bias, pair)
     norm = mean * max(1, len(weight) - 1)
-    left_out = logit if pair is None else pair[0] * logit + pair[1]
     elsewhere = ~inside & (target != IGNORE) & (label >= 0)
+    left_out = logit.where(elsewhere, 0.0)
+    if pair is not None:
+        left_out = pair[0] * left_out + pair[1]
     norm = norm + (left_out.sigmoid() - 0.5).square().where(elsewhere, 0.0)
     if not where.size:
         norm = norm.masked_fill(torch.ones_like(inside), 0.0)
