@@ -197,6 +197,7 @@ def test_backends_and_missing_packages(monkeypatch, capsys):
 
 
 def test_check_fails_if_a_result_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     name, operators, op, ref, make = __main__.OPS[0]
     for shift, code, last in ((0.0, 0, "all 12 pass"), (1.0, 1, "3 of 12 FAILED")):
         shifted = [(name, operators, lambda shift=shift, **given: op(**given) + shift, ref, make)]
