@@ -8,6 +8,8 @@
 //
 // The forward stores the products of the first rows, up to logits_budget bytes. For these rows the backward reads the
 // products instead of recomputing them.
+#include <bit>
+
 #include "blocks.h"
 
 namespace sukhops {
@@ -39,6 +41,7 @@ struct ForwardRows {
   double* sum;            // [N]
   double* moments;        // [N, 3] or null
   A* mean;                // [N, depth] or null
+  A mean_scale;           // factor of `mean` against overflow: a power of two
 };
 
 template <class A>
@@ -122,6 +125,7 @@ Outputs forward(
   for (int64_t i = 0; i < n; ++i)
     std::copy_n(data<int64_t>(target) + rows[i] * targets, targets, picked.data() + i * targets);
   const Tensor mean = empty({keep_mean ? n : 0, d}, acc, hidden);
+  const A mean_scale = A(1) / std::bit_ceil<uint64_t>(v);  // sums over the vocabulary do not exceed max |weight|
   const Tensor logits = empty({std::min<int64_t>(all, logits_budget / (v * sizeof(A))), v}, acc, hidden);
   const int64_t kept = std::min(n, logits.size(0));
   const PartPlan plan(n, v, sizeof(A), 1, k + 3 * statistics);
@@ -132,7 +136,8 @@ Outputs forward(
     return ForwardRows<A>{tile, stride, row0, v0, width, targets, k, d, bias ? data<A>(b) + v0 : nullptr, curve,
                           picked.data(), logit.data(), stats.value.data() + from * k, stats.index.data() + from * k,
                           stats.maximum.data() + from, stats.sum.data() + from,
-                          statistics ? stats.moments.data() + 3 * from : nullptr, keep_mean ? data<A>(mean) : nullptr};
+                          statistics ? stats.moments.data() + 3 * from : nullptr, keep_mean ? data<A>(mean) : nullptr,
+                          mean_scale};
   };
   count_products(n == 0 ? 0 : 1 + keep_mean);
   if (keep_mean) {
@@ -172,7 +177,7 @@ Outputs forward(
     std::copy_n(stats.value.data() + i * k, k, data<A>(top_value) + r * k);
     std::copy_n(stats.index.data() + i * k, k, data<int64_t>(top_index) + r * k);
     for (int64_t j = 0; keep_mean && j < d; ++j)
-      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / stats.sum[i]);
+      data<A>(mean_weight)[r * d + j] = static_cast<A>(data<A>(mean)[i * d + j] / (mean_scale * stats.sum[i]));
     if (!statistics) return;
     const double* m = &stats.moments[3 * i];
     const double log_of_sum = std::log(stats.sum[i]);

@@ -85,8 +85,8 @@ static inline void softmax_gradient(
 }
 
 // Processes rows [lo, hi) of a tile: updates the running maximum, the sums and the top k, and copies the logits of the
-// targets. With `mean`, also replaces the tile by exp(logit - maximum) * (dlogit/draw) / slope, and rescales the rows
-// of `mean` to the new maximum.
+// targets. With `mean`, also replaces the tile by exp(logit - maximum) * (dlogit/draw) / slope * mean_scale, and
+// rescales the rows of `mean` to the new maximum.
 template <class A>
 static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
   alignas(64) A x[kMaxWidth], flat[kMaxWidth];
@@ -110,7 +110,7 @@ static void forward_rows(const ForwardRows<A>& f, int64_t lo, int64_t hi) {
       add_moments(x, f.width, shift, m);
     }
     if (f.mean) {
-      for (int64_t j = 0; j < f.width; ++j) flat[j] = relative_slope(x[j], f.curve);
+      for (int64_t j = 0; j < f.width; ++j) flat[j] = relative_slope(x[j], f.curve) * f.mean_scale;
     }
     const A sum = exp_row(x, f.width, shift);
     f.maximum[n] = top;

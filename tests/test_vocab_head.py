@@ -266,6 +266,20 @@ def test_huge_logits():
     assert logp.tolist() == [0.0, -2e4]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_huge_weights(dtype, frozen):
+    """The gradient of hidden, a mean of weights, is finite: sums of V weights would not be."""
+    given = make(v=3000, frozen=frozen, dtype=dtype)
+    with torch.no_grad():
+        given["hidden"][:, 0] = 0
+        given["weight"][:, 0] = torch.finfo(dtype).max / 2
+    lse = linear_logp(**given, return_lse=True)[1]
+    grad = torch.autograd.grad(lse.sum(), given["hidden"])[0][lse != 0, 0].double()
+    expected = given["weight"][0, 0].double().expand_as(grad)
+    torch.testing.assert_close(grad, expected, rtol=1e-6 if dtype.itemsize > 2 else 1e-2, atol=0)
+
+
 # ------------------------------------------------------------------ torch features
 
 

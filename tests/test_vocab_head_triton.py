@@ -49,6 +49,18 @@ def test_launchers_match_the_cpu(dtype, frozen, bias, curve, kept, statistics, m
     check(ours, cpu, exact)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mean_of_huge_weights(dtype):
+    hidden, weight = (
+        torch.zeros(2, 3, dtype=dtype),
+        torch.full((107, 3), torch.finfo(dtype).max / 2, dtype=dtype),
+    )
+    given = (hidden, weight, torch.zeros(2, 1, dtype=torch.int64), None)
+    mean = kernels.forward(*given, 0, False, None, 1.0, 1.0, -100, 0, True, False, False)[8]
+    torch.testing.assert_close(mean, weight[:2].float(), rtol=1e-6, atol=0)
+
+
 def check(ours, cpu, exact):
     for i, (a, low, b) in enumerate(zip(ours, cpu, exact, strict=True)):
         assert a.shape == b.shape and a.dtype == low.dtype and a.stride() == low.stride(), i

@@ -47,7 +47,7 @@ def _logit(z, bias_ptr, columns, mask, bound, scale, HAS_BIAS: tl.constexpr, HAS
 @triton.jit
 def forward_rows(
     tile_ptr,  # [rows, width] products hidden @ weight^T, float32 or float64, row stride `stride`
-    out_ptr,  # out: [rows, width] exp(logit - maximum) * (dlogit/draw) / slope in the inputs' dtype, if MEAN
+    out_ptr,  # out if MEAN: [rows, width] exp(logit - maximum) * (dlogit/draw) / slope * mean_scale
     bias_ptr,  # [width] bias of this vocabulary block
     target_ptr,  # [rows, K]
     target_logit_ptr,  # out: [rows, K]
@@ -63,6 +63,7 @@ def forward_rows(
     targets,
     bound,
     scale,
+    mean_scale,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -98,6 +99,7 @@ def forward_rows(
             if HAS_CAP:
                 y = z / bound
                 e *= tl.where(mask, 1.0 - y * y, 0.0)
+            e *= mean_scale
             tl.store(out_ptr + row * width + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
     decay = tl.exp(old - shift)
     before = tl.load(sum_ptr + row)
@@ -208,6 +210,9 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     found = 0 if r else k  # without rows, no block writes to top_value: allocate k columns here
     top_value, top_index = h.new_empty(r, found, dtype=acc), t.new_empty(r, found)
     mean = h.new_zeros(r, d, dtype=acc) if keep_mean else None
+    # a power of two, so that sums over the vocabulary do not exceed max |weight|; float16 cannot reach
+    # the limit of float32
+    mean_scale = 1.0 if h.dtype == torch.float16 else 2.0 ** -v.bit_length()
     held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     logits = h.new_empty(held, v, dtype=acc)
     kept = min(r, logits.shape[0])
@@ -225,9 +230,9 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
             forward_rows[(hi - lo,)](
                 tile, out[lo:hi], tile if b is None else b[v0:], t[lo:hi], logit[lo:hi], value[lo:hi],
                 index[lo:hi], maximum[lo:hi], total[lo:hi], moments[lo:hi] if statistics else decay,
-                decay[lo:hi], tile.stride(0), v0, w, targets, bound, scale, HAS_BIAS=b is not None,
-                HAS_CAP=softcap is not None, MOMENTS=statistics, MEAN=keep_mean, TOP=top, CHUNK=CHUNK,
-                num_warps=WARPS,
+                decay[lo:hi], tile.stride(0), v0, w, targets, bound, scale, mean_scale,
+                HAS_BIAS=b is not None, HAS_CAP=softcap is not None, MOMENTS=statistics, MEAN=keep_mean,
+                TOP=top, CHUNK=CHUNK, num_warps=WARPS,
             )  # fmt: skip
             del tile  # frees its memory for the next tile
         if k:  # earlier blocks come first, so a stable sort puts the lower of equal logits' indices first
@@ -249,7 +254,8 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
             numbers = [x.masked_fill(~counts.any(1), 0.0) for x in numbers]
     top_value = top_value.masked_fill(numbers[1].isnan().unsqueeze(1), float("nan"))
     maximum, log_sum, *moments = (_spread(x, rows, n) for x in numbers)
-    mean = h.new_zeros(0, dtype=acc) if mean is None else _spread(mean / total.unsqueeze(1), rows, n)
+    total = (mean_scale * total).unsqueeze(1)
+    mean = h.new_zeros(0, dtype=acc) if mean is None else _spread(mean / total, rows, n)
     return (
         maximum, log_sum, _spread(logit, rows, n), _spread(top_value, rows, n),
         _spread(top_index.contiguous(), rows, n),

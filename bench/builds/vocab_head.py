@@ -14,7 +14,7 @@ ROW = {
 FORWARD = ROW | {
     "tile_ptr": "*fp32!", "target_ptr": "*i64!", "target_logit_ptr": "*fp32!", "top_value_ptr": "*fp32!",
     "top_index_ptr": "*i64!", "maximum_ptr": "*fp32!", "sum_ptr": "*fp32!", "moments_ptr": "*fp32!",
-    "decay_ptr": "*fp32!", "targets": "i32",
+    "decay_ptr": "*fp32!", "targets": "i32", "mean_scale": "fp32",
 }  # fmt: skip
 BACKWARD = ROW | {
     "tile_ptr": "*fp32!", "maximum_ptr": "*fp32!", "log_sum_ptr": "*fp32!", "entropy_ptr": "*fp32!",
