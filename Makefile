@@ -1,21 +1,34 @@
-# Every target except gpu and clean first creates .venv with the pinned tools and builds the extensions.
+# Every target except gpu and clean first creates .venv with the pinned tools and builds the extensions, at the same
+# time: the build needs only BUILD_TOOLS.
 PYTHON ?= python3
 MINUTES ?= 10
 # two workers of two threads each; threads that wait leave their core to the other worker
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -q -n 2
 PY := .venv/bin/python
+BUILD_TOOLS := torch numpy setuptools wheel ninja
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
 unexport PYTHONDONTWRITEBYTECODE  # pip does not byte-compile the packages: the first import does
 
-.PHONY: setup bench bench-all test test-all test-real test-large test-versions sanitize fuzz gpu lint docs site wheel clean
+.PHONY: setup setup-peers bench bench-all test test-all test-real test-large test-versions sanitize fuzz gpu lint docs site wheel clean
 .DEFAULT_GOAL := test
 
-setup: .venv/built
+setup:
+	@$(MAKE) --no-print-directory -j 2 .venv/built .venv/tools
 
-.venv/tools: requirements-dev.txt
+setup-peers:  ## also the libraries that tests and benchmarks compare with
+	@$(MAKE) --no-print-directory -j 2 .venv/built .venv/peers
+
+.venv/build-tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --no-compile $$(grep '^torch==' requirements-dev.txt)
+	$(PY) -m pip install -q --no-compile $$(grep $(BUILD_TOOLS:%=-e '^%==') requirements-dev.txt)
+	touch $@
+
+.venv/built: .venv/build-tools setup.py pyproject.toml $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv/tools: .venv/build-tools requirements-dev.txt
 	$(PY) -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@
 
@@ -27,32 +40,28 @@ setup: .venv/built
 	$(PY) -m pip install -q --no-compile -r requirements-docs.txt
 	touch $@
 
-.venv/built: .venv/tools setup.py pyproject.toml $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	touch $@
-
 BENCHES := $(wildcard bench/bench_*.py)
 LONGER := bench/neighbor.py bench/ranks.py bench/train_step.py bench/trl_step.py bench/pairs.py bench/lexicon.py
 
-bench: setup .venv/peers  ## check and time the main case of every op and its peers; results in bench/own
+bench: setup-peers  ## check and time the main case of every op and its peers; results in bench/own
 	set -e; for f in $(BENCHES); do $(PY) $$f; done
 	$(PY) bench/report.py --own
 
-bench-all: setup .venv/peers  ## every case (takes long); with RECORD=--record for make docs
+bench-all: setup-peers  ## every case (takes long); with RECORD=--record for make docs
 	set -e; for f in $(BENCHES); do $(PY) $$f --all $(RECORD); done
 	set -e; for f in $(LONGER); do $(PY) $$f $(RECORD); done
 
-test: setup .venv/peers .venv/docs lint  ## all but the slow tests; Triton's interpreter in a second process
+test: setup-peers .venv/docs lint  ## all but the slow tests; Triton's interpreter in a second process
 	$(PYTEST) -m "not full and not real and not large"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not full"
 
-test-all: setup .venv/peers .venv/docs lint sanitize  ## also the slow tests (marked full), and make sanitize
+test-all: setup-peers .venv/docs lint sanitize  ## also the slow tests (marked full), and make sanitize
 	rm -rf build/coverage
 	$(PYTEST) --cov --cov-report= -m "not real and not large"
 	TRITON_INTERPRET=1 $(PYTEST) --cov --cov-append --cov-report= -m interpreter
 	$(PY) -m coverage report
 
-test-real: setup .venv/peers  ## tests on a pretrained model: SmolLM2-135M-Instruct or SUKHOPS_MODEL
+test-real: setup-peers  ## tests on a pretrained model: SmolLM2-135M-Instruct or SUKHOPS_MODEL
 	$(PY) -m pytest -q -m real
 
 test-large: setup  ## tests with tensors of more than 2^31 elements; need 20 GiB of memory
@@ -61,7 +70,7 @@ test-large: setup  ## tests with tensors of more than 2^31 elements; need 20 GiB
 test-versions: setup  ## tests on the oldest and newest torch, and on every installed Python
 	$(PY) tests/versions.py
 
-sanitize: setup .venv/peers  ## tests of the CPU operators and the fuzzer with ASan and UBSan
+sanitize: setup-peers  ## tests of the CPU operators and the fuzzer with ASan and UBSan
 	$(PY) tests/sanitize.py
 
 fuzz: setup  ## compare random calls with the reference for MINUTES; show the smallest failing case

@@ -18,7 +18,7 @@ TESTS = (
     "test_fuzz.py", "test_half_precision_logits.py", "test_lexicon.py", "test_logits_budget.py",
     "test_segmentation.py", "test_segmentation_contract.py", "test_segmentation_loss.py",
     "test_segmentation_tiles.py",
-    "test_token_stats.py", "test_vocab_head.py",
+    "test_token_stats.py", "test_vocab_head.py", "test_vocab_head_contract.py",
 )  # fmt: skip
 
 
