@@ -21,7 +21,7 @@ setup-peers:  ## also the libraries that tests and benchmarks compare with
 
 .venv/build-tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --no-compile $$(grep $(BUILD_TOOLS:%=-e '^%==') requirements-dev.txt)
+	$(PY) -m pip install -q --no-compile $$(grep -o $(BUILD_TOOLS:%=-e '^%==[^ ]*') requirements-dev.txt)
 	touch $@
 
 .venv/built: .venv/build-tools setup.py pyproject.toml $(SOURCES)
