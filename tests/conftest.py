@@ -17,15 +17,14 @@ OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_b
 def pytest_generate_tests(metafunc):
     """Tests marked every_isa run for each instruction set of this CPU; the portable one is marked full."""
     if metafunc.definition.get_closest_marker("every_isa"):
-        metafunc.fixturenames.append("isa")
         long = [pytest.mark.full if isa == "portable" != OWN_ISA else () for isa in ISAS]
         isas = [pytest.param(isa, marks=marks) for isa, marks in zip(ISAS, long, strict=True)]
         metafunc.parametrize("isa", isas, indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)  # pytest does not call a fixture that only pytest_generate_tests names
 def isa(request):
-    torch.ops.sukhops.use_cpu_isa(request.param)
+    torch.ops.sukhops.use_cpu_isa(getattr(request, "param", OWN_ISA))
     yield
     torch.ops.sukhops.use_cpu_isa(OWN_ISA)
 

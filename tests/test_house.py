@@ -132,3 +132,9 @@ def test_other_builds(tmp_path, variant):
         [*suite, "-k", "not house", "-m", "not full and not real and not large"], **elsewhere
     )
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.every_isa
+def test_marked_tests_run_with_every_instruction_set(request):
+    used = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_bf16")
+    assert used == request.node.callspec.params["isa"]
