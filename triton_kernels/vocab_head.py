@@ -254,8 +254,10 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
             numbers = [x.masked_fill(~counts.any(1), 0.0) for x in numbers]
     top_value = top_value.masked_fill(numbers[1].isnan().unsqueeze(1), float("nan"))
     maximum, log_sum, *moments = (_spread(x, rows, n) for x in numbers)
-    total = (mean_scale * total).unsqueeze(1)
-    mean = h.new_zeros(0, dtype=acc) if mean is None else _spread(mean / total, rows, n)
+    if mean is None:
+        mean = h.new_zeros(0, dtype=acc)
+    else:
+        mean = _spread(mean / (mean_scale * total).unsqueeze(1), rows, n)
     return (
         maximum, log_sum, _spread(logit, rows, n), _spread(top_value, rows, n),
         _spread(top_index.contiguous(), rows, n),
