@@ -15,7 +15,7 @@ OWN_ISA = torch.ops.sukhops.cpu_capability().replace(" + bfloat16 products", "_b
 
 
 def pytest_generate_tests(metafunc):
-    """Tests marked every_isa run for each instruction set of this CPU; all but the default are marked full."""
+    """Tests marked every_isa run for each instruction set of this CPU; all but the default are full."""
     if metafunc.definition.get_closest_marker("every_isa"):
         long = [pytest.mark.full if isa != OWN_ISA else () for isa in ISAS]
         isas = [pytest.param(isa, marks=marks) for isa, marks in zip(ISAS, long, strict=True)]
