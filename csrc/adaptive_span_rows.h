@@ -359,11 +359,16 @@ static int64_t span_backward(const SpanCall<A>& c, int64_t b, int64_t h, int64_t
   pack(row<S>(c.q, c.q_stride, b, h, i0), c.q_stride[2], count, lanes, c.d, c.scale, w.q_panels, w.q_rows, c.wide);
   pack(row<S>(c.grad, c.grad_stride, b, h, i0), c.grad_stride[2], count, lanes, c.d, A(1), w.g_panels, w.g_rows,
        c.wide);
+  // The gradient of the softmax subtracts grad . out from grad . v. Both are summed in the same order: where a query
+  // sees one key, they are equal to the bit.
+  pack((const S*)c.out + at * c.d, c.d, count, lanes, c.d, A(1), w.sum, (A*)nullptr, c.d);
+  for (int64_t i = 0; i < lanes; i += n) {
+    const int64_t first = i / kPanel<A> * c.d * kPanel<A> + i % kPanel<A>, last = first + c.d * kPanel<A>;
+    V dot = {};
+    for (int64_t j = first; j < last; j += kPanel<A>) dot += get(w.g_panels + j) * get(w.sum + j);
+    set(w.total + i, dot);
+  }
   for (int64_t i = 0; i < lanes; ++i) {
-    A part[4] = {};
-    for (int64_t j = 0; i < count && j < c.d; ++j)
-      part[j % 4] += w.g_rows[i * c.wide + j] * to_float(((const S*)c.out)[(at + i) * c.d + j]);
-    w.total[i] = (part[0] + part[1]) + (part[2] + part[3]);  // grad . out, which the gradient of the softmax subtracts
     w.top[i] = i < count ? c.maximum[at + i] : A(0);
     const A sum = i < count ? c.sum[at + i] : A(0);
     w.log_sum[i] = sum == 0 ? (A)__builtin_inf() : std::log(sum);  // a query that sees no key: all weights are 0

@@ -156,6 +156,17 @@ def test_rows_that_see_no_key_are_zero_and_have_no_gradient():
     assert not grads[0][:, [0, 1, 3]].any() and not grads[3][[0, 1, 3]].any()
 
 
+@pytest.mark.parametrize("d", [1, 12, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_key_alone_has_no_gradient(dtype, d):
+    given = {n: t.detach().to(dtype).requires_grad_() for n, t in make(d=d).items() if n != "span"}
+    span = torch.zeros(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out = adaptive_span_attention(**given, span=span, max_span=1)
+    grad_q, grad_k = torch.autograd.grad(out, [given["q"], given["k"]], torch.randn_like(out))
+    assert torch.equal(out[:, ::2], given["v"][:, :, -out.shape[2] :])
+    assert grad_q.count_nonzero() == 0 and grad_k.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 @pytest.mark.parametrize("name", ["q", "k", "v", "span", "rel_pos"])
 def test_nan_propagates(dtype, name):

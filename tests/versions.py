@@ -39,9 +39,11 @@ def oldest() -> str:
 
 
 def newest() -> str:
-    command = [sys.executable, "-m", "pip", "index", "versions", "torch"]
+    """The version of torch that pip would install: the newest one that its constraints allow."""
+    options = ["--dry-run", "--no-deps", "--ignore-installed"]
+    command = [sys.executable, "-m", "pip", "install", *options, "torch"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(r"\(([\d.]+)", out)[1]
+    return re.search(r"^Would install torch-([\d.]+)", out, re.M)[1]
 
 
 def pythons() -> dict[str, str]:
