@@ -44,6 +44,36 @@ struct PartPlan {
   }
 };
 
+struct PartTile {};
+
+// the tile of the calling thread
+template <class A>
+A* part_tile(int64_t elements) {
+  return thread_memory<A, PartTile>(elements);
+}
+
+// Computes the products hidden @ weight^T of each cell of a plan, and calls f(tile, stride, row, rows, part, v0, width)
+// for each tile of them. The products of the first `kept` rows are stored in `logits` [kept, V], the others in the tile
+// of the thread.
+template <class A, class F>
+void each_product(const PartPlan& plan, const Matrix& hidden, const Matrix& weight, ScalarType acc, int64_t kept,
+                  A* logits, const F& f) {
+  plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
+    const int64_t above = std::max<int64_t>(0, std::min(kept - row0, count));
+    for (int64_t width; v0 < end; v0 += width) {
+      width = std::min(plan.width, end - v0);
+      const auto rows_at = [&](int64_t row, int64_t rows, A* tile, int64_t stride) {
+        if (rows == 0) return;
+        multiply({Matrix(tile, acc, rows, width, stride), hidden.submatrix(row, 0, rows, hidden.cols),
+                  weight.submatrix(v0, 0, width, weight.cols).transposed()});
+        f(tile, stride, row, rows, part, v0, width);
+      };
+      rows_at(row0, above, logits + row0 * plan.v + v0, plan.v);
+      rows_at(row0 + above, count - above, part_tile<A>(plan.rows * plan.width), width);
+    }
+  });
+}
+
 // Divides n rows and the vocabulary [0, v) into tiles of all rows, for a pass whose results are sums over the
 // vocabulary. All threads work on one tile of up to `width` columns at a time; within it a thread computes cells of up
 // to `rows` x `cols`. Each of `heads` heads has a tile, with `size` bytes per element.
@@ -84,14 +114,6 @@ static inline void move_moments(double* moments, double sum, double from, double
   const double decay = std::exp(from - to);
   moments[0] = decay * (moments[0] + std::max<double>(from - to, kMinShifted) * sum);
   moments[1] *= decay * decay;
-}
-
-struct PartTile {};
-
-// the tile of the calling thread
-template <class A>
-A* part_tile(int64_t elements) {
-  return thread_memory<A, PartTile>(elements);
 }
 
 // Partial results of each row and part: the maximum, the sum of exp(x - maximum), optionally the three sums of

@@ -7,8 +7,11 @@ namespace sukhops {
 
 template <class A>
 struct NormRows {
-  A* tile;  // [count, width]
-  int64_t stride, row0, v0, width;
+  A* tile;                  // [rows, width]
+  int64_t stride;           // between rows of the tile
+  const A* kept;            // [., vocab] products that the forward stored, or null if they are in the tile
+  const int64_t* kept_row;  // [rows] row of `kept`
+  int64_t vocab, row0, v0, width;
   const A *bias, *affine;
   const int64_t* target;
   const A* grad;                  // [rows], or null in the forward
@@ -101,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(
 template <class A>
 struct Norm {
   std::vector<int64_t> rows, picked;  // [n] rows of hidden, and their targets
+  std::vector<int64_t> kept_row;      // [n] index among the rows of the forward
   std::vector<A> upstream, shared;    // [n] gradient of the sum over the vocabulary; affine [2] of a shared head
   std::vector<Pick<A>> logits;        // gradients of the targets' logits
   int64_t n, v, d;
@@ -112,9 +116,12 @@ struct Norm {
        const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine)
       : v(weight.size(0)), d(weight.size(1)), others(static_cast<A>(std::max<int64_t>(1, v - 1))),
         acc(acc_dtype(hidden.scalar_type())) {
+    int64_t index = 0;
     for (const int64_t r : classifier_rows(target, label, v)) {
+      const int64_t at = index++;
       if (grad && data<A>(*grad)[r] == 0 && data<A>(*grad_logit)[r] == 0) continue;
       rows.push_back(r);
+      kept_row.push_back(at);
       picked.push_back(data<int64_t>(target)[r]);
       if (!grad) continue;
       upstream.push_back(data<A>(*grad)[r] / others);
@@ -127,32 +134,29 @@ struct Norm {
     if (affine) shared = {data<A>(*affine)[0], data<A>(*affine)[affine->stride(0)]};
   }
 
-  NormRows<A> pass(A* tile, int64_t stride, int64_t row0, int64_t v0, int64_t width) const {
-    return {tile, stride, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr,
+  NormRows<A> pass(A* tile, int64_t stride, const A* kept, int64_t row0, int64_t v0, int64_t width) const {
+    return {tile, stride, kept, kept_row.data(), v, row0, v0, width, b.numel() ? data<A>(b) + v0 : nullptr,
             shared.empty() ? nullptr : shared.data(), picked.data(), upstream.empty() ? nullptr : upstream.data()};
   }
 };
 
 template <class A>
-std::tuple<Tensor, Tensor> norm(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
-                                const std::optional<Tensor>& bias, const std::optional<Tensor>& affine) {
+std::tuple<Tensor, Tensor, Tensor> norm(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, int64_t logits_budget) {
   const Norm<A> g(nullptr, nullptr, hidden, weight, target, label, bias, affine);
   const PartPlan plan(g.n, g.v, sizeof(A));
   std::vector<double> sum(g.n * plan.parts);
   std::vector<A> logit(g.n);
-  const Matrix x(g.h), w(weight);
+  const int64_t fit = logits_budget / (g.v * sizeof(A));
+  const Tensor logits = empty({std::min(hidden.size(0), fit), g.v}, g.acc, hidden);
   count_products(g.n > 0);
-  plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
-    A* const tile = part_tile<A>(plan.rows * plan.width);
-    for (int64_t width; v0 < end; v0 += width) {
-      width = std::min(plan.width, end - v0);
-      multiply({Matrix(tile, g.acc, count, width, width), x.submatrix(row0, 0, count, g.d),
-                w.submatrix(v0, 0, width, g.d).transposed()});
-      NormRows<A> pass = g.pass(tile, width, row0, v0, width);
-      pass.sum = &sum[part * g.n];
-      pass.logit = logit.data();
-      SUKHOPS_BEST(norm_rows<A>)(pass, 0, count);
-    }
+  each_product(plan, Matrix(g.h), Matrix(weight), g.acc, std::min(g.n, fit), data<A>(logits),
+               [&](A* tile, int64_t stride, int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t width) {
+    NormRows<A> pass = g.pass(tile, stride, nullptr, row0, v0, width);
+    pass.sum = &sum[part * g.n];
+    pass.logit = logit.data();
+    SUKHOPS_BEST(norm_rows<A>)(pass, 0, count);
   });
   const Tensor value = zeros({hidden.size(0)}, g.acc, hidden), picked = zeros({hidden.size(0)}, g.acc, hidden);
   for (int64_t i = 0; i < g.n; ++i) {
@@ -160,15 +164,15 @@ std::tuple<Tensor, Tensor> norm(const Tensor& hidden, const Tensor& weight, cons
     data<A>(value)[g.rows[i]] = static_cast<A>(sum[i] / g.others);
     data<A>(picked)[g.rows[i]] = logit[i];
   }
-  return {value, picked};
+  return {value, picked, logits};
 }
 
 // the gradients of hidden, weight, bias and affine
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     const Tensor& grad, const Tensor& grad_logit, const Tensor& hidden, const Tensor& weight, const Tensor& target,
-    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden,
-    bool need_weight, bool need_bias) {
+    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, const Tensor& logits,
+    bool need_hidden, bool need_weight, bool need_bias) {
   const Norm<A> g(&grad, &grad_logit, hidden, weight, target, label, bias, affine);
   const int64_t all = hidden.size(0), n = g.n, v = g.v, d = g.d;
   const ScalarType dtype = hidden.scalar_type();
@@ -178,14 +182,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   const Tensor db = zeros({need_bias ? v : 0}, g.acc, hidden);
   std::vector<double> grad_affine(2 * n * tiling.parts());
   const Matrix x(g.h), w(weight);
-  count_products(n > 0 ? 1 + need_hidden + need_weight : 0);
+  const int64_t kept = std::lower_bound(g.kept_row.begin(), g.kept_row.end(), logits.size(0)) - g.kept_row.begin();
+  count_products(n > 0 ? (kept < n) + need_hidden + need_weight : 0);
   for (int64_t v0 = 0, width; v0 < v && n > 0; v0 += width) {
     width = std::min(tiling.width, v - v0);
     const Matrix z(tile.data_ptr(), g.acc, n, width, width), block = w.submatrix(v0, 0, width, d);
-    tiling.each(width, 0, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
+    tiling.each(width, kept, [&](int64_t row0, int64_t count, int64_t part, int64_t col, int64_t cols) {
       const Matrix cell = z.submatrix(row0, col, count, cols);
-      multiply({cell, x.submatrix(row0, 0, count, d), block.submatrix(col, 0, cols, d).transposed()});
-      NormRows<A> pass = g.pass(static_cast<A*>(cell.data), width, row0, v0 + col, cols);
+      if (row0 >= kept) multiply({cell, x.submatrix(row0, 0, count, d), block.submatrix(col, 0, cols, d).transposed()});
+      const A* const stored = row0 < kept ? data<A>(logits) : nullptr;
+      NormRows<A> pass = g.pass(static_cast<A*>(cell.data), width, stored, row0, v0 + col, cols);
       pass.grad_affine = &grad_affine[2 * part * n];
       SUKHOPS_BEST(norm_rows<A>)(pass, 0, count);
     });
@@ -226,21 +232,24 @@ std::tuple<Tensor, Tensor, Tensor> director_dot_backward(
   });
 }
 
-std::tuple<Tensor, Tensor> director_norm(const Tensor& hidden, const Tensor& weight, const Tensor& target,
-                                         const Tensor& label, const std::optional<Tensor>& bias,
-                                         const std::optional<Tensor>& affine) {
+std::tuple<Tensor, Tensor, Tensor> director_norm(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& label,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, int64_t logits_budget) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
-  return with_acc_type(hidden, [&](auto a) { return norm<decltype(a)>(hidden, weight, t, l, bias, affine); });
+  return with_acc_type(hidden, [&](auto a) {
+    return norm<decltype(a)>(hidden, weight, t, l, bias, affine, logits_budget);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> director_norm_backward(
     const Tensor& grad, const Tensor& grad_logit, const Tensor& hidden, const Tensor& weight, const Tensor& target,
-    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, bool need_hidden,
-    bool need_weight, bool need_bias) {
+    const Tensor& label, const std::optional<Tensor>& bias, const std::optional<Tensor>& affine, const Tensor& logits,
+    bool need_hidden, bool need_weight, bool need_bias) {
   const Tensor t = torch::stable::contiguous(target), l = torch::stable::contiguous(label);
   const Tensor g = torch::stable::contiguous(grad), gl = torch::stable::contiguous(grad_logit);
   return with_acc_type(hidden, [&](auto a) {
-    return norm_backward<decltype(a)>(g, gl, hidden, weight, t, l, bias, affine, need_hidden, need_weight, need_bias);
+    return norm_backward<decltype(a)>(g, gl, hidden, weight, t, l, bias, affine, logits, need_hidden, need_weight,
+                                      need_bias);
   });
 }
 

@@ -11,14 +11,15 @@ static inline void half_tanh(const double* c, double* t, int64_t width) {
 }
 
 // Processes rows [lo, hi) of a tile. Forward: adds the sum of (sigmoid(c) - 1/2)^2 over the tile, without the target,
-// to `sum`, and stores the target's logit. Backward (with `grad`): replaces each product by dloss/dproduct.
+// to `sum`, and stores the target's logit. Backward (with `grad`): writes dloss/dproduct to the tile. The
+// products are those in the tile, or those that the forward stored.
 template <class A>
 static void norm_rows(const NormRows<A>& g, int64_t lo, int64_t hi) {
   alignas(64) A c[kMaxWidth], t[kMaxWidth];
   for (int64_t i = lo; i < hi; ++i) {
     A* z = g.tile + i * g.stride;
-    load_row(z, c, g.width, g.bias);
     const int64_t n = g.row0 + i, target = g.target[n] - g.v0;
+    load_row(g.kept ? g.kept + g.kept_row[n] * g.vocab + g.v0 : z, c, g.width, g.bias);
     const bool has_target = target >= 0 && target < g.width;
     if (has_target && !g.grad) g.logit[n] = c[target];
     alignas(64) A u[kMaxWidth];

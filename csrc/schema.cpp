@@ -55,13 +55,15 @@ STABLE_TORCH_LIBRARY(sukhops, m) {
       "bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   // [N] the mean over v != target of (sigmoid(c_v) - 1/2)^2 for the same rows, else 0. c are the logits of the weight
-  // or, with affine = (a, b), a * logits + b. Second result: director_dot of the same arguments.
+  // or, with affine = (a, b), a * logits + b. Second result: director_dot of the same arguments. Third: the products
+  // hidden @ weight^T of the first of these rows, up to logits_budget bytes.
   m.def(
       "director_norm(Tensor hidden, Tensor weight, Tensor target, Tensor label, Tensor? bias, "
-      "Tensor? affine) -> (Tensor norm, Tensor logit)");
+      "Tensor? affine, int logits_budget) -> (Tensor norm, Tensor logit, Tensor logits)");
   m.def(
       "director_norm_backward(Tensor grad, Tensor grad_logit, Tensor hidden, Tensor weight, Tensor target, "
-      "Tensor label, Tensor? bias, Tensor? affine, bool need_hidden, bool need_weight, bool need_bias) "
+      "Tensor label, Tensor? bias, Tensor? affine, Tensor logits, bool need_hidden, bool need_weight, "
+      "bool need_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_affine)");
 
   // out [B, H, M, d]; maximum [B, H, M] of the scores of each query, and sum [B, H, M] of its weights relative to the

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "segmentation_moments.h"
 #include "segmentation_warp.h"
 
 namespace sukhops {
@@ -239,20 +240,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
   return {mean, out};
 }
 
-std::tuple<Tensor, Tensor> segmentation_marginals_backward(
-    const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
-    bool need_scores) {
-  const Tensor given = as_contiguous(upstream);
-  return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
-}
-
-Tensor segmentation_entropy(const Tensor& scores, const std::optional<Tensor>& lengths) {
-  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr));
-}
-
-Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad) {
-  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
-}
+using Means = MeanOperators<&mean_and_gradient>;
 
 // Follows the best sums backward from the end; of equal ones it takes the shorter segment. Returns the score, which it
 // adds up along the way.
@@ -330,9 +318,9 @@ STABLE_TORCH_LIBRARY_IMPL(sukhops, CPU, m) {
   m.impl("segmentation_marginals", TORCH_BOX(&sukhops::segmentation_marginals));
   m.impl("segmentation_logz_kept", TORCH_BOX(&sukhops::segmentation_logz_kept));
   m.impl("segmentation_marginals_kept", TORCH_BOX(&sukhops::segmentation_marginals_kept));
-  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::segmentation_marginals_backward));
+  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::Means::marginals_backward));
   m.impl("segmentation_viterbi", TORCH_BOX(&sukhops::segmentation_viterbi));
   m.impl("segmentation_sample", TORCH_BOX(&sukhops::segmentation_sample));
-  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::segmentation_entropy));
-  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::segmentation_entropy_backward));
+  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::Means::entropy));
+  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::Means::entropy_backward));
 }

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "segmentation_moments.h"
 #include "segmentation_warp.h"
 
 namespace sukhops {
@@ -393,20 +394,7 @@ std::tuple<Tensor, Tensor> mean_and_gradient(const Tensor& scores, const std::op
   return {mean, out};
 }
 
-std::tuple<Tensor, Tensor> segmentation_marginals_backward(
-    const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad, const Tensor& upstream,
-    bool need_scores) {
-  const Tensor given = torch::stable::contiguous(upstream);
-  return mean_and_gradient(scores, lengths, &given, need_scores ? &grad : nullptr);
-}
-
-Tensor segmentation_entropy(const Tensor& scores, const std::optional<Tensor>& lengths) {
-  return std::get<0>(mean_and_gradient(scores, lengths, nullptr, nullptr));
-}
-
-Tensor segmentation_entropy_backward(const Tensor& scores, const std::optional<Tensor>& lengths, const Tensor& grad) {
-  return std::get<1>(mean_and_gradient(scores, lengths, nullptr, &grad));
-}
+using Means = MeanOperators<&mean_and_gradient>;
 
 std::tuple<Tensor, Tensor> segmentation_viterbi(const Tensor& scores, const std::optional<Tensor>& lengths) {
   const Launch l(scores, lengths);
@@ -442,9 +430,9 @@ Tensor segmentation_sample(const Tensor& scores, const std::optional<Tensor>& le
 STABLE_TORCH_LIBRARY_IMPL(sukhops, CUDA, m) {
   m.impl("segmentation_logz", TORCH_BOX(&sukhops::segmentation_logz));
   m.impl("segmentation_marginals", TORCH_BOX(&sukhops::segmentation_marginals));
-  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::segmentation_marginals_backward));
+  m.impl("segmentation_marginals_backward", TORCH_BOX(&sukhops::Means::marginals_backward));
   m.impl("segmentation_viterbi", TORCH_BOX(&sukhops::segmentation_viterbi));
   m.impl("segmentation_sample", TORCH_BOX(&sukhops::segmentation_sample));
-  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::segmentation_entropy));
-  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::segmentation_entropy_backward));
+  m.impl("segmentation_entropy", TORCH_BOX(&sukhops::Means::entropy));
+  m.impl("segmentation_entropy_backward", TORCH_BOX(&sukhops::Means::entropy_backward));
 }

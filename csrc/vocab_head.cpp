@@ -145,19 +145,9 @@ Outputs forward(
       SUKHOPS_BEST(forward_rows<A>)(pass(0, v0, width, tile, width, 0), lo, hi);
     }, data<A>(mean), acc);
   } else {
-    plan.each([&](int64_t row0, int64_t count, int64_t part, int64_t v0, int64_t end) {
-      const int64_t above = std::max<int64_t>(0, std::min(kept - row0, count));  // rows whose products are stored
-      for (int64_t width; v0 < end; v0 += width) {
-        width = std::min(plan.width, end - v0);
-        const auto rows_at = [&](int64_t row, int64_t rows, A* tile, int64_t stride) {
-          if (rows == 0) return;
-          multiply({Matrix(tile, acc, rows, width, stride), x.submatrix(row, 0, rows, d),
-                    w.submatrix(v0, 0, width, d).transposed()});
-          SUKHOPS_BEST(forward_rows<A>)(pass(part, v0, width, tile, stride, row), 0, rows);
-        };
-        rows_at(row0, above, data<A>(logits) + row0 * v + v0, v);
-        rows_at(row0 + above, count - above, part_tile<A>(plan.rows * plan.width), width);
-      }
+    each_product(plan, x, w, acc, kept, data<A>(logits), [&](A* tile, int64_t stride, int64_t row0, int64_t count,
+                                                             int64_t part, int64_t v0, int64_t width) {
+      SUKHOPS_BEST(forward_rows<A>)(pass(part, v0, width, tile, stride, row0), 0, count);
     });
   }
 

@@ -1,5 +1,10 @@
 """Memory budget for the logits that a call keeps from its forward pass for its backward pass."""
 
+import sys
+
+import torch
+from torch import Tensor
+
 _nbytes = 64 << 20
 
 
@@ -10,8 +15,9 @@ def set_logits_budget(nbytes: int) -> int:
     for float64 inputs). For these rows the backward pass takes two matrix products instead of three; for all
     other rows it computes the logits again. Gradients are equal up to rounding. A call keeps at most the
     logits of its own rows, until its autograd graph is freed. It keeps none if no gradient is needed, or if
-    weight and bias are frozen. The budget is read in the forward pass. Under `torch.compile` it is read when
-    the call is traced, and a change of the budget causes a new trace.
+    weight and bias are frozen. The norm of Director's classifier keeps up to half as much. The budget is read
+    in the forward pass. Under `torch.compile` it is read when the call is traced, and a change of the budget
+    causes a new trace.
 
     Args:
         nbytes: the budget of this process in bytes, >= 0. The default is 64 MiB; 0 keeps no logits.
@@ -37,3 +43,9 @@ def set_logits_budget(nbytes: int) -> int:
 def get_logits_budget() -> int:
     """Returns the budget that `set_logits_budget` sets, in bytes."""
     return _nbytes
+
+
+def budget_of_call(weight: Tensor, bias: Tensor | None) -> int:
+    """The budget of a call on a head in bytes, at most the largest int64: 0 if the head gets no gradient."""
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return min(_nbytes, sys.maxsize) if learns and torch.is_grad_enabled() else 0

@@ -70,18 +70,23 @@ def check_floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device.type not in DEVICES:
             raise NotImplementedError(f"{name}: expected a cpu or cuda tensor, got {t.device}")
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                f"{name}: torch.func transforms (grad, vjp, jvp, vmap and others) are not supported; use "
-                "backward() or torch.autograd.grad for gradients, and leading axes for batches"
-            )
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            if forward_ad.unpack_dual(t).tangent is not None:  # else torch silently returns a tangent of 0
-                raise NotImplementedError(f"{name}: forward-mode AD is not supported; use reverse mode")
+        check_reverse_mode(name, t)
     if len(tensors) > 1:
         (like, first), *others = tensors.items()
         for name, t in others:
             check_device(like, first, name, t)
+
+
+def check_reverse_mode(name: str, t: Tensor) -> None:
+    """Checks that t is outside torch.func transforms and forward-mode AD."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name}: torch.func transforms (grad, vjp, jvp, vmap and others) are not supported; use "
+            "backward() or torch.autograd.grad for gradients, and leading axes for batches"
+        )
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if forward_ad.unpack_dual(t).tangent is not None:  # else torch silently returns a tangent of 0
+            raise NotImplementedError(f"{name}: forward-mode AD is not supported; use reverse mode")
 
 
 def as_floats(**tensors: Tensor | None) -> list[Any]:

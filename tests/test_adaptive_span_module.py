@@ -226,6 +226,17 @@ def test_packed_documents(frozen):
     assert distance(torch.cat([y, rest], 1), alone) <= NEAR
 
 
+def test_no_tokens_with_starts_per_token():
+    made = layer()
+    start = torch.tensor([3, 0])
+    x = data(t=5)
+    none, cache = made(x[:, :0], key_start=start.unsqueeze(1)[:, :0])
+    assert none.shape == x[:, :0].shape and cache.key_start is None
+    _, cache = made(x, key_start=start)
+    none, cache = made(x[:, :0], cache, key_start=start.unsqueeze(1)[:, :0])
+    assert torch.equal(cache.key_start, start)
+
+
 # ---- frozen spans
 
 

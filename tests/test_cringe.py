@@ -153,6 +153,14 @@ def test_small_vocabularies(v):
         assert out.loss.item() == pytest.approx(by_hand(**given, label=LABEL, alpha=1.0).item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_target_is_never_the_rival(k):
+    """All other tokens have a logit of -inf, so no margin is large enough."""
+    bias, target = torch.tensor([0.0, -torch.inf, -torch.inf]), torch.zeros(4).long()
+    out = CringeLoss(k=k)(torch.randn(4, 5), torch.randn(3, 5), target, target, bias=bias)
+    assert out.loss == torch.inf and out.metrics["accuracy"] == 0
+
+
 def test_all_targets_ignored_gives_zero():
     given = model_batch()
     given["target"][:] = -100

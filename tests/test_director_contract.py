@@ -32,7 +32,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.sukhops.director_topk.default, (*plain_arguments, 2))
     rows = labeled(7, 4, 9, bias=True)
     torch.library.opcheck(torch.ops.sukhops.director_dot.default, tuple(rows.values()))
-    torch.library.opcheck(torch.ops.sukhops.director_norm.default, (*rows.values(), affine))
+    torch.library.opcheck(torch.ops.sukhops.director_norm.default, (*rows.values(), affine, 4 * 9 * 3))
 
 
 def test_compiled_equals_eager():

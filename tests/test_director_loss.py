@@ -266,6 +266,45 @@ def test_invalid_arguments(change, error, message):
         DirectorLoss()(**(batch() | change))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_log_probs_are_summed_in_float32(dtype):
+    logp = torch.full((64, 64), -20.0, dtype=dtype)
+    target = torch.ones(64, 64).long()
+    out = losses.director_loss(logp, logp * 0, target, -target)
+    assert out.loss == 20 and out.loss.dtype == torch.float32
+
+
+def test_nan_gives_nan_metrics():
+    logit, target = torch.tensor([1.0, torch.nan]), torch.zeros(2).long()
+    for label in (0, 1):
+        metrics = losses.director_loss(logit * 0, logit, target, target + label).metrics
+        assert all(metrics[n].isnan() for n in ("cls_loss", "accuracy", "accuracy_positive", "f1_negative"))
+    assert losses.director_loss(logit, logit, target, target - 1).metrics["accuracy"] == 0
+
+
+def test_labels_of_ignored_tokens_are_not_checked():
+    logp, target, label = torch.zeros(3), torch.tensor([1, -100, 2]), torch.tensor([1, -100, 0])
+    assert losses.director_loss(logp, logp, target, label).metrics["cls_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"label": torch.tensor([[1, 0], [2, 0]])}, ValueError, "label: expected 1, 0 or -1, got 2"),
+        ({"label": torch.tensor([1, 0])}, ValueError, r"label: expected shape \[2, 2\]"),
+        ({"label": torch.zeros(2, 2)}, TypeError, "label: expected bool or integers"),
+        ({"target": torch.zeros(2, 2)}, TypeError, "target: expected int64 or int32"),
+        ({"lm_logp": torch.zeros(2)}, ValueError, r"lm_logp: expected shape \[2, 2\]"),
+        ({"cls_logit": torch.zeros(2, 1)}, ValueError, r"cls_logit: expected shape \[2, 2\]"),
+    ],
+)
+def test_invalid_arguments_of_director_loss(change, error, message):
+    zeros = torch.zeros(2, 2)
+    given = {"lm_logp": zeros, "cls_logit": zeros, "target": zeros.long(), "label": zeros.long()}
+    with pytest.raises(error, match=message):
+        losses.director_loss(**(given | change))
+
+
 def test_invalid_options_of_director_loss():
     logp, label = torch.zeros(3), torch.tensor([1, 0, -1])
     for options, message in (

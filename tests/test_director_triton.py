@@ -100,7 +100,7 @@ def test_invalid_rows_are_nan():
     hidden, weight = torch.randn(4, 21), torch.randn(203, 21)
     for out in (
         kernels.dot(hidden, weight, target, label, None),
-        *kernels.norm(hidden, weight, target, label, None, None),
+        *kernels.norm(hidden, weight, target, label, None, None, 0)[:2],
     ):
         assert out.isnan().tolist() == [False, True, True, False]
 
@@ -126,7 +126,8 @@ def test_backward_matches_the_cpu(dtype, attributes, bias, monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shared, captured", [(False, False), (True, False), (True, True)])
-def test_classifier_matches_the_cpu(dtype, shared, captured, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 2, 9])
+def test_classifier_matches_the_cpu(dtype, shared, captured, kept, monkeypatch):
     if captured:  # in a CUDA graph, the kernels compute all rows and mask the results
         monkeypatch.setattr(kernels, "_kept", lambda counts: None)
     monkeypatch.setattr(kernels, "CHUNK", 64)
@@ -141,19 +142,25 @@ def test_classifier_matches_the_cpu(dtype, shared, captured, monkeypatch):
     target[1] = target[2]
     affine = torch.tensor([0.8, 0.3]) if shared else None
     grad, grad_logit = torch.randn(2, 9)
-    rows = [hidden, weight, target, label]
-    norm = [*rows, bias, affine]
-    for name, f, given in (
-        ("director_dot", kernels.dot, [*rows, bias]),
-        ("director_norm", kernels.norm, norm),
-    ):
-        op = getattr(ops, name)
-        found = f(*given), op(*given), op(*double(given))
-        check(*(x if isinstance(x, tuple) else (x,) for x in found))
-    need = (True, True, True)
-    for name, f, given in (
-        ("director_dot_backward", kernels.dot_backward, [grad, *rows]),
-        ("director_norm_backward", kernels.norm_backward, [grad, grad_logit, *norm]),
-    ):
-        op = getattr(ops, name)
-        check(f(*given, *need), op(*given, *need), op(*double(given), *need))
+    need, rows = (True, True, True), [hidden, weight, target, label]
+    dot, norm = [*rows, bias], [*rows, bias, affine]
+    check([kernels.dot(*dot)], [ops.director_dot(*dot)], [ops.director_dot(*double(dot))])
+    given = [grad, *rows]
+    check(
+        kernels.dot_backward(*given, *need), ops.director_dot_backward(*given, *need),
+        ops.director_dot_backward(*double(given), *need),
+    )  # fmt: skip
+
+    nbytes = 4 * 203 * kept
+    forward = (
+        kernels.norm(*norm, nbytes), ops.director_norm(*norm, nbytes),
+        ops.director_norm(*double(norm), 2 * nbytes),
+    )  # fmt: skip
+    check(*(f[:2] for f in forward))
+    ours, cpu, exact = (f[2] for f in forward)
+    assert ours.shape == cpu.shape == exact.shape == (kept, 203)
+    given = [grad, grad_logit, *norm]
+    check(
+        kernels.norm_backward(*given, ours, *need), ops.director_norm_backward(*given, cpu, *need),
+        ops.director_norm_backward(*double(given), exact, *need),
+    )  # fmt: skip

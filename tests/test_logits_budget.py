@@ -3,11 +3,13 @@
 import pytest
 import torch
 from budgets import logits_budget
+from director_inputs import labeled
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import sukhops
 from sukhops import linear_logp, linear_topk, reference
+from sukhops.ops.director import classifier_terms
 from sukhops.testing import assert_close
 
 pytestmark = pytest.mark.every_isa
@@ -66,6 +68,21 @@ def test_rows_with_sparse_gradients_are_skipped(nbytes):
         assert_close(mixed(linear_logp), mixed(reference.linear_logp), given, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [0, 7, N])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"affine": torch.tensor([0.8, 0.3]).requires_grad_()}])
+def test_classifier_norm_within_budget(rows, dtype, options):
+    """Every third row has no upstream gradient, so its products are kept and not read."""
+    counts = torch.arange(N) % 3 > 0
+
+    def some(f):
+        return lambda **given: f(**given).norm * counts
+
+    with logits_budget(2 * 4 * V * rows):
+        given = labeled(N, D, V, bias=True) | {"label": torch.arange(N) % 2} | options
+        assert_close(some(classifier_terms), some(reference.director.classifier_terms), given, dtype)
+
+
 @pytest.mark.parametrize("rows", [3, 20, 37])
 def test_gradcheck(rows):
     given = make(torch.float64, v=60)
@@ -94,6 +111,12 @@ def test_only_needed_logits_are_kept():
     for nbytes, rows in ((0, 0), (4 * V - 1, 0), (4 * V, 1), (40 * V + 5, 10), (1 << 60, N), (1 << 80, N)):
         with logits_budget(nbytes):
             assert kept(lambda: linear_logp(**given))[0] == 4 * V * rows
+    rows = labeled(N, D, V)
+    frozen = rows | {"weight": rows["weight"].detach()}
+    for nbytes, expected in ((0, 0), (24 * V, 3), (1 << 60, N), (1 << 80, N)):
+        with logits_budget(nbytes):
+            assert kept(lambda: classifier_terms(**rows))[0] == 4 * V * expected
+            assert kept(lambda: classifier_terms(**frozen))[0] == 0
     none = (False, None, 1.0, 1.0, -100, 1 << 30, False, False, False)
     flat = [given[n].detach() for n in ("hidden", "weight", "target")]
     assert torch.ops.sukhops.vocab_head(*flat, None, 0, *none)[-1].shape == (0, V)

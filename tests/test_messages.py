@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import sukhops
 from sukhops import __main__, _library, lexicon, losses, nn, pairs
@@ -111,6 +112,43 @@ CALLS = {
         TypeError,
         "cls_affine: expected numbers or scalar tensors, got str",
     ),
+    "a tensor as scale": (
+        lambda: sukhops.linear_topk(HIDDEN, WEIGHT, 2, scale=torch.tensor(2.0, requires_grad=True)),
+        ValueError,
+        "scale: expected a finite number",
+    ),
+    "a tensor as softcap": (
+        lambda: sukhops.linear_logp(HIDDEN, WEIGHT, TARGET, softcap=torch.tensor(2.0)),
+        ValueError,
+        "softcap: expected a finite number > 0 or None",
+    ),
+    "an infinite softcap": (
+        lambda: sukhops.linear_logp(HIDDEN, WEIGHT, TARGET, softcap=float("inf")),
+        ValueError,
+        "softcap: expected a finite number > 0 or None",
+    ),
+    "a tangent of a span": (
+        lambda: with_tangent(
+            lambda x: sukhops.adaptive_span_attention(*torch.zeros(3, 1, 1, 2, 4), x.reshape(1))
+        ),
+        NotImplementedError,
+        "span: forward-mode AD",
+    ),
+    "a tangent of gamma": (
+        lambda: with_tangent(lambda x: sukhops.director_logp(HIDDEN, WEIGHT, WEIGHT, gamma=x)),
+        NotImplementedError,
+        "gamma: forward-mode AD",
+    ),
+    "a tangent of an affine": (
+        lambda: with_tangent(lambda x: sukhops.director_logp(HIDDEN, WEIGHT, None, cls_affine=(x, 0.0))),
+        NotImplementedError,
+        "cls_affine: forward-mode AD",
+    ),
+    "bool results of battles": (
+        lambda: pairs.battle_matrix(torch.zeros(1, 3, 3, dtype=torch.bool)),
+        TypeError,
+        "results: expected integers or floating-point numbers, got torch.bool",
+    ),
     "complex scores": (
         lambda: pairs.bradley_terry(torch.zeros(1, 3, 3, dtype=torch.complex64)),
         TypeError,
@@ -123,6 +161,11 @@ def with_mesh(t):
     t = t.clone()
     t.device_mesh = None
     return t
+
+
+def with_tangent(call):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(torch.ones(()), torch.ones(())))
 
 
 def layer():

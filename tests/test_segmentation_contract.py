@@ -178,8 +178,10 @@ def test_saved_tensors_can_be_moved_and_contain_no_uninitialized_memory(long):
 def test_batched_gradients(long):
     scores, expected = long
     logz = segmentation_logz(scores)
-    (rows,) = torch.autograd.grad(logz, scores, torch.eye(3), is_grads_batched=True)
+    (rows,) = torch.autograd.grad(logz, scores, torch.eye(3), is_grads_batched=True, retain_graph=True)
     assert torch.equal(rows.sum(0), expected) and torch.equal(rows[1, 1], expected[1])
+    rows = torch.vmap(lambda g: torch.autograd.grad(logz, scores, g)[0])(torch.eye(3))
+    assert torch.equal(rows.sum(0), expected)
 
 
 def test_compiled_autograd(long):

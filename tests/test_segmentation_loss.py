@@ -322,6 +322,16 @@ def test_compiles_fullgraph_with_the_default_backend():
     torch.testing.assert_close(whole, loss(**given).loss)
 
 
+@pytest.mark.parametrize("wrong", [5, -7])
+def test_compiled_call_names_wrong_ids(wrong):
+    given = {n: t.detach() for n, t in batch().items()}
+    given["weight"], given["bias"] = given["weight"][:5], given["bias"][:5]
+    given["unit_ids"] = torch.full_like(given["unit_ids"], wrong)
+    whole = torch.compile(SegmentationLoss(), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"unit_ids: expected ids in \[0, V = 5\), or -1 for no unit"):
+        whole(**given)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

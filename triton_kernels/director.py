@@ -87,8 +87,8 @@ def gate_tiles(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    split, splits = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    rows = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     row_mask = rows < n
     top = tl.full((BN,), float("-inf"), ACC)
     total = tl.zeros((BN,), ACC)
@@ -199,6 +199,7 @@ def norm_rows(
     sum_ptr,  # [rows] sum of (sigmoid(c) - 1/2)^2 over all entries but the target, accumulated over blocks
     logit_ptr,  # [rows] logit of the target: 0 before its block, unless BACKWARD
     grad_affine_ptr,  # [rows, 2] accumulated over blocks
+    tile_stride,
     v0,
     width,
     HAS_BIAS: tl.constexpr,
@@ -214,7 +215,7 @@ def norm_rows(
     for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         mask = columns < width
-        u = tl.load(tile_ptr + row * width + columns, mask, other=0.0)
+        u = tl.load(tile_ptr + row * tile_stride + columns, mask, other=0.0)
         if HAS_BIAS:
             u += tl.load(bias_ptr + columns, mask, other=0.0)
         logit += tl.sum(tl.where(mask & (columns == target), u, 0.0), 0)
@@ -273,7 +274,7 @@ def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, to
     scores = hidden.new_empty(n, v, dtype=acc) if write else hidden
     maximum, total = (hidden.new_empty(n, splits, dtype=acc) for _ in range(2))
     keys = hidden.new_empty(n, splits, top, dtype=torch.int64) if top else None
-    gate_tiles[(splits, blocks)](
+    gate_tiles[(blocks, splits)](
         hidden.contiguous(), lm_weight.contiguous(), table,
         hidden if lm_bias is None else lm_bias.to(acc).contiguous(), biases, gamma,
         gamma if cls_affine is None else cls_affine.contiguous(), scores, maximum, total,
@@ -405,7 +406,7 @@ def dot_backward(grad, hidden, weight, target, label, need_hidden, need_weight, 
     return dh, dw, db.to(weight.dtype)
 
 
-def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_weight, need_bias):
+def _norm(hidden, weight, target, label, bias, affine, logits, grads, need_hidden, need_weight, need_bias):
     v, d = weight.shape
     acc, empty = _acc(hidden), hidden.new_empty(0)
     counts, wrong, entry = _classifier(target, label, v)
@@ -413,7 +414,8 @@ def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_
     h, t, *given = (x if rows is None else x[rows] for x in (hidden, entry, *grads))
     if rows is None:
         given = [torch.where(counts, g, 0.0) for g in given]
-    h, n = h.contiguous(), h.shape[0]
+    h, t, n = h.contiguous(), t.contiguous(), h.shape[0]
+    kept = min(n, logits.shape[0])
     others = max(1, v - 1)
     total, logit = hidden.new_zeros(n, dtype=acc), hidden.new_zeros(n, dtype=acc)
     daffine = hidden.new_zeros(n, 2, dtype=acc)
@@ -426,20 +428,28 @@ def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_
     for v0 in starts:
         w = min(width, v - v0)
         block = weight[v0 : v0 + w]
-        tile, out = _mm(h, block.T), hidden.new_empty(n, w)
+        out = hidden.new_empty(n, w)
         b = None if bias is None else bias[v0 : v0 + w].to(acc).contiguous()
-        norm_rows[(n,)](
-            tile, out, tile if b is None else b, pair, t.contiguous(), *upstream, total, logit, daffine,
-            v0, w, HAS_BIAS=b is not None, SHARED=affine is not None, BACKWARD=bool(grads), CHUNK=CHUNK,
-            num_warps=ROW_WARPS,
-        )  # fmt: skip
+        for lo, hi in ((0, kept), (kept, n)):
+            if lo == hi:
+                continue
+            tile = logits[:hi, v0 : v0 + w] if hi == kept else None
+            if tile is None or not grads:
+                tile = _mm(h[lo:hi], block.T, tile)
+            norm_rows[(hi - lo,)](
+                tile, out[lo:hi], tile if b is None else b, pair, t[lo:hi], *(x[lo:hi] for x in upstream),
+                total[lo:hi], logit[lo:hi], daffine[lo:hi], tile.stride(0), v0, w,
+                HAS_BIAS=b is not None, SHARED=affine is not None, BACKWARD=bool(grads), CHUNK=CHUNK,
+                num_warps=ROW_WARPS,
+            )  # fmt: skip
+            del tile  # frees its memory for the next tile
         if need_hidden:
             dh.add_(_mm(out, block))
         if need_weight:
             torch.mm(out.T, h, out=dw[v0 : v0 + w])
         if need_bias:
             db[v0 : v0 + w] = out.sum(0, dtype=acc)
-        del tile, out  # frees their memory for the next block
+        del out
 
     def spread(x: Tensor) -> Tensor:
         if rows is None:
@@ -452,14 +462,16 @@ def _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_
     return dh, dw, db, empty.to(acc) if affine is None else daffine.sum(0)
 
 
-def norm(hidden, weight, target, label, bias, affine):
+def norm(hidden, weight, target, label, bias, affine, logits_budget):
     """The CUDA kernel of sukhops::director_norm."""
-    return _norm(hidden, weight, target, label, bias, affine, (), False, False, False)
+    v, acc = weight.shape[0], _acc(hidden)
+    logits = hidden.new_empty(min(len(hidden), logits_budget // (v * acc.itemsize)), v, dtype=acc)
+    return *_norm(hidden, weight, target, label, bias, affine, logits, (), False, False, False), logits
 
 
 def norm_backward(
-    grad, grad_logit, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias
+    grad, grad_logit, hidden, weight, target, label, bias, affine, logits, need_hidden, need_weight, need_bias
 ):
     """The CUDA kernel of sukhops::director_norm_backward."""
-    grads = grad, grad_logit
-    return _norm(hidden, weight, target, label, bias, affine, grads, need_hidden, need_weight, need_bias)
+    need = need_hidden, need_weight, need_bias
+    return _norm(hidden, weight, target, label, bias, affine, logits, (grad, grad_logit), *need)

@@ -18,7 +18,8 @@ GRADIENTS = {
 NORM = {
     "tile_ptr": "*fp32!", "out_ptr": "*bf16!", "bias_ptr": "*fp32!", "affine_ptr": "*fp32",
     "target_ptr": "*i64!", "grad_ptr": "*fp32!", "grad_logit_ptr": "*fp32!", "sum_ptr": "*fp32!",
-    "logit_ptr": "*fp32!", "grad_affine_ptr": "*fp32!", "v0": "i32!", "width": "i32!",
+    "logit_ptr": "*fp32!", "grad_affine_ptr": "*fp32!", "tile_stride": "i32!", "v0": "i32!",
+    "width": "i32!",
 }  # fmt: skip
 # name of the form, dtype, block sizes of the launcher, constants
 DECODING = [

@@ -13,6 +13,14 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, detached
 
 
+def indicator(condition: Tensor, *values: Tensor) -> Tensor:
+    """1 where condition is True, else 0, but NaN where one of `values` is NaN; of the dtype of values."""
+    found = condition.to(values[0].dtype)
+    for value in values:
+        found = found.masked_fill(value.isnan(), math.nan)
+    return found
+
+
 def average(total: Tensor, counted: Tensor | int, num_items: int | Tensor | None) -> Tensor:
     """Divides `total` by `num_items`, or by `counted` if num_items is None; 0 / 0 is 0.
 

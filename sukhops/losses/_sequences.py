@@ -44,7 +44,7 @@ def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tenso
 
     Raises:
         TypeError, ValueError: label has the wrong type, shape or device; a value is not 1, 0 or -1, which is
-            checked on the CPU in eager mode.
+            checked on the CPU in eager mode, and not at ignored tokens.
     """
     _checks.check_tensor(name, label)
     if label.dtype != torch.bool and (label.is_floating_point() or label.is_complex()):
@@ -53,9 +53,11 @@ def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tenso
     _checks.check_shape(name, label, shape, "1, 0 or -1 each")
     label = label.long()
     if label.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = label[(label < -1) | (label > 1)]
-        if wrong.numel():
-            raise ValueError(f"{name}: expected 1, 0 or -1, got {wrong[0].item()}")
+        wrong = (label < -1) | (label > 1)
+        if label.shape == target.shape:
+            wrong = wrong & (target != IGNORE)
+        if wrong.any():
+            raise ValueError(f"{name}: expected 1, 0 or -1, got {label[wrong][0].item()}")
     return label
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sukhops import _checks
-from sukhops.losses._output import LossOutput, average
+from sukhops.losses._output import LossOutput, average, indicator
 from sukhops.losses._sequences import IGNORE, as_scores, check_labels, check_sequences, sequence_sum
 
 
@@ -55,9 +55,12 @@ def sample_rival(
     if values.shape[-1] == 2:
         return (~excluded).int().argmax(-1)
     if noise is None:
-        uniform = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=generator)
+        given = {} if generator is None else {"generator": generator}  # torch.compile knows no None here
+        uniform = torch.rand(values.shape, dtype=values.dtype, device=values.device, **given)
         noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(values.dtype).tiny)))
-    return (values.detach() + noise).masked_fill(excluded, -torch.inf).argmax(-1)
+    lowest = torch.finfo(values.dtype).min  # -inf stays above the excluded
+    drawn = (values.detach() + noise).clamp(min=lowest)
+    return drawn.masked_fill(excluded, -torch.inf).argmax(-1)
 
 
 def cringe_loss(
@@ -101,7 +104,8 @@ def cringe_loss(
     logp, gap = as_scores(target, logp=logp, gap=gap)
     counted = target != IGNORE
     positive, negative = counted & (label != 0), counted & (label == 0)
-    ce = (-logp).where(positive, 0.0).masked_fill((label < -1) | (label > 1), torch.nan).sum()
+    wrong = counted & ((label < -1) | (label > 1))
+    ce = (-logp).where(positive, 0.0).masked_fill(wrong, torch.nan).sum()
     ct = F.softplus(gap.where(negative, -torch.inf)).sum()
     loss = average(ce + alpha * ct, counted.sum(), num_items)
     with torch.no_grad():
@@ -111,7 +115,7 @@ def cringe_loss(
             "ct": ct.detach() / ct_tokens.clamp(min=1),
             "ce_tokens": ce_tokens,
             "ct_tokens": ct_tokens,
-            "accuracy": ((gap < 0) & negative).sum() / ct_tokens.clamp(min=1),
+            "accuracy": indicator(gap < 0, gap).where(negative, 0.0).sum() / ct_tokens.clamp(min=1),
         }
     return LossOutput(loss, metrics)
 
@@ -184,7 +188,7 @@ def pairwise_cringe_loss(
     loss = average(((gate.detach() if detach_gate else gate) * (ce + alpha * ct)).sum(), pairs, num_items)
     named = {
         "gate": gate, "ce": ce, "ct": ct, "logp_chosen": chosen, "logp_rejected": rejected,
-        "accuracy": (chosen > rejected).to(chosen.dtype),
+        "accuracy": indicator(chosen > rejected, chosen, rejected),
     }  # fmt: skip
     return LossOutput(loss, {name: value.detach().sum() / pairs for name, value in named.items()})
 

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sukhops import _checks
 from sukhops.losses._output import LossOutput, average
+from sukhops.losses._sequences import IGNORE, as_scores, check_labels
 
-IGNORE = -100
 REDUCTIONS = ("mean", "sum_of_means")
 
 
@@ -74,29 +75,35 @@ def director_loss(
         and cls_tokens are the numbers of tokens.
 
     Raises:
-        TypeError, ValueError: reduction is unknown; target is not [B, T] with "sum_of_means"; norm is given
-            without norm_weight or norm_weight without norm; num_items is given with "sum_of_means", or is not
-            as above.
+        TypeError, ValueError: an argument has the wrong type, shape or device; a label of a token that is
+            not ignored is outside {1, 0, -1} (on CUDA the loss is NaN instead); reduction is unknown; target
+            is not [B, T] with "sum_of_means"; norm is given without norm_weight or norm_weight without norm;
+            num_items is given with "sum_of_means", or is not as above.
 
     Source: Arora et al. 2022 (Director); norm and sum_of_means are from its public training code.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    _checks.check_integers("target", target)
     if reduction == "sum_of_means" and target.dim() != 2:
         raise ValueError(f"reduction: sum_of_means needs target [B, T], got {list(target.shape)}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: reduction {reduction!r} divides per example, expected None")
     if norm_weight if norm is None else not norm_weight:
         raise ValueError(f"norm: expected exactly when norm_weight is not 0, got norm_weight = {norm_weight}")
+    label = check_labels("label", label, target.shape, target)
+    scores = {"lm_logp": lm_logp, "cls_logit": cls_logit} | ({} if norm is None else {"norm": norm})
+    lm_logp, cls_logit, *norms = as_scores(target, **scores)
     trains_lm = lm_target(target, label, train_lm_on_positive) != IGNORE  # [...]
     trains_cls = (target != IGNORE) & (label >= 0)  # [...]
     positive = label == 1  # [...]
-    nll = (-lm_logp).where(trains_lm, 0.0)  # [...]
+    wrong = (target != IGNORE) & ((label < -1) | (label > 1))  # [...]
+    nll = (-lm_logp).where(trains_lm, 0.0).masked_fill(wrong, torch.nan)  # [...]
     bce = -F.logsigmoid(torch.where(positive, cls_logit, -cls_logit))  # [...]
     negative_weight, positive_weight = class_weight
     weighted = torch.where(positive, positive_weight * bce, negative_weight * bce)
-    if norm is not None:
-        weighted = weighted + norm_weight * norm
+    if norms:
+        weighted = weighted + norm_weight * norms[0]
     weighted = weighted.where(trains_cls, 0.0)  # [...]
     dims = () if reduction == "mean" else (-1,)
 
@@ -106,28 +113,34 @@ def director_loss(
     counted = total(trains_lm) + total(trains_cls)  # [] or [B]
     loss = average(total(nll) + gamma * total(weighted), counted, num_items).sum()
     with torch.no_grad():
-        metrics = _metrics(nll, bce, norm, cls_logit, positive, trains_lm, trains_cls)
+        metrics = _metrics(nll, bce, norms, cls_logit, positive, trains_lm, trains_cls)
     return LossOutput(loss, metrics)
 
 
 def _metrics(
-    nll: Tensor, bce: Tensor, norm: Tensor | None, cls_logit: Tensor, positive: Tensor, trains_lm: Tensor,
+    nll: Tensor, bce: Tensor, norms: list[Tensor], cls_logit: Tensor, positive: Tensor, trains_lm: Tensor,
     trains_cls: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
     lm_tokens, cls_tokens = trains_lm.sum(), trains_cls.sum()
     guess = cls_logit > 0  # [...]
+    nan = (cls_logit.isnan() & trains_cls).any()
     metrics = {
         "lm_loss": nll.sum() / lm_tokens.clamp(min=1),
         "cls_loss": bce.where(trains_cls, 0.0).sum() / cls_tokens.clamp(min=1),
         "lm_tokens": lm_tokens,
         "cls_tokens": cls_tokens,
-        "accuracy": ((guess == positive) & trains_cls).sum() / cls_tokens.clamp(min=1),
+        "accuracy": _over(((guess == positive) & trains_cls).sum(), cls_tokens, nan),
     }
-    if norm is not None:
-        metrics["norm"] = norm.sum() / cls_tokens.clamp(min=1)
+    if norms:
+        metrics["norm"] = norms[0].sum() / cls_tokens.clamp(min=1)
     for name, is_class, guessed in (("negative", ~positive, ~guess), ("positive", positive, guess)):
         hits = (is_class & guessed & trains_cls).sum()
         members, guesses = (is_class & trains_cls).sum(), (guessed & trains_cls).sum()
-        metrics[f"accuracy_{name}"] = hits / members.clamp(min=1)
-        metrics[f"f1_{name}"] = 2 * hits / (members + guesses).clamp(min=1)
+        metrics[f"accuracy_{name}"] = _over(hits, members, nan)
+        metrics[f"f1_{name}"] = _over(2 * hits, members + guesses, nan)
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def _over(hits: Tensor, count: Tensor, nan: Tensor) -> Tensor:
+    """hits / count, 0 if both are 0, or NaN if `nan`: all three are []."""
+    return (hits / count.clamp(min=1)).masked_fill(nan, torch.nan)

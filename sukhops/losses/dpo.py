@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops.losses._output import LossOutput, average
+from sukhops.losses._output import LossOutput, average, indicator
 from sukhops.losses._preference import (
     LOSSES,
     OF_MARGIN,
@@ -298,7 +298,7 @@ def _metrics(p: Pairs, o: Options) -> dict[str, Tensor]:
         "rewards_chosen": o.beta * chosen,
         "rewards_rejected": o.beta * rejected,
         "margin": o.beta * (chosen - rejected),
-        "accuracy": (chosen > rejected).to(chosen.dtype),
+        "accuracy": indicator(chosen > rejected, chosen, rejected),
         "logp_chosen": p.policy_w,
         "logp_rejected": p.policy_l,
     }

@@ -30,8 +30,8 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: in
         [B, T, K], of the dtype of unit_ids.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device; on the CPU in eager mode, an
-            id of a unit that ends in its sequence is outside [-1, V).
+        TypeError, ValueError: an argument has the wrong type, shape or device; on the CPU, an id of a unit
+            that ends in its sequence is outside [-1, V) (under torch.compile a RuntimeError).
 
     Source: Grave et al. 2019 (hybrid language models).
     """
@@ -46,13 +46,15 @@ def unit_targets(unit_ids: Tensor, lengths: Tensor | None = None, vocabulary: in
         _checks.check_device("unit_ids", unit_ids, "lengths", lengths)
         _checks.check_shape("lengths", lengths, (b,), "one per sequence")
         inside = inside & (ends < lengths[:, None, None])  # [B, T, K]
-    if unit_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if unit_ids.device.type == "cpu":
         wrong, expected = unit_ids < -1, ">= 0"
         if vocabulary is not None:
             wrong, expected = wrong | (unit_ids >= vocabulary), f"in [0, V = {vocabulary})"
-        found = unit_ids[inside & wrong]
-        if found.numel():
-            raise ValueError(f"unit_ids: expected ids {expected}, or -1 for no unit, got {found[0].item()}")
+        wrong, message = inside & wrong, f"unit_ids: expected ids {expected}, or -1 for no unit"
+        if torch.compiler.is_compiling():
+            torch._assert_async(~wrong.any(), message)
+        elif wrong.any():
+            raise ValueError(f"{message}, got {unit_ids[wrong][0].item()}")
     # invalid ids, -100 included, must not be taken for "no unit": they become -2, for which the head raises
     return unit_ids.clamp(min=-2).where(inside & (unit_ids != -1), IGNORE)
 

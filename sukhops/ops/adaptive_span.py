@@ -145,6 +145,7 @@ def adaptive_span_attention(
 
 def _check_span(span: Tensor, q: Tensor) -> None:
     _checks.check_tensor("span", span)
+    _checks.check_reverse_mode("span", span)
     _checks.check_device("q", q, "span", span)
     dtype = _checks.accumulation_dtype(q.dtype)
     if span.dtype != dtype:

@@ -1,6 +1,5 @@
 """Director: a language-model head gated by a classifier of the next token, and operators to train it."""
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -9,14 +8,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sukhops import _checks, _library
+from sukhops._budget import budget_of_call
+from sukhops.ops._director_arguments import affine_pair, checked_classifier, checked_director
 from sukhops.parallel import director as parallel
 from sukhops.parallel._dtensor import takes_dtensors
 
 _ops = torch.ops.sukhops
 _LAUNCHERS = "sukhops.triton_kernels.director"
-IGNORE = -100
-# the operator's arguments: hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, affine
-Arguments = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor | None], Tensor | None]
 
 
 class DirectorTopK(NamedTuple):
@@ -77,7 +75,9 @@ def director_logp(
 
     Source: Arora et al. 2022 (Director).
     """
-    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group)
+    arguments, rows = checked_director(
+        hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group
+    )
     logp = _ops.director(*arguments)[0] if group is None else parallel.director_logp(group, *arguments)
     return logp.reshape(*rows, logp.shape[-1])
 
@@ -115,7 +115,9 @@ def director_topk(
 
     Source: Arora et al. 2022 (Director).
     """
-    arguments, rows = _prepare(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group)
+    arguments, rows = checked_director(
+        hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, group
+    )
     v = arguments[1].shape[0]
     if not isinstance(k, int) or isinstance(k, bool) or k < 1 or (group is None and k > v):
         raise ValueError(f"k: expected an int in [1, V = {v}], got {k!r}")
@@ -152,7 +154,7 @@ def classifier_logit(
 
     Source: Arora et al. 2022 (Director): only the emitted token has a label.
     """
-    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias, group)
+    hidden, weight, bias, target, label, rows = checked_classifier(hidden, weight, target, label, bias, group)
     dot = _ops.director_dot if group is None else partial(parallel.classifier_logit, group)
     return dot(hidden, weight, target, label, bias).reshape(rows)
 
@@ -182,6 +184,7 @@ def classifier_terms(
 ) -> ClassifierTerms:  # fmt: skip
     """`classifier_logit` and `classifier_norm` in one call, whose backward pass makes one weight gradient.
 
+    The logits of as many rows as fit half of `sukhops.set_logits_budget` are kept for the backward pass.
     Arguments and errors are those of `classifier_norm`; affine changes the norm only.
 
     Returns:
@@ -189,118 +192,12 @@ def classifier_terms(
 
     Source: Arora et al. 2022 (Director).
     """
-    hidden, weight, bias, target, label, rows = _classifier(hidden, weight, target, label, bias, group)
-    pair = None if affine is None else _affine(affine, hidden)
+    hidden, weight, bias, target, label, rows = checked_classifier(hidden, weight, target, label, bias, group)
+    pair = None if affine is None else affine_pair(affine, hidden)
     terms = _ops.director_norm if group is None else partial(parallel.classifier_terms, group)
-    norm, logit = terms(hidden, weight, target, label, bias, pair)
+    kept = budget_of_call(weight, bias) // 2  # a loss also keeps logits of the language model's head
+    norm, logit, *_ = terms(hidden, weight, target, label, bias, pair, kept)
     return ClassifierTerms(logit.reshape(rows), norm.reshape(rows))
-
-
-def as_list(value: object) -> list:
-    """A list or tuple as a list; any other value as a list of one."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _prepare(
-    hidden: Tensor, lm_weight: Tensor, cls_weight: Tensor | list[Tensor] | None, gamma: float | Tensor | list,
-    lm_bias: Tensor | None, cls_bias: Tensor | list | None, cls_affine: tuple | None,
-    group: ProcessGroup | None,
-) -> tuple[Arguments, torch.Size]:  # fmt: skip
-    """Checks the arguments; returns those of the operator, and the leading axes of hidden."""
-    if (cls_weight is None) == (cls_affine is None):
-        got = "both" if cls_affine is not None else "neither"
-        raise ValueError(f"cls_affine: expected exactly one of cls_weight and cls_affine, got {got}")
-    weights = [] if cls_weight is None else as_list(cls_weight)
-    if cls_weight is not None and not weights:
-        raise ValueError("cls_weight: expected at least one classifier, got an empty list")
-    if cls_affine is not None and cls_bias is not None:
-        raise ValueError("cls_bias: expected None with cls_affine, whose b is the bias, got a bias")
-    biases = [None] * len(weights) if cls_bias is None else as_list(cls_bias)
-    if len(biases) != len(weights):
-        raise ValueError(f"cls_bias: expected {len(weights)}, one per cls_weight, got {len(biases)}")
-    several = isinstance(cls_weight, (list, tuple))
-    names = [f"cls_weight[{i}]" if several else "cls_weight" for i in range(len(weights))]
-    bias_names = [f"cls_bias[{i}]" if several else "cls_bias" for i in range(len(weights))]
-    named = dict(zip((*names, *bias_names), (*weights, *biases), strict=True))
-    hidden, lm_weight, lm_bias, *rest = _checks.as_floats(
-        hidden=hidden, lm_weight=lm_weight, lm_bias=lm_bias, **named
-    )
-    weights, biases = rest[: len(weights)], rest[len(weights) :]
-    v = _checks.check_weight("lm_weight", hidden, lm_weight, lm_bias, "lm_bias", group)
-    for name, weight, bias_name, bias in zip(names, weights, bias_names, biases, strict=True):
-        _checks.check_shape(name, weight, tuple(lm_weight.shape), "[V, D] as lm_weight")
-        if bias is not None:
-            _checks.check_shape(bias_name, bias, (v,), "[V]")
-    rows = hidden.shape[:-1]
-    strengths = _gamma(gamma, max(1, len(weights)), rows, hidden)
-    affine = None if cls_affine is None else _affine(cls_affine, hidden)
-    flat = hidden.reshape(math.prod(rows), hidden.shape[-1])
-    if group is None:  # the operator takes a list without None: an empty tensor stands for "no bias"
-        biases = [hidden.new_empty(0) if b is None else b for b in biases]
-    return (flat, lm_weight, weights, strengths, lm_bias, biases, affine), rows
-
-
-def _gamma(gamma: object, count: int, rows: torch.Size, hidden: Tensor) -> Tensor:
-    """gamma as a tensor [count, N] in the accumulation dtype."""
-    given = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * count
-    if len(given) != count:
-        raise ValueError(
-            f"gamma: expected a number, a tensor, or a list of {count}, one per classifier, got {len(given)}"
-        )
-    dtype = _checks.accumulation_dtype(hidden.dtype)
-    n, out = math.prod(rows), []
-    for g in given:
-        if isinstance(g, Tensor):
-            _checks.check_device("hidden", hidden, "gamma", g)
-            try:
-                g = g.to(dtype).expand(rows)
-            except RuntimeError:
-                raise ValueError(
-                    f"gamma: expected a tensor that broadcasts to {list(rows)} (the rows of hidden), "
-                    f"got {list(g.shape)}"
-                ) from None
-            out.append(g.reshape(n))
-        elif isinstance(g, (int, float)) and 0 <= g < float("inf"):
-            out.append(torch.full((), g, dtype=dtype, device=hidden.device).expand(n))
-        else:
-            raise ValueError(f"gamma: expected a finite number >= 0 or a tensor of these, got {g!r}")
-    return out[0].unsqueeze(0) if count == 1 else torch.stack(out)
-
-
-def _affine(affine: object, hidden: Tensor) -> Tensor:
-    """(a, b) as a tensor [2] in the accumulation dtype."""
-    if isinstance(affine, Tensor):
-        affine = affine.unbind() if affine.shape == (2,) else ()
-    if not isinstance(affine, (tuple, list)) or len(affine) != 2:
-        raise ValueError(f"cls_affine: expected (a, b), two numbers or scalar tensors, got {affine!r}")
-    dtype, pair = _checks.accumulation_dtype(hidden.dtype), []
-    for x in affine:
-        if isinstance(x, Tensor):
-            if x.numel() != 1:
-                raise ValueError(f"cls_affine: expected scalars, got shape {list(x.shape)}")
-            _checks.check_device("hidden", hidden, "cls_affine", x)
-            pair.append(x.to(dtype).reshape(()))
-        elif isinstance(x, (int, float)):
-            pair.append(torch.full((), x, dtype=dtype, device=hidden.device))
-        else:
-            raise TypeError(f"cls_affine: expected numbers or scalar tensors, got {type(x).__name__}")
-    return torch.stack(pair)
-
-
-def _classifier(
-    hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None,
-    group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, torch.Size]:  # fmt: skip
-    hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
-    _checks.check_weight("weight", hidden, weight, bias, "bias", group)
-    rows = hidden.shape[:-1]
-    for name, t in (("target", target), ("label", label)):
-        _checks.check_integers(name, t)
-        _checks.check_device("hidden", hidden, name, t)
-        _checks.check_shape(name, t, tuple(rows), "one per row of hidden")
-    n = math.prod(rows)
-    flat = hidden.reshape(n, hidden.shape[-1])
-    return flat, weight, bias, target.reshape(n).long(), label.reshape(n).long(), rows
 
 
 # ------------------------------------------------------------------ fakes
@@ -347,8 +244,10 @@ def _(hidden, weight, target, label, bias):
 
 
 @torch.library.register_fake("sukhops::director_norm")
-def _(hidden, weight, target, label, bias, affine):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_acc(hidden)) for _ in range(2))
+def _(hidden, weight, target, label, bias, affine, logits_budget):
+    n, v, acc = hidden.shape[0], weight.shape[0], _acc(hidden)
+    kept = min(n, logits_budget // (v * acc.itemsize))
+    return tuple(hidden.new_empty(size, dtype=acc) for size in ((n,), (n,), (kept, v)))
 
 
 def _fake_grads(hidden, weight, need_hidden, need_weight, need_bias):
@@ -365,7 +264,8 @@ def _(grad, hidden, weight, target, label, need_hidden, need_weight, need_bias):
 
 
 @torch.library.register_fake("sukhops::director_norm_backward")
-def _(grad, grad_logit, hidden, weight, target, label, bias, affine, need_hidden, need_weight, need_bias):
+def _(grad, grad_logit, hidden, weight, target, label, bias, affine, logits, need_hidden, need_weight,
+      need_bias):  # fmt: skip
     grads = _fake_grads(hidden, weight, need_hidden, need_weight, need_bias)
     return *grads, hidden.new_empty(0 if affine is None else 2, dtype=_acc(hidden))
 
@@ -415,14 +315,16 @@ def _gradient_dot(ctx, grad):
 
 
 def _save_norm(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *inputs, _ = inputs
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.mark_non_differentiable(output[2])
 
 
-def _gradient_norm(ctx, grad, grad_logit):
+def _gradient_norm(ctx, grad, grad_logit, _):
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     grads = _ops.director_norm_backward(grad, grad_logit, *ctx.saved_tensors, *need)
     hidden, weight, bias, affine = _wanted(grads, [*need, ctx.needs_input_grad[5]])
-    return hidden, weight, None, None, bias, affine
+    return hidden, weight, None, None, bias, affine, None
 
 
 torch.library.register_autograd("sukhops::director", _gradient, setup_context=_save)

@@ -290,7 +290,8 @@ class _Logz(torch.autograd.Function):
 def _may_run_again(grad):
     """Whether the graph of this backward pass is retained, or a batch of upstream gradients shares it."""
     retained = torch._C._autograd._get_current_graph_task_keep_graph()
-    return retained or torch._C._functorch.is_legacy_batchedtensor(grad)
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
+    return retained or batched
 
 
 def _save_marginals(ctx, inputs, output):

@@ -1,7 +1,6 @@
 """Log-probs, statistics and largest logits of a linear head, with exact gradients, without storing logits."""
 
 import math
-import sys
 from collections.abc import Collection
 from typing import Literal, NamedTuple, overload
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sukhops import _checks, _library
-from sukhops._budget import get_logits_budget
+from sukhops._budget import budget_of_call
 from sukhops.parallel import vocab_head as parallel
 from sukhops.parallel._dtensor import takes_dtensors
 
@@ -315,7 +314,7 @@ def vocab_head(
     flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     *outputs, _, _ = _head(
         flat, weight, targets, bias, k, bool(statistics), softcap, scale, temperature, ignore_index,
-        min(get_logits_budget(), sys.maxsize), *need,
+        budget_of_call(weight, bias), *need,
     )  # fmt: skip
     return Head(*outputs)
 
@@ -326,9 +325,9 @@ def _checked_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _checks.check_weight("weight", hidden, weight, bias, "bias", group)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
-    if not abs(scale) < float("inf"):
+    if softcap is not None and (not isinstance(softcap, int | float) or not 0 < softcap < float("inf")):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")

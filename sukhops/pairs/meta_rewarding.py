@@ -145,6 +145,8 @@ def battle_matrix(
     prompt or over all prompts. The smoothing is this library's addition.
     """
     _checks.check_tensor("results", results)
+    if results.dtype == torch.bool or results.is_complex():
+        raise TypeError(f"results: expected integers or floating-point numbers, got {results.dtype}")
     if results.dim() != 3 or results.shape[1] != results.shape[2] or results.shape[1] == 0:
         raise ValueError(f"results: expected [P, J, J] with J > 0, got {list(results.shape)}")
     if not torch.isin(results, torch.tensor([-1, 0, 1], dtype=results.dtype, device=results.device)).all():

@@ -85,7 +85,7 @@ def classifier_logit(
 
 def classifier_terms(
     group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor,
-    bias: Tensor | None, affine: Tensor | None,
+    bias: Tensor | None, affine: Tensor | None, logits_budget: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean of (sigmoid(cls) - 1/2)^2 over all tokens except the target: [N], and `classifier_logit`."""
     where, inside, own, wrong = _classifier(group, hidden, weight, target, label, affine)
@@ -94,7 +94,7 @@ def classifier_terms(
     pair = None if affine is None else whole_gradient(affine, group)
     # The operator leaves out one entry and returns its logit: the target, or entry 0 if the target is in the
     # slice of another rank. In that case the term of entry 0 is added again.
-    mean, logit = _ops.director_norm(x, weight, own, label, bias, pair)
+    mean, logit, _ = _ops.director_norm(x, weight, own, label, bias, pair, logits_budget)
     norm = mean * max(1, len(weight) - 1)
     elsewhere = ~inside & (target != IGNORE) & (label >= 0)
     left_out = logit.where(elsewhere, 0.0)

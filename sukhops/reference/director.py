@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sukhops.ops.director import ClassifierTerms, DirectorTopK, as_list
+from sukhops.ops._director_arguments import as_list
+from sukhops.ops.director import ClassifierTerms, DirectorTopK
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
