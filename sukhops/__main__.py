@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sukhops
 from sukhops import _checks, _library, losses, nn, reference, testing
+from sukhops.losses.director import lm_target
 from sukhops.ops import director as ops
 from sukhops.reference import director as plain
 
@@ -79,25 +80,23 @@ def dpo_inputs() -> dict:
     }
 
 
-def dpo_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, ref_logp: Tensor) -> Tensor:
-    logp = reference.linear_logp(hidden, weight, target, bias)
-    return losses.dpo_loss(logp, target, ref_logp).loss
-
-
 def kto_inputs() -> dict:
-    inputs = dpo_inputs()
-    return inputs | {
-        "desirable": torch.tensor([True, False, True, False]),
-        "step_ids": (torch.arange(16) // 4).expand(4, 16),
-        "step_labels": torch.arange(16).view(4, 4) % 3 - 1,
-        "ref_logp": -5 * torch.rand(4, 16),
-        "kl": 0.1,
-    }
+    desirable = torch.tensor([True, False, True, False])
+    return dpo_inputs() | {"desirable": desirable, "ref_logp": -5 * torch.rand(4, 16), "kl": 0.1}
 
 
-def kto_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, **given: Any) -> Tensor:
-    logp = reference.linear_logp(hidden, weight, target, bias)
-    return losses.step_kto_loss(logp, target, **given).loss
+def step_kto_inputs() -> dict:
+    steps = {"step_ids": (torch.arange(16) // 4).expand(4, 16)}
+    return kto_inputs() | steps | {"step_labels": torch.arange(16).view(4, 4) % 3 - 1}
+
+
+def on_log_probs(loss: Callable) -> Callable:
+    """The reference of a loss module, from its function of log-probs and target."""
+
+    def call(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, **given: Any) -> Tensor:
+        return loss(reference.linear_logp(hidden, weight, target, bias), target, **given).loss
+
+    return call
 
 
 def cringe_inputs() -> dict:
@@ -106,11 +105,35 @@ def cringe_inputs() -> dict:
     return given
 
 
-def cringe_reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, label: Tensor) -> Tensor:
-    logp = reference.linear_logp(hidden, weight, target, bias)
-    best = reference.linear_topk(hidden, weight, 2, bias)
-    rival = torch.where(best.indices[:, 0] == target, best.values[:, 1], best.values[:, 0])
-    return losses.cringe_loss(logp, logp + best.lse - rival, target, label).loss
+def pairwise_inputs() -> dict:
+    given = dpo_inputs() | {"temperature": 10.0}
+    del given["ref_logp"]
+    return given
+
+
+def on_gaps(loss: Callable) -> Callable:
+    """The reference of a CRINGE module, from its function of log-probs, gaps and target."""
+
+    def call(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, **given: Any) -> Tensor:
+        logp = reference.linear_logp(hidden, weight, target, bias)
+        best = reference.linear_topk(hidden, weight, 2, bias)
+        rival = torch.where(best.indices[..., 0] == target, best.values[..., 1], best.values[..., 0])
+        return loss(logp, logp + best.lse - rival, target, **given).loss
+
+    return call
+
+
+def director_loss_inputs() -> dict:
+    given = classifier_inputs()
+    return given | {"cls_weight": (0.2 * torch.randn(1000, 48)).requires_grad_()}
+
+
+def director_loss_reference(
+    hidden: Tensor, weight: Tensor, cls_weight: Tensor, target: Tensor, label: Tensor, bias: Tensor
+) -> Tensor:
+    logp = reference.linear_logp(hidden, weight, lm_target(target, label))
+    logit, norm = plain.classifier_terms(hidden, cls_weight, target, label, bias)
+    return losses.director_loss(logp, logit, target, label, norm=norm, norm_weight=0.3).loss
 
 
 def span_inputs() -> dict:
@@ -178,11 +201,21 @@ OPS: list[tuple[str, list[str], Callable, Callable, Callable[[], dict]]] = [
     ("linear_topk", ["vocab_head", "vocab_head_backward"], sukhops.linear_topk, reference.linear_topk,
      topk_inputs),
     ("DPOLoss", ["vocab_head", "vocab_head_backward"],
-     lambda **given: nn.DPOLoss()(**given).loss, dpo_reference, dpo_inputs),
+     lambda **given: nn.DPOLoss()(**given).loss, on_log_probs(losses.dpo_loss), dpo_inputs),
+    ("KTOLoss", ["vocab_head", "vocab_head_backward"],
+     lambda **given: nn.KTOLoss()(**given).loss, on_log_probs(losses.kto_loss), kto_inputs),
     ("StepKTOLoss", ["vocab_head", "vocab_head_backward"],
-     lambda **given: nn.StepKTOLoss()(**given).loss, kto_reference, kto_inputs),
+     lambda **given: nn.StepKTOLoss()(**given).loss, on_log_probs(losses.step_kto_loss), step_kto_inputs),
     ("CringeLoss", ["vocab_head", "vocab_head_backward"],
-     lambda **given: nn.CringeLoss()(**given).loss, cringe_reference, cringe_inputs),
+     lambda **given: nn.CringeLoss()(**given).loss, on_gaps(losses.cringe_loss), cringe_inputs),
+    ("PairwiseCringeLoss", ["vocab_head", "vocab_head_backward"],
+     lambda temperature, **given: nn.PairwiseCringeLoss(temperature=temperature)(**given).loss,
+     on_gaps(losses.pairwise_cringe_loss), pairwise_inputs),
+    ("DirectorLoss", ["vocab_head", "vocab_head_backward", "director_norm", "director_norm_backward"],
+     lambda weight, bias, **given: nn.DirectorLoss(norm_weight=0.3)(
+         lm_weight=weight, cls_bias=bias, **given
+     ).loss,
+     director_loss_reference, director_loss_inputs),
     ("SegmentationLoss", ["vocab_head", "vocab_head_backward", "segmentation_logz", "segmentation_marginals"],
      lambda **given: nn.SegmentationLoss()(**given).loss, segmentation_loss_reference,
      segmentation_loss_inputs),

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import report
+import torch
+
+import sukhops  # noqa: F401  (registers the operators)
 
 ROOT = Path(__file__).parent.parent
 MARGIN, SLACK = 1.25, 8.0  # factor, and MiB: the resident set consists of whole pages of each thread's heap
@@ -20,14 +23,15 @@ print(harness.peak_memory(case, case.providers["sukhops"]) / 2**20)
 
 
 def stated() -> dict[tuple[str, str, str], float]:
-    """The recorded MiB of sukhops in each headline case, the maximum over classes of CPU."""
-    found: dict[tuple[str, str, str], float] = {}
+    """The recorded MiB of sukhops in each headline case: of this class of CPU, or the most of all classes."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
     for h in report.HEADLINES:
         for r in report.rows(h.name):
             if (r["case"], r["mode"], r["provider"]) == (h.case, h.mode, "sukhops") and "memory_mib" in r:
-                key = (h.name, h.case, f"torch.{r['dtype']}")
-                found[key] = max(found.get(key, 0.0), r["memory_mib"])
-    return found
+                of_class = found.setdefault((h.name, h.case, f"torch.{r['dtype']}"), {})
+                of_class[r["isa"]] = r["memory_mib"]
+    mine = torch.ops.sukhops.cpu_capability()
+    return {key: of_class.get(mine, max(of_class.values())) for key, of_class in found.items()}
 
 
 CASES = stated()

@@ -52,6 +52,12 @@ CALLS: dict[str, Callable[[dict], Tensor]] = {
         x["q"], x["q"], x["q"], torch.tensor([3.0, 20.0])
     ).sum(),
     "segmentation_logz": lambda x: sukhops.segmentation_logz(x["scores"]).sum(),
+    "segmentation_marginals": lambda x: sukhops.segmentation_marginals(x["scores"])[..., 0].sum(),
+    "segmentation_entropy": lambda x: sukhops.segmentation_entropy(x["scores"]).sum(),
+    "segmentation_viterbi": lambda x: sukhops.segmentation_viterbi(x["scores"].detach()).score.sum(),
+    "segmentation_sample": lambda x: sukhops.segmentation_sample(
+        x["scores"].detach(), 3, generator=torch.Generator().manual_seed(0)
+    ).double().sum(),
 }  # fmt: skip
 calls = pytest.mark.parametrize("name", CALLS)
 SOME = ("linear_logp", "adaptive_span_attention")  # the others are marked full, because they take long

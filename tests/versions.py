@@ -97,9 +97,13 @@ def run(program: str, version: str, torch: str) -> dict:
     ended = re.findall(r"(\d+) (passed|failed|skipped|error)", suite.stdout.splitlines()[-1])
     counts = {kind: int(n) for n, kind in ended}
     shutil.rmtree(environment)
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
     return {
         "python": version,
         "torch": torch,
+        "commit": described.stdout.strip(),
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0),
         "skipped": counts.get("skipped", 0),
