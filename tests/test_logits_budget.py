@@ -78,7 +78,7 @@ def test_classifier_norm_within_budget(rows, dtype, options):
     def some(f):
         return lambda **given: f(**given).norm * counts
 
-    with logits_budget(2 * 4 * V * rows):
+    with logits_budget(4 * 4 * V * rows):
         given = labeled(N, D, V, bias=True) | {"label": torch.arange(N) % 2} | options
         assert_close(some(classifier_terms), some(reference.director.classifier_terms), given, dtype)
 
@@ -113,7 +113,7 @@ def test_only_needed_logits_are_kept():
             assert kept(lambda: linear_logp(**given))[0] == 4 * V * rows
     rows = labeled(N, D, V)
     frozen = rows | {"weight": rows["weight"].detach()}
-    for nbytes, expected in ((0, 0), (24 * V, 3), (1 << 60, N), (1 << 80, N)):
+    for nbytes, expected in ((0, 0), (48 * V, 3), (1 << 60, N), (1 << 80, N)):
         with logits_budget(nbytes):
             assert kept(lambda: classifier_terms(**rows))[0] == 4 * V * expected
             assert kept(lambda: classifier_terms(**frozen))[0] == 0

@@ -184,7 +184,7 @@ def classifier_terms(
 ) -> ClassifierTerms:  # fmt: skip
     """`classifier_logit` and `classifier_norm` in one call, whose backward pass makes one weight gradient.
 
-    The logits of as many rows as fit half of `sukhops.set_logits_budget` are kept for the backward pass.
+    The logits of as many rows as fit a quarter of `sukhops.set_logits_budget` are kept for the backward pass.
     Arguments and errors are those of `classifier_norm`; affine changes the norm only.
 
     Returns:
@@ -195,7 +195,7 @@ def classifier_terms(
     hidden, weight, bias, target, label, rows = checked_classifier(hidden, weight, target, label, bias, group)
     pair = None if affine is None else affine_pair(affine, hidden)
     terms = _ops.director_norm if group is None else partial(parallel.classifier_terms, group)
-    kept = budget_of_call(weight, bias) // 2  # a loss also keeps logits of the language model's head
+    kept = budget_of_call(weight, bias) // 4  # most of a loss's memory is for the language model
     norm, logit, *_ = terms(hidden, weight, target, label, bias, pair, kept)
     return ClassifierTerms(logit.reshape(rows), norm.reshape(rows))
 
