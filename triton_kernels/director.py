@@ -87,8 +87,8 @@ def gate_tiles(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    split, splits = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    rows = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     row_mask = rows < n
     top = tl.full((BN,), float("-inf"), ACC)
     total = tl.zeros((BN,), ACC)
@@ -274,7 +274,7 @@ def _run(hidden, lm_weight, cls_weight, gamma, lm_bias, cls_bias, cls_affine, to
     scores = hidden.new_empty(n, v, dtype=acc) if write else hidden
     maximum, total = (hidden.new_empty(n, splits, dtype=acc) for _ in range(2))
     keys = hidden.new_empty(n, splits, top, dtype=torch.int64) if top else None
-    gate_tiles[(blocks, splits)](
+    gate_tiles[(splits, blocks)](
         hidden.contiguous(), lm_weight.contiguous(), table,
         hidden if lm_bias is None else lm_bias.to(acc).contiguous(), biases, gamma,
         gamma if cls_affine is None else cls_affine.contiguous(), scores, maximum, total,
