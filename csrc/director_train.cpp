@@ -9,7 +9,7 @@ template <class A>
 struct NormRows {
   A* tile;                  // [rows, width]
   int64_t stride;           // between rows of the tile
-  const A* kept;            // [., vocab] products that the forward stored, or null if they are in the tile
+  const A* kept;            // [kept, vocab] products that the forward stored, or null if they are in the tile
   const int64_t* kept_row;  // [rows] row of `kept`
   int64_t vocab, row0, v0, width;
   const A *bias, *affine;

@@ -5,7 +5,7 @@
 
 #include <memory>
 
-#include "segmentation_moments.h"
+#include "segmentation_means.h"
 #include "segmentation_warp.h"
 
 namespace sukhops {

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "segmentation_moments.h"
+#include "segmentation_means.h"
 #include "segmentation_warp.h"
 
 namespace sukhops {

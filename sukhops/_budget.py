@@ -15,9 +15,9 @@ def set_logits_budget(nbytes: int) -> int:
     for float64 inputs). For these rows the backward pass takes two matrix products instead of three; for all
     other rows it computes the logits again. Gradients are equal up to rounding. A call keeps at most the
     logits of its own rows, until its autograd graph is freed. It keeps none if no gradient is needed, or if
-    weight and bias are frozen. The norm of Director's classifier keeps up to a quarter of it. The budget is
-    read in the forward pass. Under `torch.compile` it is read when the call is traced, and a change of the
-    budget causes a new trace.
+    weight and bias are frozen. The norm of Director's classifier keeps up to a quarter of the budget beside
+    the logits of the language model. The budget is read in the forward pass. Under `torch.compile` it is read
+    when the call is traced, and a change of the budget causes a new trace.
 
     Args:
         nbytes: the budget of this process in bytes, >= 0. The default is 64 MiB; 0 keeps no logits.

@@ -285,6 +285,8 @@ def test_nan_gives_nan_metrics():
 def test_labels_of_ignored_tokens_are_not_checked():
     logp, target, label = torch.zeros(3), torch.tensor([1, -100, 2]), torch.tensor([1, -100, 0])
     assert losses.director_loss(logp, logp, target, label).metrics["cls_tokens"] == 2
+    with pytest.raises(ValueError, match="label: expected 1, 0 or -1, got -100"):
+        losses.director_loss(logp, logp, target.abs(), label)
 
 
 @pytest.mark.parametrize(

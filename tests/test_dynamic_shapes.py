@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from budgets import logits_budget
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -125,6 +126,28 @@ def test_compiled_once_for_all_lengths(name):
     for t in LENGTHS:
         given = make(t)
         torch.testing.assert_close(*seeded(compiled, call, given))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name, limit", [("linear_logp", 30), ("classifier_terms", 120)])
+def test_one_graph_within_the_logits_budget_and_beyond(name, limit):
+    """The head keeps up to 30 rows of 20 to 68, and so does the norm, with a quarter of the budget."""
+    functions = {
+        "linear_logp": lambda h, y, w: sukhops.linear_logp(h, w, y),
+        "classifier_terms": lambda h, y, w: sum(classifier_terms(h, w, y, y.clamp(max=1))),
+    }
+    call, weight, graphs = functions[name], WEIGHT.clone().requires_grad_(), []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counting)
+    with logits_budget(4 * V * limit):
+        for t in LENGTHS:
+            given = (*rows(t), weight)
+            torch.testing.assert_close(compiled(*given), call(*given))
     assert len(graphs) == 1
 
 

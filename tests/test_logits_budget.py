@@ -83,6 +83,17 @@ def test_classifier_norm_within_budget(rows, dtype, options):
         assert_close(some(classifier_terms), some(reference.director.classifier_terms), given, dtype)
 
 
+@pytest.mark.parametrize("rows, products", [(0, 3), (7, 3), (N, 2)])
+def test_kept_products_of_the_norm_are_not_computed_again(rows, products):
+    given = labeled(N, D, V) | {"label": torch.ones(N).long()}
+    with logits_budget(4 * 4 * V * rows):
+        before = torch.ops.sukhops.product_count()
+        norm = classifier_terms(**given).norm.sum()
+        between = torch.ops.sukhops.product_count()
+        torch.autograd.grad(norm, [given["hidden"], given["weight"]])
+    assert between - before == 1 and torch.ops.sukhops.product_count() - between == products
+
+
 @pytest.mark.parametrize("rows", [3, 20, 37])
 def test_gradcheck(rows):
     given = make(torch.float64, v=60)

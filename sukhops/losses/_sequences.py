@@ -39,12 +39,16 @@ def check_sequences(target: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tensor) -> Tensor:
+def check_labels(
+    name: str, label: Tensor, shape: tuple[int, ...], target: Tensor, counted: Tensor | None = None
+) -> Tensor:
     """Labels 1, 0 and -1 (no label), bool or integers of the given shape, as int64 of that shape.
+
+    counted: bool, of that shape: where the values are checked. None: everywhere.
 
     Raises:
         TypeError, ValueError: label has the wrong type, shape or device; a value is not 1, 0 or -1, which is
-            checked on the CPU in eager mode, and not at ignored tokens.
+            checked on the CPU in eager mode.
     """
     _checks.check_tensor(name, label)
     if label.dtype != torch.bool and (label.is_floating_point() or label.is_complex()):
@@ -54,8 +58,8 @@ def check_labels(name: str, label: Tensor, shape: tuple[int, ...], target: Tenso
     label = label.long()
     if label.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (label < -1) | (label > 1)
-        if label.shape == target.shape:
-            wrong = wrong & (target != IGNORE)
+        if counted is not None:
+            wrong = wrong & counted
         if wrong.any():
             raise ValueError(f"{name}: expected 1, 0 or -1, got {label[wrong][0].item()}")
     return label
@@ -97,7 +101,7 @@ def sums(
 def _check_floats(name: str, t: Tensor, target: Tensor) -> None:
     _checks.check_tensor(name, t)
     if not t.is_floating_point():
-        raise TypeError(f"{name}: expected log-probs of a floating dtype, got {t.dtype}")
+        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
     _checks.check_device("target", target, name, t)
 
 

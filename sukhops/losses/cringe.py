@@ -21,7 +21,7 @@ def label_per_token(label: Tensor, target: Tensor) -> Tensor:
     _checks.check_integers("target", target)
     _checks.check_tensor("label", label)
     if label.shape == target.shape:
-        return check_labels("label", label, target.shape, target)
+        return check_labels("label", label, target.shape, target, counted=target != IGNORE)
     if target.dim() != 2 or label.shape != target.shape[:1]:
         raise ValueError(
             f"label: expected shape {list(target.shape)} or one per sequence of target [B, T], "

@@ -91,7 +91,7 @@ def director_loss(
         raise ValueError(f"num_items: reduction {reduction!r} divides per example, expected None")
     if norm_weight if norm is None else not norm_weight:
         raise ValueError(f"norm: expected exactly when norm_weight is not 0, got norm_weight = {norm_weight}")
-    label = check_labels("label", label, target.shape, target)
+    label = check_labels("label", label, target.shape, target, counted=target != IGNORE)
     scores = {"lm_logp": lm_logp, "cls_logit": cls_logit} | ({} if norm is None else {"norm": norm})
     lm_logp, cls_logit, *norms = as_scores(target, **scores)
     trains_lm = lm_target(target, label, train_lm_on_positive) != IGNORE  # [...]

@@ -308,7 +308,10 @@ class AdaptiveSpanAttention(nn.Module):
         if len(outs) > 1:
             out = self._select(torch.cat(outs, 1), 1, self._inverse_order)
         if key_start is not None and key_start.dim() == 2:
-            key_start = key_start[:, -1] if x.shape[1] else None if cache is None else cache.key_start
+            if x.shape[1]:
+                key_start = key_start[:, -1]
+            else:  # no tokens: the cache's start is unchanged
+                key_start = None if cache is None else cache.key_start
         cache = SpanCache(tuple(keys), tuple(values), seen, key_start) if group is None else None
         return self.out_proj(out.transpose(1, 2).flatten(2)), cache
 

@@ -246,7 +246,7 @@ def _(hidden, weight, target, label, bias):
 @torch.library.register_fake("sukhops::director_norm")
 def _(hidden, weight, target, label, bias, affine, logits_budget):
     n, v, acc = hidden.shape[0], weight.shape[0], _acc(hidden)
-    kept = min(n, logits_budget // (v * acc.itemsize))
+    kept = torch.sym_min(n, logits_budget // (v * acc.itemsize))  # min would compile a graph for each case
     return tuple(hidden.new_empty(size, dtype=acc) for size in ((n,), (n,), (kept, v)))
 
 
@@ -318,9 +318,14 @@ def _save_norm(ctx, inputs, output):
     *inputs, _ = inputs
     ctx.save_for_backward(*inputs, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # a gradient of the kept logits would be as large as they are
 
 
 def _gradient_norm(ctx, grad, grad_logit, _):
+    hidden = ctx.saved_tensors[0]
+    grad, grad_logit = (
+        hidden.new_zeros(hidden.shape[0], dtype=_acc(hidden)) if g is None else g for g in (grad, grad_logit)
+    )
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     grads = _ops.director_norm_backward(grad, grad_logit, *ctx.saved_tensors, *need)
     hidden, weight, bias, affine = _wanted(grads, [*need, ctx.needs_input_grad[5]])

@@ -325,9 +325,12 @@ def _checked_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _checks.check_weight("weight", hidden, weight, bias, "bias", group)
-    if softcap is not None and (not isinstance(softcap, int | float) or not 0 < softcap < float("inf")):
+    for name, number in (("softcap", softcap), ("scale", scale)):
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name}: expected a number, got a tensor, which would get no gradient")
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
-    if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+    if not abs(scale) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
@@ -340,7 +343,8 @@ def _(hidden, weight, target, bias, k, statistics, softcap, scale, temperature, 
     acc = _checks.accumulation_dtype(hidden.dtype)
     (n, d), v = hidden.shape, weight.shape[0]
     keep_mean = need_hidden and not need_weight and not need_bias
-    kept = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
+    # min would compile one graph for calls within the budget and one for others
+    kept = torch.sym_min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     return (
         hidden.new_empty(n, dtype=acc),
         hidden.new_empty(n, dtype=acc),
