@@ -109,7 +109,7 @@ def checked_classifier(
     hidden: Tensor, weight: Tensor, target: Tensor, label: Tensor, bias: Tensor | None,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, torch.Size]:  # fmt: skip
-    """Checks the arguments; returns hidden [N, D], weight, bias, target and label [N], and the leading axes."""
+    """Checks arguments; returns hidden [N, D], weight, bias, target and label [N], and the leading axes."""
     hidden, weight, bias = _checks.as_floats(hidden=hidden, weight=weight, bias=bias)
     _checks.check_weight("weight", hidden, weight, bias, "bias", group)
     rows = hidden.shape[:-1]
