@@ -1,6 +1,7 @@
 """CRINGE and pairwise CRINGE: negative tokens are contrasted with a rival, a likely token that is sampled."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,8 @@ def sample_rival(
     if values.shape[-1] == 2:
         return (~excluded).int().argmax(-1)
     if noise is None:
-        given = {} if generator is None else {"generator": generator}  # torch.compile knows no None here
+        # torch.compile takes no generator, not even None
+        given: dict[str, Any] = {} if generator is None else {"generator": generator}
         uniform = torch.rand(values.shape, dtype=values.dtype, device=values.device, **given)
         noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(values.dtype).tiny)))
     lowest = torch.finfo(values.dtype).min  # -inf stays above the excluded
