@@ -74,6 +74,7 @@ CASES: dict[str, tuple[Callable, Callable]] = {
     "segmentation_marginals": (sukhops.segmentation_marginals, scores),
     "segmentation_entropy": (sukhops.segmentation_entropy, scores),
     "segmentation_viterbi": (lambda s: sukhops.segmentation_viterbi(s).score, scores),
+    "segmentation_sample": (lambda s: sukhops.segmentation_sample(s, 3), scores),
     "classifier_terms": (
         lambda h, y: sum(classifier_terms(h, WEIGHT, y, LABEL.unsqueeze(1).expand(y.shape))), rows,
     ),

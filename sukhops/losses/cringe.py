@@ -97,7 +97,8 @@ def cringe_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a label is outside
-            {1, 0, -1} (on CUDA the loss is NaN instead); alpha is out of range.
+            {1, 0, -1} (on CUDA the loss is NaN instead; labels per token are not checked at ignored tokens);
+            alpha is out of range.
 
     Source: Adolphs et al. 2023 (CRINGE).
     """
