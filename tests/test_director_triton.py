@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sukhops.triton_kernels import director as kernels
+from sukhops.triton_kernels import vocab_head
 
 from sukhops.testing import budget, distance
 
@@ -125,11 +126,15 @@ def test_backward_matches_the_cpu(dtype, attributes, bias, monkeypatch):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shared, captured", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shared, captured", [(0, ""), (1, ""), (1, "fb"), (1, "f"), (1, "b")])
 @pytest.mark.parametrize("kept", [0, 2, 9])
 def test_classifier_matches_the_cpu(dtype, shared, captured, kept, monkeypatch):
-    if captured:  # in a CUDA graph, the kernels compute all rows and mask the results
-        monkeypatch.setattr(kernels, "_kept", lambda counts: None)
+    """captured: the passes, forward or backward, that run in a CUDA graph; there all rows are computed."""
+
+    def enter(direction):
+        for module in (kernels, vocab_head):
+            monkeypatch.setattr(module, "_captured", lambda t: direction in captured)
+
     monkeypatch.setattr(kernels, "CHUNK", 64)
     monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 6 * 64)
     hidden, weight, bias = (
@@ -140,18 +145,22 @@ def test_classifier_matches_the_cpu(dtype, shared, captured, kept, monkeypatch):
     target, label = torch.randint(0, 203, (9,)), torch.arange(9) % 3 - 1
     target[::4] = -100
     target[1] = target[2]
+    hidden[4] = float("nan")  # an ignored row
     affine = torch.tensor([0.8, 0.3]) if shared else None
     grad, grad_logit = torch.randn(2, 9)
     need, rows = (True, True, True), [hidden, weight, target, label]
     dot, norm = [*rows, bias], [*rows, bias, affine]
+    enter("f")
     check([kernels.dot(*dot)], [ops.director_dot(*dot)], [ops.director_dot(*double(dot))])
     given = [grad, *rows]
+    enter("b")
     check(
         kernels.dot_backward(*given, *need), ops.director_dot_backward(*given, *need),
         ops.director_dot_backward(*double(given), *need),
     )  # fmt: skip
 
     nbytes = 4 * 203 * kept
+    enter("f")
     forward = (
         kernels.norm(*norm, nbytes), ops.director_norm(*norm, nbytes),
         ops.director_norm(*double(norm), 2 * nbytes),
@@ -160,6 +169,7 @@ def test_classifier_matches_the_cpu(dtype, shared, captured, kept, monkeypatch):
     ours, cpu, exact = (f[2] for f in forward)
     assert ours.shape == cpu.shape == exact.shape == (kept, 203)
     given = [grad, grad_logit, *norm]
+    enter("b")
     check(
         kernels.norm_backward(*given, ours, *need), ops.director_norm_backward(*given, cpu, *need),
         ops.director_norm_backward(*double(given), exact, *need),

@@ -118,3 +118,32 @@ def test_offset_of_all_logits_does_not_change_log_probs(offset, monkeypatch):
     upstream = (torch.ones(1), None, None, None)
     *_, dw, _ = kernels.backward(hidden, weight, target, None, *saved, *upstream, *options, *need)
     torch.testing.assert_close(dw[:, :1], exact.exp().T.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kept", [4, 12])
+@pytest.mark.parametrize("bias, statistics", [(False, False), (True, True)])
+@pytest.mark.parametrize("forward_captured, backward_captured", [(True, True), (True, False), (False, True)])
+def test_captured_passes_match(forward_captured, backward_captured, bias, statistics, kept, monkeypatch):
+    """In a CUDA graph all rows are computed; either pass may be captured without the other."""
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 4 * 9 * 16 * 3)
+    n, v, k = 12, 55, 2
+    hidden, weight, target = torch.randn(n, 5), torch.randn(v, 5), torch.randint(0, v, (n, 1))
+    target[[0, 1, 4, 11]] = -100
+    hidden[1], hidden[4] = float("nan"), 1e30  # ignored rows
+    given = hidden, weight, target, torch.randn(v).index_fill_(0, torch.tensor(3), 200.0) if bias else None
+    options, need = (None, 1.0, 1.0, -100), (True, True, bias)
+    upstream = [torch.randn(n), torch.randn(n, 1), torch.randn(n, k), torch.randn(n) if statistics else None]
+    upstream[0][5] = 0.0  # without entropy, the gradient of this row is sparse
+
+    def run(first, second):
+        monkeypatch.setattr(kernels, "_captured", lambda t: first)
+        outputs = kernels.forward(*given, k, statistics, *options, 4 * v * kept, *need)
+        maximum, log_sum, _, _, index, entropy, _, _, mean, logits = outputs
+        monkeypatch.setattr(kernels, "_captured", lambda t: second)
+        saved = index, maximum, log_sum, entropy, mean, logits
+        return *outputs[:9], *kernels.backward(*given, *saved, *upstream, *options, *need)
+
+    for ours, expected in zip(run(forward_captured, backward_captured), run(False, False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

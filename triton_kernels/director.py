@@ -8,7 +8,7 @@ tiles (one split of the vocabulary). Splits are joined in a fixed order, so repe
 import torch
 import triton
 import triton.language as tl
-from sukhops.triton_kernels.vocab_head import _kept, _mm
+from sukhops.triton_kernels.vocab_head import Rows, _captured, _mm
 from torch import Tensor
 
 TILE_BYTES = 256 << 20  # size limit of a tile of float32 logits in the backward, per head
@@ -391,14 +391,14 @@ def dot_backward(grad, hidden, weight, target, label, need_hidden, need_weight, 
     dh = (grad.unsqueeze(1) * weight[entry].to(acc)).to(hidden.dtype) if need_hidden else empty
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(weight.shape[0], dtype=acc) if need_bias else empty
-    rows = _kept(counts)
-    h, g, entry = (t if rows is None else t[rows] for t in (hidden, grad, entry))
+    rows = Rows(counts)
+    h, g, entry = (rows.select(t) for t in (hidden, grad, entry))
     if need_weight:
-        used, where = entry.unique(return_inverse=True) if rows is not None else (None, entry)
         parts = g.unsqueeze(1) * h.to(acc)
-        if used is None:  # while a CUDA graph is captured, the host cannot read how many targets are distinct
+        if _captured(hidden):  # the host cannot read how many targets are distinct
             dw.index_put_((entry,), parts.to(dw.dtype), accumulate=True)
         else:
+            used, where = entry.unique(return_inverse=True)
             sums = parts.new_zeros(used.shape[0], weight.shape[1])
             dw[used] = sums.index_put_((where,), parts, accumulate=True).to(dw.dtype)
     if need_bias:
@@ -410,12 +410,12 @@ def _norm(hidden, weight, target, label, bias, affine, logits, grads, need_hidde
     v, d = weight.shape
     acc, empty = _acc(hidden), hidden.new_empty(0)
     counts, wrong, entry = _classifier(target, label, v)
-    rows = _kept(counts)
-    h, t, *given = (x if rows is None else x[rows] for x in (hidden, entry, *grads))
-    if rows is None:
-        given = [torch.where(counts, g, 0.0) for g in given]
+    rows = Rows(counts)
+    h, t, *given = (rows.select(x) for x in (hidden, entry, *grads))
     h, t, n = h.contiguous(), t.contiguous(), h.shape[0]
     kept = min(n, logits.shape[0])
+    if not grads:
+        logits[kept:].zero_()  # a captured backward pass reads all rows
     others = max(1, v - 1)
     total, logit = hidden.new_zeros(n, dtype=acc), hidden.new_zeros(n, dtype=acc)
     daffine = hidden.new_zeros(n, 2, dtype=acc)
@@ -451,14 +451,9 @@ def _norm(hidden, weight, target, label, bias, affine, logits, grads, need_hidde
             db[v0 : v0 + w] = out.sum(0, dtype=acc)
         del out
 
-    def spread(x: Tensor) -> Tensor:
-        if rows is None:
-            return torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
-        return x.new_zeros(len(target), *x.shape[1:]).index_copy_(0, rows, x)
-
     if not grads:
-        return tuple(spread(x).masked_fill(wrong, float("nan")) for x in (total / others, logit))
-    dh = spread(dh).to(hidden.dtype) if need_hidden else dh
+        return tuple(rows.spread(x).masked_fill(wrong, float("nan")) for x in (total / others, logit))
+    dh = rows.spread(dh).to(hidden.dtype) if need_hidden else dh
     return dh, dw, db, empty.to(acc) if affine is None else daffine.sum(0)
 
 

@@ -2,7 +2,7 @@
 
 The algorithm is that of csrc/vocab_head.cpp. Products of half-precision inputs are float32, so logits are
 never rounded to the inputs' dtype. Rows without any effect (every target ignored, or no gradient) are dropped
-first, which synchronizes with the device once. While a CUDA graph is captured, all rows are kept.
+first, which synchronizes with the device once. While a CUDA graph is captured, all rows are computed.
 """
 
 import torch
@@ -196,9 +196,9 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     keep_mean = need_hidden and not need_weight and not need_bias
     counts = target != ignore_index  # [N, K]
-    rows = _kept(counts.any(1)) if targets else None
-    h = _select(hidden, rows)  # [R, D]
-    t = _select(target, rows).contiguous()  # [R, K]
+    rows = Rows(counts.any(1) if targets else None)
+    h = rows.select(hidden)  # [R, D]
+    t = rows.select(target).contiguous()  # [R, K]
     r = h.shape[0]
     b = None if bias is None else bias.to(acc)
     maximum = h.new_full((r,), float("-inf"), dtype=acc)
@@ -215,7 +215,8 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     mean_scale = 1.0 if h.dtype == torch.float16 else 2.0 ** -v.bit_length()
     held = min(n, logits_budget // (v * acc.itemsize)) if need_weight or need_bias else 0
     logits = h.new_empty(held, v, dtype=acc)
-    kept = min(r, logits.shape[0])
+    kept = min(r, held)
+    logits[kept:].zero_()  # a captured backward pass reads all rows
     width = _width(r, v)
     for v0 in range(0, v if r else 0, width):
         w = min(width, v - v0)
@@ -250,17 +251,14 @@ def forward(hidden, weight, target, bias, k, statistics, softcap, scale, tempera
     if targets:  # the host cannot check targets without synchronizing: an out-of-range target gives NaN
         wrong = ((t < 0) | (t >= v)) & (t != ignore_index)
         numbers[1:] = [x.masked_fill(wrong.any(1), float("nan")) for x in numbers[1:]]
-        if rows is None:
-            numbers = [x.masked_fill(~counts.any(1), 0.0) for x in numbers]
     top_value = top_value.masked_fill(numbers[1].isnan().unsqueeze(1), float("nan"))
-    maximum, log_sum, *moments = (_spread(x, rows, n) for x in numbers)
+    maximum, log_sum, *moments = (rows.spread(x) for x in numbers)
     if mean is None:
         mean = h.new_zeros(0, dtype=acc)
     else:
-        mean = _spread(mean / (mean_scale * total).unsqueeze(1), rows, n)
+        mean = rows.spread(mean / (mean_scale * total).unsqueeze(1))
     return (
-        maximum, log_sum, _spread(logit, rows, n), _spread(top_value, rows, n),
-        _spread(top_index.contiguous(), rows, n),
+        maximum, log_sum, rows.spread(logit), rows.spread(top_value), rows.spread(top_index.contiguous()),
         *(moments or (maximum.new_empty(0) for _ in range(3))), mean, logits,
     )  # fmt: skip
 
@@ -293,16 +291,18 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
 
     # rows whose gradient needs the whole softmax; NaN != 0 is True, so NaN gradients are included
     whole = (grad_log_sum != 0) | (grad_entropy != 0)
-    rows = _kept(whole)
-    h = _select(hidden, rows)  # [R, D]
+    captured = _captured(hidden)
+    rows = Rows(~dropped if captured else whole)
+    h = rows.select(hidden)  # [R, D]
     r = h.shape[0]
-    index = (~dropped).cumsum(0) - 1 if rows is not None else torch.arange(r, device=h.device)
-    tile_row = _select(index, rows)
+    tile_row = rows.select((~dropped).cumsum(0) - 1)
     held = logits.shape[0]  # the forward kept the logits of its first `held` rows that were not dropped
-    kept = min(r, held) if rows is None or held in (0, len(hidden)) else int((tile_row < held).sum())
+    kept = min(r, held) if captured or held in (0, len(hidden)) else int((tile_row < held).sum())
     entropy = entropy if of_entropy else log_sum  # placeholder, not read
-    numbers = [_select(x, rows) for x in (maximum, log_sum, entropy, grad_log_sum, grad_entropy)]
-    row_pick, row_grad_pick = _select(pick, rows).contiguous(), _select(grad_pick, rows).contiguous()
+    numbers = [rows.select(x) for x in (maximum, log_sum, entropy, grad_log_sum, grad_entropy)]
+    if rows.rest is not None:
+        numbers[0] = numbers[0].masked_fill(rows.rest, float("inf"))  # so that exp(logit - maximum) is 0
+    row_pick, row_grad_pick = rows.select(pick).contiguous(), rows.select(grad_pick).contiguous()
     dh = h.new_zeros(r, d, dtype=acc) if need_hidden else None
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
     db = weight.new_zeros(v, dtype=acc) if need_bias else empty
@@ -329,8 +329,8 @@ def backward(hidden, weight, target, bias, topk_index, maximum, log_sum, entropy
         if need_bias:
             db[v0 : v0 + w] = g.sum(0, dtype=acc)
         del g
-    dh = _spread(dh, rows, hidden.shape[0]) if need_hidden else None
-    if rows is not None and (others := _kept(~whole & (grad_pick != 0).any(1))).numel():
+    dh = rows.spread(dh) if need_hidden else None
+    if not captured and len(others := (~whole & (grad_pick != 0).any(1)).nonzero().squeeze(1)):
         h, pick, grad_pick = hidden[others], pick[others], grad_pick[others]
         coefficient = _through_curve(h, weight, b, pick, grad_pick, curve)
         entries = pick.clamp(min=0).flatten()
@@ -351,19 +351,41 @@ def _curve(softcap: float | None, scale: float, temperature: float) -> tuple[flo
     return softcap / temperature, scale / softcap, scale / temperature
 
 
-def _kept(mask: Tensor) -> Tensor | None:
-    """Indices of the rows where mask is True; None (keep all rows) while a CUDA graph is captured."""
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return mask.nonzero().squeeze(1)
+def _captured(t: Tensor) -> bool:
+    """Whether work on t goes into a CUDA graph: then the host cannot read values of the device."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _select(t: Tensor, rows: Tensor | None) -> Tensor:
-    return t if rows is None else t[rows]
+class Rows:
+    """The rows of [N, ...] tensors where a mask [N] is True, or all rows if it is None.
 
+    While a CUDA graph is captured, the host cannot read how many these are. Then all rows are selected, these
+    first, and the others are zeros: row i of a selection is the same row in a graph and outside of it.
+    """
 
-def _spread(t: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    return t if rows is None else t.new_zeros(n, *t.shape[1:]).index_copy_(0, rows, t)
+    def __init__(self, mask: Tensor | None):
+        self.index = self.rest = None  # indices of the selected rows; a mask of those that are zeros
+        if mask is not None and _captured(mask):
+            self.index = (~mask).int().argsort(stable=True)
+            self.rest = ~mask[self.index]
+        elif mask is not None:
+            self.index = mask.nonzero().squeeze(1)
+        self.n = None if mask is None else len(mask)
+
+    def select(self, t: Tensor) -> Tensor:
+        """The selected rows of t [N, ...]."""
+        return t if self.index is None else self._zero_rest(t[self.index])
+
+    def spread(self, t: Tensor) -> Tensor:
+        """The inverse of select: [N, ...], zero elsewhere."""
+        if self.index is None:
+            return t
+        return t.new_zeros(self.n, *t.shape[1:]).index_copy_(0, self.index, self._zero_rest(t))
+
+    def _zero_rest(self, t: Tensor) -> Tensor:
+        if self.rest is None:
+            return t
+        return t.masked_fill(self.rest.view(-1, *[1] * (t.dim() - 1)), 0)
 
 
 def _width(rows: int, v: int) -> int:
