@@ -220,8 +220,9 @@ def linear_topk(s: Source) -> None:
         z = logits(hidden, weight, bias, softcap, scale, temperature)
         lost = z.isnan().any(-1) | (z == torch.inf).any(-1)  # the log-probs of such a row are NaN
         z = z * torch.ones_like(z).masked_fill(lost.unsqueeze(-1), torch.nan)
-        best = z.detach().topk(k).values
-        return {"values": z.gather(-1, chosen[0]), "best": best, "lse": torch.logsumexp(z, -1)}
+        lse = torch.logsumexp(z, -1)
+        lse = lse + of_softmax(z) if moving() else lse
+        return {"values": z.gather(-1, chosen[0]), "best": z.detach().topk(k).values, "lse": lse}
 
     s.with_gradients(given)
     with surroundings(s, row_bytes(s, v)):
