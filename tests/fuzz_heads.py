@@ -1,5 +1,8 @@
 """Fuzz cases of the operators on a vocabulary head: random arguments and true results."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from fuzz_compare import NOT_FINITE, compare, moving, rounded
 from fuzz_inputs import Source, must_raise, precise, surroundings
@@ -309,6 +312,12 @@ def director_terms(given: dict) -> int:
     return terms({"hidden": given["hidden"], "weight": given["lm_weight"]})
 
 
+def director_off(given: dict) -> Callable[[str], float]:
+    """The error of a true log-prob: four roundings of log V; the budget has four for the operator's own."""
+    error = 4 * torch.finfo(torch.float64).eps * (1 + math.log(len(given["lm_weight"])))
+    return lambda name: 0.0 if name.startswith("grad") else error
+
+
 def director_logp(s: Source) -> None:
     given = director_head(s)
     s.with_gradients(given, never=("gamma",) if constant_gate(given) else ())
@@ -331,6 +340,7 @@ def director_logp(s: Source) -> None:
             given,
             director_terms(given),
             unknown=unknown,
+            off=director_off(given),
         )
 
 
@@ -353,7 +363,7 @@ def director_topk(s: Source) -> None:
     with surroundings(s):
         if s.bad:
             return must_raise(s, RuntimeError, call, given)
-        compare(s, call, truth, given, director_terms(given))
+        compare(s, call, truth, given, director_terms(given), off=director_off(given))
 
 
 TARGETS = {
