@@ -292,7 +292,7 @@ def gamma(s: Source, rows: tuple[int, ...]) -> float | Tensor:
 
 
 def constant_gate(given: dict) -> bool:
-    """Whether a gate is equal for all entries: the gradient of gamma is then 0, up to rounding."""
+    """Whether a gate is equal for all entries: gradients of gamma and affine are then 0, up to rounding."""
     weights, biases = (
         [precise(t) for t in (x if isinstance(x, list) else [x])]
         for x in (given["cls_weight"], given.get("cls_bias"))
@@ -320,7 +320,7 @@ def director_off(given: dict) -> Callable[[str], float]:
 
 def director_logp(s: Source) -> None:
     given = director_head(s)
-    s.with_gradients(given, never=("gamma",) if constant_gate(given) else ())
+    s.with_gradients(given, never=("gamma", "cls_affine") if constant_gate(given) else ())
     with surroundings(s):
         if s.bad:
             return must_raise(s, RuntimeError, sukhops.director_logp, given)
