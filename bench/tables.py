@@ -90,8 +90,8 @@ def versions(found: list[dict]) -> str:
     for r in found:
         check = "passes" if r["check"] else "fails"
         counts = [number(r[field]) for field in ("passed", "failed", "skipped")]
-        body.append([r["python"], r["torch"], *counts, check, number(r["minutes"])])
-    head = ["Python", "torch", "passed", "failed", "skipped", "`sukhops check`", "minutes"]
+        body.append([r["python"], r["torch"], r["commit"], *counts, check, number(r["minutes"])])
+    head = ["Python", "torch", "commit", "passed", "failed", "skipped", "`sukhops check`", "minutes"]
     return markdown(head, body)
 
 
